@@ -1,0 +1,1 @@
+"""sfparallel: parallel Python whose workers are clones of the running virtual machine."""

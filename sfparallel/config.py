@@ -1,0 +1,65 @@
+"""Settings: one table from which the environment variables and their help derive, and the places where files are kept."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfparallel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that the environment may override.
+
+    Attributes:
+        variable: name of the environment variable.
+        default: the value without it.
+        help: one line for `sf help settings` and the reference.
+    """
+
+    variable: str
+    default: str
+    help: str
+
+    def get(self) -> str:
+        return os.environ.get(self.variable, self.default)
+
+
+CACHE = Setting("SF_CACHE", "", "folder for guest images and templates (default: $XDG_CACHE_HOME/sfparallel)")
+ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; auto probes KVM")
+QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
+CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with per clone when a fork is admitted")
+LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: debug, info, warning, error")
+
+SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, LOG)
+
+
+def cache_folder() -> Path:
+    """Where images and templates are kept; created when first written to."""
+    if CACHE.get():
+        return Path(CACHE.get()).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "sfparallel"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `512M`, `1G` or `1.5G` (powers of 1024; a bare number is MiB, as in QEMU's `-m`).
+
+    Raises:
+        UsageError: not a size.
+    """
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    body = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = units["M"]
+    if body and body[-1] in units:
+        unit = units[body[-1]]
+        body = body[:-1]
+    try:
+        size = int(float(body) * unit)
+    except (ValueError, OverflowError):
+        size = -1
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size", hint="write it as 512M or 2G")
+    return size

@@ -1,0 +1,203 @@
+"""Every error that sfparallel raises.
+
+    SfError
+    ├── UsageError              the call cannot mean anything (bad argument, bad combination)
+    │   └── OutsideVMError      a runtime call outside a VM started by sfrun
+    ├── StateError              the object is in another state than the call requires
+    ├── EnvironmentProblem      the machine lacks something (`sf doctor` says what)
+    │   ├── ImageMissing        no such guest image
+    │   ├── ImageBuildError     `sf image build` failed
+    │   └── CapacityError       the host cannot hold so many clones (`.fits` says how many)
+    ├── VMError                 a virtual machine, or the program that runs it, failed
+    │   ├── QmpError            QEMU refused a monitor command
+    │   ├── PagingError         the paging layer inside QEMU refused an operation
+    │   ├── GuestError          the guest agent failed or broke the protocol
+    │   └── CloneLost           a clone died before it answered (`.rank`, `.cause`)
+    ├── NetworkError            the clone network could not be set up or used
+    ├── ProtocolError           bytes on a wire that no correct peer sends
+    ├── RegionError             a parallel region ended without all of its results
+    │   ├── RankError           the function raised in one or more ranks (`.errors`)
+    │   ├── RegionTimeout       not all ranks answered in time (`.missing`)
+    │   └── CollectConflict     two ranks wrote the same collected file
+    ├── ResultNotPicklable      a rank's result (or exception) cannot travel
+    └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`
+
+Errors cross clones, so all of them pickle: they keep their constructor's keyword arguments in attributes.
+Every message says what happened and, where there is one, what to do next (`hint`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _rebuild(cls: type[SfError], message: str, state: dict[str, Any]) -> SfError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class SfError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: what happened, to which rank or VM.
+        hint: what to do next; printed on a line of its own.
+    """
+
+    hint: str | None = None
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args[0] if self.args else "", dict(self.__dict__))
+
+
+class UsageError(SfError, ValueError):
+    """The call cannot mean anything."""
+
+
+class OutsideVMError(UsageError):
+    """A runtime call was made outside a VM of sfparallel."""
+
+
+class StateError(SfError):
+    """The object is in another state than the call requires."""
+
+
+class EnvironmentProblem(SfError):
+    """The machine lacks something that is needed."""
+
+
+class ImageMissing(EnvironmentProblem):
+    """There is no such guest image."""
+
+
+class ImageBuildError(EnvironmentProblem):
+    """A guest image could not be built."""
+
+
+class CapacityError(EnvironmentProblem):
+    """The host cannot hold so many clones.
+
+    Attributes:
+        fits: the number of clones that would fit now.
+    """
+
+    def __init__(self, message: str, *, fits: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.fits = fits
+
+
+class VMError(SfError):
+    """A virtual machine, or the program that runs it, failed."""
+
+
+class QmpError(VMError):
+    """QEMU refused a monitor command."""
+
+
+class PagingError(VMError):
+    """The paging layer inside QEMU refused an operation."""
+
+
+class GuestError(VMError):
+    """The guest agent failed or broke the protocol."""
+
+
+class CloneLost(VMError):
+    """A clone died before it answered.
+
+    Attributes:
+        rank: its rank in the parallel region.
+        cause: what the hypervisor, the agent or the console say about it.
+        host: name of the host on which it ran.
+        console: the end of its console output, possibly empty.
+        results: results of the ranks that answered, by rank (filled in by the region).
+    """
+
+    def __init__(self, message: str, *, rank: int, cause: str, host: str = "", console: str = "",
+                 hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rank = rank
+        self.cause = cause
+        self.host = host
+        self.console = console
+        self.results: dict[int, Any] = {}
+
+
+class NetworkError(SfError):
+    """The clone network could not be set up or used."""
+
+
+class ProtocolError(SfError):
+    """Bytes on a wire that no correct peer sends."""
+
+
+class RegionError(SfError):
+    """A parallel region ended without all of its results.
+
+    Attributes:
+        results: results of the ranks that answered, by rank (or by item index, in a map).
+    """
+
+    def __init__(self, message: str, *, results: dict[int, Any] | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.results: dict[int, Any] = results or {}
+
+
+class RankError(RegionError):
+    """The function raised in one or more ranks and the exceptions were gathered (`on_error="gather"`).
+
+    Attributes:
+        errors: the exceptions by rank.
+    """
+
+    def __init__(self, message: str, *, errors: dict[int, BaseException], results: dict[int, Any] | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, results=results, hint=hint)
+        self.errors = errors
+
+
+class RegionTimeout(RegionError, TimeoutError):
+    """Not all ranks answered in time.
+
+    Attributes:
+        missing: the ranks that had not answered.
+    """
+
+    def __init__(self, message: str, *, missing: list[int], results: dict[int, Any] | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, results=results, hint=hint)
+        self.missing = missing
+
+
+class CollectConflict(RegionError):
+    """Two ranks wrote the same collected file.
+
+    Attributes:
+        path: the file, relative to the folder of the glob.
+        ranks: the ranks that wrote it.
+    """
+
+    def __init__(self, message: str, *, path: str, ranks: tuple[int, int], results: dict[int, Any] | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, results=results, hint=hint)
+        self.path = path
+        self.ranks = ranks
+
+
+class ResultNotPicklable(SfError):
+    """A rank's result (or exception) cannot be sent to the parent."""
+
+
+class Closed(SfError):
+    """The object was closed by its user: this call comes after `shutdown`, `kill` or `exit`."""
