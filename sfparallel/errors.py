@@ -17,9 +17,11 @@
     ├── ProtocolError           bytes on a wire that no correct peer sends
     ├── RegionError             a parallel region ended without all of its results
     │   ├── RankError           the function raised in one or more ranks (`.errors`)
+    │   ├── RankExit            the function called sys.exit or sf.exit in a rank (`.rank`, `.code`)
     │   ├── RegionTimeout       not all ranks answered in time (`.missing`)
     │   └── CollectConflict     two ranks wrote the same collected file
-    ├── ResultNotPicklable      a rank's result (or exception) cannot travel
+    ├── RemoteError             an exception of a rank that cannot travel; this is its text (`.type_name`, `.traceback_text`)
+    ├── ResultNotPicklable      a rank's result cannot travel
     └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`
 
 Errors cross clones, so all of them pickle: they keep their constructor's keyword arguments in attributes.
@@ -167,6 +169,21 @@ class RankError(RegionError):
         self.errors = errors
 
 
+class RankExit(RegionError):
+    """The function ended its rank by `sys.exit` or `sf.exit` instead of returning a result.
+
+    Attributes:
+        rank: the rank that did.
+        code: what it passed (None without an argument).
+    """
+
+    def __init__(self, message: str, *, rank: int, code: object, results: dict[int, Any] | None = None,
+                 hint: str | None = None) -> None:
+        super().__init__(message, results=results, hint=hint)
+        self.rank = rank
+        self.code = code
+
+
 class RegionTimeout(RegionError, TimeoutError):
     """Not all ranks answered in time.
 
@@ -195,8 +212,22 @@ class CollectConflict(RegionError):
         self.ranks = ranks
 
 
+class RemoteError(SfError):
+    """Stands for an exception of a rank that cannot be pickled, or not be unpickled, so that only its text arrives.
+
+    Attributes:
+        type_name: module and name of the original exception's type.
+        traceback_text: the formatted traceback in the rank.
+    """
+
+    def __init__(self, message: str, *, type_name: str, traceback_text: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.type_name = type_name
+        self.traceback_text = traceback_text
+
+
 class ResultNotPicklable(SfError):
-    """A rank's result (or exception) cannot be sent to the parent."""
+    """A rank's result cannot be sent to the parent."""
 
 
 class Closed(SfError):

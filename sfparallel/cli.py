@@ -1,0 +1,243 @@
+"""The commands `sfrun` (run a program whose workers are clones) and `sf` (images, diagnosis, jobs)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
+from sfparallel.errors import EnvironmentProblem, SfError, UsageError
+
+EXIT_USAGE = 2
+EXIT_FAILED = 70
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _errors_told(command: str) -> Iterator[None]:
+    """Turn errors into one clear message and an exit code; a traceback would only hide it."""
+    try:
+        yield
+    except SfError as error:
+        if LOG.get() == "debug":
+            raise
+        _say(f"{command}: {error}")
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if LOG.get() == "debug" or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM):
+            raise
+        _say(f"{command}: {error}\n  hint: `sf doctor` says what this machine lacks")
+        sys.exit(EXIT_FAILED)
+
+
+def _sfrun_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sfrun",
+        usage="sfrun [options] script.py [args…]  |  sfrun [options] -m module [args…]  |  sfrun [options] -c command [args…]",
+        description="Run a Python program in a VM whose clones are its workers.",
+        epilog="settings from the environment: " + "; ".join(f"{s.variable}: {s.help}" for s in SETTINGS),
+    )
+    add = parser.add_argument
+    add("-n", type=int, metavar="N", help="clones of every sf.parallel that does not say n itself")
+    add("--memory", default="1G", metavar="SIZE", help="RAM of the parent, and of each clone (copy-on-write); default 1G")
+    add("--cpus", type=int, default=1, metavar="K", help="virtual CPUs of parent and clones; default 1")
+    add("--image", default="default", metavar="NAME", help="guest image (see `sf image list`)")
+    add("--label", action=argparse.BooleanOptionalAction, default=True, help="put the rank before each line that a clone prints")
+    add("--timeout", type=float, metavar="S", help="stop the job after S seconds (exit code 124)")
+    add("--env", action="append", default=[], metavar="K=V", help="set an environment variable of the program")
+    add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path, through a block image")
+    add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
+    add("--stats", action="store_true", help="print what each fork cost")
+    add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
+    add("--connect", metavar="URI", help="libvirt connection; default: the daemon that is there, else the embedded driver")
+    return parser
+
+
+def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Split sfrun's own options from the program, as `python` does: what follows -m, -c or the script is the program's.
+
+    Returns:
+        Own options, mode ("script", "module" or "command"), and the program with its arguments.
+    """
+    takes_value = {"-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool"}
+    own: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-m", "-c"):
+            if not rest:
+                raise UsageError(f"{word} needs a {'module' if word == '-m' else 'command'}")
+            return own, "module" if word == "-m" else "command", rest
+        if word == "--":
+            return own, "script", rest
+        if not word.startswith("-") or word == "-":
+            return own, "script", [word, *rest]
+        own.append(word)
+        if word in takes_value and rest:
+            own.append(rest.pop(0))
+    return own, "script", []
+
+
+def _forward(text: str) -> tuple[int, int]:
+    host, _, guest = text.partition(":")
+    try:
+        ports = int(host), int(guest or host)
+    except ValueError:
+        ports = 0, 0
+    if not all(0 < port < 65536 for port in ports):
+        raise UsageError(f"--forward {text}: not a pair of ports", hint="write --forward 8888:8888")
+    return ports
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key:
+            raise UsageError(f"--env {pair!r}: not a setting", hint="write --env NAME=VALUE")
+        result[key] = value if equals else os.environ.get(key, "")
+    return result
+
+
+def sfrun(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `sfrun`."""
+    with _errors_told("sfrun"):
+        sys.exit(_sfrun(sys.argv[1:] if arguments is None else arguments))
+
+
+def _sfrun(arguments: Sequence[str]) -> int:
+    own, mode, words = _split_program(arguments)
+    parser = _sfrun_parser()
+    options = parser.parse_args(own)
+    if not words:
+        parser.error("say which script (or -m module, or -c command) to run")
+    if options.n is not None and options.n < 1:
+        raise UsageError(f"-n {options.n}: at least 1 clone")
+    if options.cpus < 1:
+        raise UsageError(f"--cpus {options.cpus}: at least 1")
+    _start_log()
+    # Late: these import libvirt and more, which `sfrun --help` and usage errors need not wait for.
+    from sfparallel.vmm.job import JobOptions, Program, run
+
+    cwd = Path(os.path.realpath(os.getcwd()))
+    folder, path0 = None, "" if mode == "command" else str(cwd)
+    if mode == "script":
+        script = Path(words[0]).absolute()
+        if not script.is_file():
+            raise UsageError(f"there is no script {words[0]!r}", hint=f"the current folder is {cwd}")
+        script = Path(os.path.realpath(script))
+        folder, path0 = script.parent, str(script.parent)
+        words = [str(script), *words[1:]]
+    data = tuple(Path(os.path.realpath(text)) for text in options.data)
+    for path in data:
+        if not path.is_dir():
+            raise UsageError(f"--data {path}: not a folder")
+    program = Program(mode, tuple(words), cwd, folder, path0, _environment(options.env))
+    return run(
+        JobOptions(
+            program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
+            labels=options.label, timeout_s=options.timeout, data=data,
+            forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats, connect=options.connect,
+            pool=options.pool,
+        ),
+        _say,
+    )  # fmt: skip
+
+
+def _start_log() -> None:
+    logging.basicConfig(level=LOG.get().upper(), format="sfrun: %(levelname)s: %(message)s", stream=sys.stderr)
+
+
+# -- sf ----------------------------------------------------------------------------------------------------------------
+
+
+def _sf_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="what works on this machine, what does not, and the remedy")
+    image = commands.add_parser("image", help="guest images").add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = image.add_parser("build", help="build a guest image (once; later calls find it)")
+    build.add_argument("name", nargs="?", default="default")
+    build.add_argument("--package", action="append", default=[], metavar="DEB", help="a Debian package to add (repeatable)")
+    build.add_argument("--pip", action="append", default=[], metavar="SPEC", help="a Python package to add (repeatable)")
+    image.add_parser("list", help="images in the cache folder")
+    image.add_parser("rm", help="remove an image").add_argument("name")
+    commands.add_parser("ps", help="jobs that run now")
+    clean = commands.add_parser("clean", help="remove what interrupted builds left, and unused templates")
+    clean.add_argument("--all", action="store_true", help="remove images and data images as well")
+    commands.add_parser("settings", help="settings that the environment may override")
+    return parser
+
+
+def sf(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `sf`."""
+    with _errors_told("sf"):
+        options = _sf_parser().parse_args(arguments)
+        _start_log()
+        sys.exit(_COMMANDS[options.command](options))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sfparallel.vmm.doctor import Status, diagnose, render
+
+    findings = diagnose()
+    print(render(findings))
+    return 0 if all(finding.status is Status.OK for finding in findings) else 1
+
+
+def _image(options: argparse.Namespace) -> int:
+    from sfparallel.vmm import image as images
+    from sfparallel.vmm.progress import StageDisplay
+
+    if options.action == "build":
+        recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)))
+        with StageDisplay(f"image {options.name}") as display:
+            image = images.build(recipe, display)
+        print(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")
+    elif options.action == "list":
+        for image in images.list_images():
+            print(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
+    else:
+        images.remove(options.name)
+    return 0
+
+
+def _ps(options: argparse.Namespace) -> int:
+    from sfparallel.vmm.registry import running_jobs
+
+    print(f"{'PID':>8} {'CLONES':>7} {'FORKS':>6} {'SECONDS':>8}  PROGRAM")
+    for job in asyncio.run(running_jobs()):
+        print(f"{job.pid:8} {job.clones:7} {job.forks:6} {job.seconds:8.0f}  {job.program}")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from sfparallel.vmm.registry import clean
+
+    for line in clean(everything=options.all):
+        print(line)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> int:
+    for setting in SETTINGS:
+        print(f"{setting.variable:16} {setting.get() or '-':24} {setting.help}")
+    print(f"cache folder: {cache_folder()}")
+    return 0
+
+
+_COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "clean": _clean, "settings": _settings}
+
+__all__ = ["EnvironmentProblem", "sf", "sfrun"]

@@ -1,0 +1,45 @@
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+static void step(int result, const char *what)
+{
+    if (result < 0)
+        die(what, result);
+}
+
+static int open_children(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    if (sigprocmask(SIG_BLOCK, &set, NULL) < 0)
+        return -errno;
+    int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    return fd < 0 ? -errno : fd;
+}
+
+int main(void)
+{
+    /* Zeroed and never freed: it lives as long as the guest. */
+    struct agent *agent = calloc(1, sizeof *agent);
+    if (!agent)
+        die("agent", ENOMEM);
+    boot();
+    signal(SIGPIPE, SIG_IGN);
+    agent->children = open_children();
+    step(agent->children, "signalfd");
+    agent->vmstat = open("/proc/vmstat", O_RDONLY | O_CLOEXEC);
+    step(agent->vmstat < 0 ? -errno : 0, "/proc/vmstat");
+    step(cgroup_open(&agent->cgroup), "cgroup");
+    step(clients_open(&agent->clients), "agent.sock");
+    step(host_open(&agent->host), "identity");
+    step(port_open(&agent->port), "port sf.agent");
+    step(program_start_zygote(&agent->program), "zygote");
+    agent_run(agent);
+}

@@ -1,0 +1,279 @@
+/* The zygote, a Python process with everything imported, and the user program that it forks. */
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+/* A piece of output and its frame header fill exactly one buffer of the port's driver. */
+#define PIECE_SIZE ((32u << 10) - FRAME_HEADER_SIZE)
+enum { CHANNEL_STDOUT = 1, CHANNEL_STDERR = 2 };
+
+static void become_zygote(int socket)
+{
+    char number[16], path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    char variable[32], home[] = "HOME=/root", locale[] = "LANG=C.UTF-8";
+    char *environment[] = { path, home, locale, variable, NULL };
+    char *arguments[] = { (char[]){ "python3" }, (char[]){ "-m" }, (char[]){ "sfparallel.runtime.zygote" }, NULL };
+    sigset_t none;
+    int input = open("/dev/null", O_RDONLY);
+    if (input < 0 || dup2(input, 0) < 0 || fcntl(socket, F_SETFD, 0) < 0)
+        _exit(126);
+    close(input);
+    snprintf(number, sizeof number, "%d", socket);
+    snprintf(variable, sizeof variable, "SF_ZYGOTE_FD=%s", number);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    signal(SIGPIPE, SIG_DFL);
+    execve("/usr/bin/python3", arguments, environment);
+    _exit(127);
+}
+
+int program_start_zygote(struct program *program)
+{
+    int ends[2], room = 2 << 20;
+    char answer[16];
+    *program = (struct program){ .zygote = -1, .input = -1, .output = -1, .error = -1 };
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
+        return -errno;
+    /* RUN's payload, arguments and environment, must fit into one packet. */
+    if (setsockopt(ends[0], SOL_SOCKET, SO_SNDBUFFORCE, &room, sizeof room) < 0)
+        return -errno;
+    program->zygote = ends[0];
+    program->zygote_pid = fork();
+    if (program->zygote_pid < 0)
+        return -errno;
+    if (program->zygote_pid == 0)
+        become_zygote(ends[1]);
+    close(ends[1]);
+    ssize_t n = recv(program->zygote, answer, sizeof answer, 0);
+    return n == 5 && memcmp(answer, "ready", 5) == 0 ? 0 : -ECHILD;
+}
+
+static int send_run(int zygote, const uint8_t *payload, size_t size, const int fds[3])
+{
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(3 * sizeof(int))];
+    } control = { .header = { .cmsg_len = CMSG_LEN(3 * sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+    memcpy(CMSG_DATA(&control.header), fds, 3 * sizeof(int));
+    struct iovec piece = { .iov_base = (void *)(uintptr_t)payload, .iov_len = size };
+    struct msghdr message = {
+        .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof control.room,
+    };
+    return sendmsg(zygote, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+static int set_nonblocking(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+int program_run(struct program *program, const uint8_t *payload, size_t size)
+{
+    int pipes[3][2];
+    if (program->started)
+        return -EBUSY;
+    for (unsigned i = 0; i < 3; i++)
+        if (pipe2(pipes[i], O_CLOEXEC) < 0)
+            return -errno;
+    program->input = pipes[0][1];
+    program->output = pipes[1][0];
+    program->error = pipes[2][0];
+    program->pid = 0;
+    program->signal = 0;
+    program->stdin_end = false;
+    queue_clear(&program->stdin_queue);
+    if (set_nonblocking(program->input) < 0 || set_nonblocking(program->output) < 0 || set_nonblocking(program->error) < 0)
+        return -errno;
+    int theirs[3] = { pipes[0][0], pipes[1][1], pipes[2][1] };
+    int result = send_run(program->zygote, payload, size, theirs);
+    for (unsigned i = 0; i < 3; i++)
+        close(theirs[i]);
+    program->started = result == 0;
+    return result;
+}
+
+static void close_end(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+void program_close_stdin(struct program *program)
+{
+    queue_clear(&program->stdin_queue);
+    close_end(&program->input);
+}
+
+/* Send what one read(2) gives. Returns 1 if there was something, 0 if not or at the end, or -errno of the port. */
+static int relay_piece(int *fd, struct port *port, uint16_t channel)
+{
+    if (*fd < 0)
+        return 0;
+    ssize_t n = read(*fd, port_payload(port), PIECE_SIZE);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return 0;
+    if (n <= 0) {
+        close_end(fd);
+        return 0;
+    }
+    int result = port_send_prepared(port, FRAME_OUTPUT, channel, (size_t)n);
+    return result < 0 ? result : 1;
+}
+
+int program_output_event(int *fd, struct port *port, uint16_t channel)
+{
+    int result = relay_piece(fd, port, channel);
+    return result < 0 ? result : 0;
+}
+
+int program_drain(struct program *program, struct port *port)
+{
+    int result;
+    while ((result = relay_piece(&program->output, port, CHANNEL_STDOUT)) > 0)
+        ;
+    if (result < 0)
+        return result;
+    while ((result = relay_piece(&program->error, port, CHANNEL_STDERR)) > 0)
+        ;
+    return result;
+}
+
+static int discard(int fd, uint8_t *scratch, size_t size)
+{
+    if (fd < 0)
+        return 0;
+    for (;;) {
+        ssize_t n = read(fd, scratch, size);
+        if (n == 0 || (n < 0 && errno == EAGAIN))
+            return 0;
+        if (n < 0 && errno != EINTR)
+            return -errno;
+    }
+}
+
+/* What the parent's user typed and its program has not read must not be read by the clone. We hold the writing end of
+   that pipe only; /proc/self/fd reopens the pipe for reading (proc(5)). The program is frozen: nobody reads meanwhile. */
+static int discard_input(int fd, uint8_t *scratch, size_t size)
+{
+    int waiting = 0;
+    char path[32];
+    if (fd < 0 || ioctl(fd, FIONREAD, &waiting) < 0 || waiting == 0)
+        return 0;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int reader = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (reader < 0)
+        return -errno;
+    int result = discard(reader, scratch, size);
+    close(reader);
+    return result;
+}
+
+int program_discard(struct program *program, uint8_t *scratch, size_t size)
+{
+    int result = discard(program->output, scratch, size);
+    if (result == 0)
+        result = discard(program->error, scratch, size);
+    if (result == 0)
+        result = discard_input(program->input, scratch, size);
+    return result;
+}
+
+static int send_exited(struct program *program, struct port *port, int64_t status, int64_t kills)
+{
+    int result = program_drain(program, port);
+    if (result < 0)
+        return result;
+    program_close_stdin(program);
+    close_end(&program->output);
+    close_end(&program->error);
+    program->started = false;
+    program->pid = 0;
+    msgpack_sbuffer buffer;
+    msgpack_packer packer;
+    msgpack_sbuffer_init(&buffer);
+    msgpack_packer_init(&packer, &buffer, msgpack_sbuffer_write);
+    msgpack_pack_map(&packer, 2);
+    msgpack_pack_str_with_body(&packer, "status", 6);
+    msgpack_pack_int64(&packer, status);
+    msgpack_pack_str_with_body(&packer, "oom_kills", 9);
+    msgpack_pack_int64(&packer, kills);
+    result = port_send(port, FRAME_EXITED, 0, buffer.data, buffer.size);
+    msgpack_sbuffer_destroy(&buffer);
+    return result;
+}
+
+static void send_signal(const struct program *program, int number)
+{
+    /* The program makes itself a group leader right after it was forked; until then there is only the process. */
+    if (kill(-program->pid, number) < 0 && errno == ESRCH)
+        kill(program->pid, number);
+}
+
+int program_zygote_event(struct program *program, struct port *port, int vmstat)
+{
+    uint8_t message[512];
+    struct report report;
+    ssize_t n = recv(program->zygote, message, sizeof message, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return 0;
+    if (n <= 0)
+        return -ECHILD;
+    int result = report_decode(message, (size_t)n, &report);
+    if (result < 0)
+        return result;
+    if (report.kind == REPORT_EXITED)
+        return program->started ? send_exited(program, port, report.status, oom_kills(vmstat)) : 0;
+    program->pid = (pid_t)report.pid;
+    if (program->signal)
+        send_signal(program, program->signal);
+    program->signal = 0;
+    return 0;
+}
+
+void program_signal(struct program *program, int number)
+{
+    if (program->pid > 0)
+        send_signal(program, number);
+    else if (program->started)
+        program->signal = number;
+}
+
+void program_stdin_event(struct program *program)
+{
+    for (struct chunk *chunk; program->input >= 0 && (chunk = program->stdin_queue.first);) {
+        ssize_t n = write(program->input, chunk->data + chunk->done, chunk->size - chunk->done);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0)
+            break; /* EPIPE: the program does not want it */
+        chunk->done += (size_t)n;
+        if (chunk->done == chunk->size)
+            queue_pop(&program->stdin_queue);
+    }
+    if (program->stdin_end || program->stdin_queue.first)
+        program_close_stdin(program);
+}
+
+int program_stdin(struct program *program, const uint8_t *data, size_t size)
+{
+    if (program->input < 0)
+        return 0;
+    if (size == 0)
+        program->stdin_end = true;
+    else if (queue_append(&program->stdin_queue, data, size) < 0)
+        return -ENOMEM;
+    program_stdin_event(program);
+    return 0;
+}

@@ -1,0 +1,169 @@
+"""A client of the guest agent: requests to the supervisor, and events from it, over the agent's local socket.
+
+One packet is one msgpack map (sfparallel.wire). In a fork the very same socket, with the very same request pending, exists in
+every VM: the parent's and each clone's reply arrive on it in their own VM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import threading
+import time
+from typing import Any, NoReturn
+
+from sfparallel import wire
+from sfparallel.config import Setting
+from sfparallel.errors import (
+    CapacityError,
+    GuestError,
+    OutsideVMError,
+    ProtocolError,
+    SfError,
+    StateError,
+    UsageError,
+    VMError,
+)
+from sfparallel.runtime.hypervisor import Fork, Grant, Hello, Lost, Sibling
+
+AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
+
+
+def connect() -> Connection:
+    """Connect to the agent of this VM.
+
+    Raises:
+        OutsideVMError: there is none.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(AGENT.get())
+    except OSError as error:
+        sock.close()
+        raise OutsideVMError("this call works only inside a virtual machine of sfparallel",
+                             hint="start the program with sfrun, e.g. `sfrun -n 8 script.py`") from error
+    return Connection(sock)
+
+
+def park() -> NoReturn:
+    """Never return: for a thread that belongs to the parent and goes on in a clone only because the whole VM was forked."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+class Connection:
+    """The real `Hypervisor`. Used by one thread at a time."""
+
+    keeps_threads = True
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._ids = itertools.count(1)
+        self._events: list[Lost] = []
+
+    def hello(self) -> Hello:
+        reply = self._request("hello")
+        return Hello(role=reply["role"], address=reply["address"], default_n=reply.get("default_n"), seed=reply.get("seed"),
+                     job=reply.get("job") or "")
+
+    def request_ticket(self, n: int) -> Grant:
+        reply = self._request("ticket", n=n)
+        return Grant(number=reply["ticket"], granted=reply["granted"])
+
+    def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
+        reply = self._request("clone", ticket=ticket, context=context)
+        siblings = tuple(Sibling(each["rank"], each["address"], each.get("host") or "") for each in reply["clones"])
+        return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
+                    entropy=reply.get("entropy") or b"")
+
+    def exit(self, status: int) -> NoReturn:
+        self._post("exit", status=status)
+        # The supervisor discards the VM without an answer. Going on would run the parent's program a second time.
+        park()
+
+    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
+        reply = self._request("join", timeout_s=timeout_s, ticket=ticket)
+        return None if reply is None else {int(rank): status for rank, status in reply["status"].items()}
+
+    def kill(self, ticket: int, ranks: list[int] | None) -> None:
+        self._request("kill", ticket=ticket, **({} if ranks is None else {"ranks": ranks}))
+
+    def report(self, ticket: int, first_s: float, last_s: float) -> None:
+        self._post("stats", ticket=ticket, first_s=first_s, last_s=last_s)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def events(self) -> list[Lost]:
+        while self._readable(0.0):
+            self._receive()
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _post(self, op: str, **fields: Any) -> int:
+        number = next(self._ids)
+        message = wire.pack({"op": op, "id": number, **fields})
+        try:
+            self._socket.send(message)
+        except OSError as error:
+            raise GuestError(f"the guest agent does not take the request {op!r}: {error}") from error
+        return number
+
+    def _request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
+        """Send a request and wait for its reply; None only when a time limit was given and ran out."""
+        number = self._post(op, **fields)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while deadline is None or self._readable(max(0.0, deadline - time.monotonic())):
+            message = self._receive()
+            if message is not None and message.get("id") == number:
+                if "error" in message:
+                    raise _error(op, message)
+                return message
+            # Otherwise the late reply to a request whose caller was interrupted, or had a time limit.
+        return None
+
+    def _readable(self, timeout_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def _receive(self) -> dict[str, Any] | None:
+        """Take one packet; None when it was an event, which is kept for `events`."""
+        try:
+            data = self._socket.recv(wire.MAX_MESSAGE_BYTES)
+        except OSError as error:
+            raise GuestError(f"the connection to the guest agent broke: {error}") from error
+        if not data:
+            raise GuestError("the guest agent closed the connection")
+        message = wire.unpack(data)
+        if "event" not in message:
+            return message
+        if message["event"] == "lost":
+            self._events.append(Lost(ticket=message["ticket"], rank=message["rank"], cause=message["cause"],
+                                     host=message.get("host") or "", console=message.get("console") or ""))
+        return None
+
+
+def _error(op: str, reply: dict[str, Any]) -> SfError:
+    kind, message = reply["error"], reply.get("message") or f"the supervisor refused {op!r}"
+    match kind:
+        case "cancelled":
+            # Another thread forked this VM while the caller waited; this is the clone, and here nobody will ever answer.
+            park()
+        case "capacity":
+            return CapacityError(message, fits=reply.get("fits", 0),
+                                 hint="use a smaller n, or give each VM less memory (sfrun --memory)")
+        case "state":
+            return StateError(message)
+        case "invalid":
+            return UsageError(message)
+        case "clone_failed":
+            return VMError(message)
+        case _:
+            return ProtocolError(f"the supervisor answered {op!r} with the unknown error {kind!r}: {message}")

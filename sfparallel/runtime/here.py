@@ -1,0 +1,199 @@
+"""Where this process is: outside, in the parent or in a clone, and in which region.
+
+This is the runtime's one piece of global state, because it describes what is global: the VM around the process. It survives a
+fork (the whole VM is cloned) and is corrected in the clone by `became_clone`. Nothing in it may be keyed on process ids or host
+names: `os.getpid()` is the same in the parent and in all clones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sfparallel.runtime import connection
+from sfparallel.runtime.hypervisor import Fork, Hello, Hypervisor
+
+if TYPE_CHECKING:
+    import zmq
+
+    from sfparallel.runtime.communicator import Communicator
+    from sfparallel.runtime.rng import Streams
+
+CloneHook = Callable[[int], object]
+
+
+class Orphanable(Protocol):
+    """Something that waits in a thread of the parent and must notice when it wakes up in a clone."""
+
+    def wake(self) -> None:
+        """Make the waiting thread look around."""
+
+
+@dataclass
+class Membership:
+    """This clone's place in the region that it was made for.
+
+    Attributes:
+        rank: 0..size-1.
+        size: number of ranks.
+        communicator: what `sf.comm()` returns.
+        streams: the region's random streams.
+        key: what this rank works on now: its rank, or the index of an item of a map.
+    """
+
+    rank: int
+    size: int
+    communicator: Communicator
+    streams: Streams
+    key: int
+
+
+class Here:
+    """State of the runtime in this process."""
+
+    def __init__(self) -> None:
+        self.connect: Callable[[], Hypervisor] = connection.connect
+        self.generation = 0
+        """How often this process was cloned: code that must not go on in a clone compares it before and after."""
+        self.rank = 0
+        """Low-level rank; 0 in the parent."""
+        self.membership: Membership | None = None
+        self.lifeline: Hypervisor | None = None
+        """In a clone, the line by which it was made and by which it ends."""
+        self.hooks: list[CloneHook] = []
+        self.waiting: weakref.WeakSet[Orphanable] = weakref.WeakSet()
+        self._parents_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._idle: list[Hypervisor] = []
+        self._hello: Hello | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._ghosts: list[object] = []
+
+    def take_hypervisor(self) -> Hypervisor:
+        """An idle line to the supervisor, or a new one; give it back when its clones are gone.
+
+        Raises:
+            OutsideVMError: this process does not run in a VM of sfparallel.
+        """
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self.connect()
+
+    def give_back(self, hypervisor: Hypervisor) -> None:
+        self._idle.append(hypervisor)
+
+    def hello(self, hypervisor: Hypervisor) -> Hello:
+        """What the supervisor says about this VM; asked once."""
+        if self._hello is None:
+            self._hello = hypervisor.hello()
+        return self._hello
+
+    def require_vm(self) -> Hello:
+        """Check that this is a VM of sfparallel.
+
+        Raises:
+            OutsideVMError: it is not.
+        """
+        if self._hello is None:
+            hypervisor = self.take_hypervisor()
+            self.hello(hypervisor)
+            self.give_back(hypervisor)
+        assert self._hello is not None
+        return self._hello
+
+    def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """The ZeroMQ context of all regions of this process; its I/O thread goes on in clones of the VM."""
+        if self._context is None:
+            import zmq
+            self._context = zmq.Context()
+        return self._context
+
+    def became_clone(self, fork: Fork, hypervisor: Hypervisor) -> None:
+        """First thing in a clone: from here on this process is not the parent any more."""
+        self.generation += 1
+        self.rank = fork.rank
+        self.membership = None
+        self.lifeline = hypervisor
+        self._hello = None
+        # The parent's other lines stay open but unused: closing them would cost wake-ups on the way to the user's function.
+        self._ghosts.append(self._idle)
+        self._idle = []
+        if not hypervisor.keeps_threads:
+            # Kept, not destroyed: destroying would wait for an I/O thread that does not exist on this side.
+            self._ghosts.append(self._context)
+            self._context = None
+            return
+        own = threading.current_thread()
+        self._parents_threads.update(thread for thread in threading.enumerate() if thread is not own)
+        for region in list(self.waiting):
+            region.wake()
+
+    def park_if_ghost(self) -> None:
+        """Stop a thread that came along from the parent when it is about to start a region in a region's clone.
+
+        Two threads of the parent may start regions at the same time. Each fork also clones the other thread, which would go on
+        to fork the clones: n * n VMs that nobody asked for, and whose results nobody sees.
+        """
+        if self.membership is not None and threading.current_thread() in self._parents_threads:
+            connection.park()
+
+    @contextlib.contextmanager
+    def interrupts_deferred(self) -> Iterator[None]:
+        """Hold Ctrl-C back while a fork is under way, so that a KeyboardInterrupt cannot strike between the fork and the moment
+        at which the program knows which side it is on. It is raised at the end in the parent, and dropped in a clone, because it
+        was meant for the parent.
+        """
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            yield  # Python delivers signals to the main thread only
+            return
+        generation = self.generation
+        caught: list[tuple[int, FrameType | None]] = []
+
+        def remember(number: int, frame: FrameType | None) -> Any:
+            caught.append((number, frame))
+
+        signal.signal(signal.SIGINT, remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            if caught and self.generation == generation:
+                handler(*caught[0])
+
+
+HERE = Here()
+
+
+def in_clone() -> bool:
+    """Whether this process runs in a clone; False in the parent and outside any VM."""
+    if HERE.rank:
+        return True
+    from sfparallel.errors import OutsideVMError
+    try:
+        hypervisor = HERE.take_hypervisor()
+    except OutsideVMError:
+        return False
+    # Asked anew every time: another process of this VM may have forked it since.
+    role = hypervisor.hello().role
+    HERE.give_back(hypervisor)
+    return role == "clone"
+
+
+def on_clone(hook: CloneHook) -> CloneHook:
+    """Register a function to be called first thing in every clone, after its identity is new; usable as a decorator.
+
+    Args:
+        hook: called with the clone's rank, in order of registration. What it raises is an error of that rank.
+
+    Returns:
+        `hook` itself.
+    """
+    HERE.hooks.append(hook)
+    return hook

@@ -1,0 +1,115 @@
+"""The seam between parallel regions and whatever forks: what a region needs of the supervisor, and nothing else.
+
+`connection.Connection` is the real thing, a client of the guest agent. Anything else that can fork the caller may stand in its
+place; a fork made with `os.fork` differs in one respect, which is why it is part of the protocol: see `keeps_threads`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What the supervisor says about this VM and its job.
+
+    Attributes:
+        role: "parent" or "clone".
+        address: this VM's address on the clone network.
+        default_n: clones of a region that asks for no number (`sfrun -n`), None without one.
+        seed: seed of the whole job, None without one.
+        job: name of the job.
+    """
+
+    role: str
+    address: str
+    default_n: int | None = None
+    seed: int | None = None
+    job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A ticket as the supervisor numbers it, for `granted` clones."""
+
+    number: int
+    granted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """One clone of a fork: low-level rank (1..m), address on the clone network, and the host that runs it."""
+
+    rank: int
+    address: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """How the call that forked returns, once in the parent (rank 0) and once in each clone (ranks 1..m).
+
+    Attributes:
+        rank: low-level rank of this VM.
+        address: this VM's address, new in a clone.
+        parent: the address of the VM that forked.
+        clones: all clones, the same list in every VM.
+        entropy: bytes that no other VM got; empty in the parent.
+    """
+
+    rank: int
+    address: str
+    parent: str
+    clones: tuple[Sibling, ...]
+    entropy: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A clone died without having called exit; `rank` is its low-level rank."""
+
+    ticket: int
+    rank: int
+    cause: str
+    host: str = ""
+    console: str = ""
+
+
+class Hypervisor(Protocol):
+    """One line to whatever forks this VM. Used by one thread at a time."""
+
+    @property
+    def keeps_threads(self) -> bool:
+        """Whether a clone goes on with all threads of the parent (a VM's does; after `os.fork` only the calling thread is left,
+        and with it no ZeroMQ context that existed before)."""
+
+    def hello(self) -> Hello:
+        """Ask who this VM is."""
+
+    def request_ticket(self, n: int) -> Grant:
+        """Reserve room for up to n clones."""
+
+    def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
+        """Fork; returns in the parent and in every clone."""
+
+    def exit(self, status: int) -> NoReturn:
+        """End this clone."""
+
+    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
+        """Wait until all clones of the ticket are gone: exit status by low-level rank, or None when time ran out."""
+
+    def kill(self, ticket: int, ranks: list[int] | None) -> None:
+        """End clones (all without `ranks`) and wait until they are gone."""
+
+    def report(self, ticket: int, first_s: float, last_s: float) -> None:
+        """Tell when the first and the last answer arrived, in seconds since the fork was asked for (`sfrun --stats`)."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `events` may have something new."""
+
+    def events(self) -> list[Lost]:
+        """Clones that were lost since the last call; never blocks."""
+
+    def close(self) -> None:
+        """Hang up; clones of open tickets are discarded."""

@@ -1,0 +1,170 @@
+"""The line between a region's parent and its clones: messages over ZeroMQ on the clone network.
+
+The parent binds a ROUTER before the fork. Next to it, in the same context, lies a DEALER that is not connected yet: in a clone the
+context and its I/O thread go on (they are memory of the VM like everything else), so that only `connect` is left to do there.
+
+A message is [header (msgpack map), payload frames...]. Who sent it is not believed but checked: ZeroMQ tells the address of the
+peer, and the clone network lets nobody send from another's.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from sfparallel import wire
+from sfparallel.errors import ProtocolError
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.payload import Buffer
+
+HANDSHAKE_MS = 300_000
+"""Many clones on few emulated cores may take long to get through the handshake; the default of 30 s is too short."""
+
+BACKLOG = 4096
+
+
+class Kind(enum.StrEnum):
+    """Kinds of messages; up to COMM from clone to parent, the others from parent to clone."""
+
+    RESULT = "result"
+    ERROR = "error"
+    COMM = "comm"
+    KEYS = "keys"
+    LOST = "lost"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message; `header` holds at least kind and rank, `frames` the payload."""
+
+    kind: Kind
+    rank: int
+    header: dict[str, Any]
+    frames: list[memoryview]
+
+
+class ParentLink:
+    """The parent's end, and the other end as it lies ready for the clones.
+
+    Args:
+        address: this VM's address on the clone network.
+    """
+
+    def __init__(self, address: str) -> None:
+        context = HERE.zmq_context()
+        self.router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        self.dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        try:
+            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+                                  (zmq.BACKLOG, BACKLOG)):
+                self.router.setsockopt(option, value)
+            self.router.bind(f"tcp://{address}:*")
+            self.endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+            set_up_dealer(self.dealer)
+        except BaseException:
+            self.close()
+            raise
+        self._addresses: list[str] = []
+        self._routes: dict[int, bytes] = {}
+
+    def expect(self, addresses: Sequence[str]) -> None:
+        """Say which address each rank has."""
+        self._addresses = list(addresses)
+
+    def receive(self) -> Message | None:
+        """The next message that is what it claims to be, or None when there is none now."""
+        while True:
+            try:
+                parts = self.router.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            try:
+                return self._check(parts)
+            except ProtocolError as error:
+                warnings.warn(f"message on the gather socket dropped: {error}", RuntimeWarning, stacklevel=2)
+
+    def send(self, rank: int, kind: Kind, **fields: Any) -> bool:
+        """Send to a rank that was heard before; False if it was not (ZeroMQ cannot reach it then)."""
+        route = self._routes.get(rank)
+        if route is None:
+            return False
+        self.router.send_multipart([route, wire.pack({"kind": kind.value, **fields})])
+        return True
+
+    def close(self) -> None:
+        self.router.close(linger=0)
+        self.dealer.close(linger=0)
+
+    def _check(self, parts: list[zmq.Frame]) -> Message:
+        if len(parts) < 2:
+            raise ProtocolError("it has no header")
+        header = wire.unpack(parts[1].bytes)
+        rank = header.get("rank")
+        if not isinstance(rank, int) or not 0 <= rank < len(self._addresses):
+            raise ProtocolError(f"no such rank: {rank!r}")
+        peer = parts[1].get("Peer-Address")
+        if peer != self._addresses[rank]:
+            raise ProtocolError(f"it claims to come from rank {rank} ({self._addresses[rank]}) but came from {peer}")
+        try:
+            kind = Kind(header.get("kind", ""))
+        except ValueError:
+            raise ProtocolError(f"unknown kind {header.get('kind')!r}") from None
+        self._routes[rank] = parts[0].bytes
+        return Message(kind, rank, header, [part.buffer for part in parts[2:]])
+
+
+def set_up_dealer(dealer: zmq.Socket[bytes]) -> None:
+    """Options of a clone's end, to be set before it connects."""
+    for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS)):
+        dealer.setsockopt(option, value)
+
+
+class CloneLink:
+    """A clone's end.
+
+    Args:
+        dealer: what `ParentLink` laid ready, not connected yet.
+        rank: this clone's rank in the region.
+        address: this clone's own address: messages must come from there.
+        endpoint: where the parent listens.
+    """
+
+    def __init__(self, dealer: zmq.Socket[bytes], rank: int, address: str, endpoint: str) -> None:
+        self.dealer = dealer
+        self.rank = rank
+        self.lost: dict[int, str] = {}
+        """Ranks that will not take part any more, and why."""
+        self._inbox: list[dict[str, Any]] = []
+        dealer.connect(f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}")
+
+    def send(self, kind: Kind, frames: Sequence[Buffer] = (), **fields: Any) -> None:
+        header = wire.pack({"kind": kind.value, "rank": self.rank, **fields})
+        self.dealer.send_multipart([header, *frames], copy=False)
+
+    def receive(self) -> tuple[Kind, list[int]]:
+        """Wait for new keys, or the release."""
+        while not self._inbox:
+            self._take(self.dealer.recv_multipart())
+        message = self._inbox.pop(0)
+        return Kind(message["kind"]), message.get("keys", [])
+
+    def look(self) -> None:
+        """Take what has arrived, without waiting; notices of lost ranks go to `lost`."""
+        while True:
+            try:
+                self._take(self.dealer.recv_multipart(zmq.DONTWAIT))
+            except zmq.Again:
+                return
+
+    def _take(self, parts: list[bytes]) -> None:
+        message = wire.unpack(parts[0])
+        if message["kind"] == Kind.LOST:
+            self.lost[message["lost"]] = message["cause"]
+        else:
+            self._inbox.append(message)

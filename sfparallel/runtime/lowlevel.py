@@ -1,0 +1,175 @@
+"""The low level: SnowFlock's calls and meaning. The parent has rank 0, clones have ranks 1..m.
+
+(H. A. Lagar-Cavilla et al., "SnowFlock: Rapid Virtual Machine Cloning for Cloud Computing", EuroSys 2009.)
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from typing import NoReturn
+
+from sfparallel.errors import Closed, StateError, UsageError
+from sfparallel.runtime import identity
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Fork, Hypervisor
+
+
+class TicketState(enum.Enum):
+    """GRANTED -> CLONED -> CLOSED; a ticket may be closed without having been used."""
+
+    GRANTED = "granted"
+    CLONED = "cloned"
+    CLOSED = "closed"
+
+
+class Ticket:
+    """Permission for `granted` clones, for one fork.
+
+    Attributes:
+        granted: how many clones; at most as many as were asked for.
+        state: where the ticket is in its life.
+    """
+
+    def __init__(self, hypervisor: Hypervisor, number: int, granted: int) -> None:
+        self.hypervisor = hypervisor
+        self.number = number
+        self.granted = granted
+        self.state = TicketState.GRANTED
+        self._generation = HERE.generation
+
+    def __repr__(self) -> str:
+        return f"<Ticket {self.number}: {self.granted} clones, {self.state.value}>"
+
+    def require(self, *states: TicketState) -> None:
+        """Check that the ticket is this VM's own and in one of `states`.
+
+        Raises:
+            StateError: it is not.
+            Closed: its clones were joined or killed already.
+        """
+        if self._generation != HERE.generation:
+            raise StateError(f"ticket {self.number} belongs to the parent; this is a clone",
+                             hint="a clone ends with sf.exit(), or asks for a ticket of its own")
+        if self.state in states:
+            return
+        if self.state is TicketState.CLOSED:
+            raise Closed(f"ticket {self.number} was used up: its clones are gone", hint="ask for a new one")
+        required = " or ".join(state.value for state in states)
+        raise StateError(f"ticket {self.number} is {self.state.value}; this call needs one that is {required}")
+
+    def close(self) -> None:
+        """The clones are gone: the line to the supervisor is free for the next ticket."""
+        if self.state is not TicketState.CLOSED:
+            self.state = TicketState.CLOSED
+            HERE.give_back(self.hypervisor)
+
+
+def check_count(name: str, value: object) -> int:
+    """`value` as a number of clones or items, which is at least 1.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def request_ticket(n: int) -> Ticket:
+    """Ask for permission to make up to n clones.
+
+    Returns:
+        a ticket for `ticket.granted` <= n clones.
+
+    Raises:
+        OutsideVMError: this is not a VM of sfparallel.
+        CapacityError: not even one clone fits now.
+    """
+    check_count("n", n)
+    hypervisor = HERE.take_hypervisor()
+    grant = hypervisor.request_ticket(n)
+    return Ticket(hypervisor, grant.number, grant.granted)
+
+
+def fork(ticket: Ticket, context: str = "") -> Fork:
+    """Fork, without renewing the Python-level identity in the clones: the caller does, before anything else.
+
+    Args:
+        ticket: a ticket that was not used yet.
+        context: what the fork is for, for people who look at the running job.
+    """
+    ticket.require(TicketState.GRANTED)
+    # What is still buffered would otherwise be printed by the parent and by every clone.
+    flush_output()
+    result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
+    ticket.state = TicketState.CLONED
+    if result.rank:
+        HERE.became_clone(result, ticket.hypervisor)
+    return result
+
+
+def clone(ticket: Ticket) -> int:
+    """Fork this VM: the call returns in the parent and in `ticket.granted` clones of it, each inside a VM of its own.
+
+    Args:
+        ticket: from `request_ticket`; good for one fork.
+
+    Returns:
+        0 in the parent, 1..m in the clones.
+    """
+    with HERE.interrupts_deferred():
+        result = fork(ticket)
+        if result.rank:
+            assume_identity(result.entropy, result.rank)
+    return result.rank
+
+
+def assume_identity(entropy: bytes, rank: int) -> None:
+    """In a clone: renew this process's identity, then call the hooks of `sf.on_clone` with `rank`."""
+    identity.refresh(entropy)
+    for hook in HERE.hooks:
+        hook(rank)
+
+
+def exit(status: int = 0) -> NoReturn:
+    """End this clone; never returns. Within a parallel region this is an error of the rank, as `sys.exit` is.
+
+    Args:
+        status: 0..255, what `sf.join` reports for this rank.
+
+    Raises:
+        StateError: this is the parent.
+    """
+    if HERE.membership is not None:
+        raise SystemExit(status)
+    if HERE.lifeline is None:
+        raise StateError("sf.exit() ends a clone; this is the parent", hint="the parent ends like any program: sys.exit()")
+    flush_output()
+    HERE.lifeline.exit(status)
+
+
+def join(ticket: Ticket) -> dict[int, int]:
+    """Wait until every clone of the ticket has called `sf.exit` or died.
+
+    Returns:
+        exit status by rank.
+    """
+    ticket.require(TicketState.CLONED)
+    status = ticket.hypervisor.join(ticket.number, None)
+    ticket.close()
+    return status or {}
+
+
+def kill(ticket: Ticket) -> None:
+    """End all clones of the ticket now; also gives back a ticket that was not used."""
+    ticket.require(TicketState.GRANTED, TicketState.CLONED)
+    ticket.hypervisor.kill(ticket.number, None)
+    ticket.close()
+
+
+def flush_output() -> None:
+    """Flush what Python buffers of standard output and error; either may have been closed or taken away by the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()

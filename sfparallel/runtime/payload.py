@@ -1,0 +1,133 @@
+"""How results and exceptions travel: pickle protocol 5, large buffers as frames of their own (PEP 574).
+
+A payload is a list of frames: the pickle, then its out-of-band buffers in order. Large arrays are neither copied into the pickle
+nor out of it. Pure functions, no sockets.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+
+from sfparallel.errors import RankExit, RemoteError, ResultNotPicklable
+
+Buffer = bytes | bytearray | memoryview
+
+IN_BAND_BYTES = 64 << 10
+"""Smaller buffers stay inside the pickle. ZeroMQ would copy them anyway, and hands out small messages at odd addresses inside its
+receive buffer, where an array would not be aligned; large ones have memory of their own, aligned to 8 bytes (measured with
+libzmq 4.3.4 and 4.3.5)."""
+
+
+def dumps(value: Any) -> list[Buffer]:
+    """Pickle `value` into frames; buffers are referred to, not copied.
+
+    Raises:
+        ResultNotPicklable: neither pickle nor cloudpickle can.
+    """
+    try:
+        return _dumps(pickle.dumps, value)
+    except Exception:  # a class's own __reduce__ may raise anything
+        pass
+    try:
+        return _dumps(cloudpickle.dumps, value)
+    except Exception as error:
+        raise ResultNotPicklable(f"a {type(value).__qualname__} cannot be sent to the parent: {error}",
+                                 hint="return plain data (numbers, arrays, containers), or write a file and use collect=") from error
+
+
+def _dumps(dump: Any, value: Any) -> list[Buffer]:
+    buffers: list[Buffer] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            view = buffer.raw()
+        except BufferError:
+            return True  # not contiguous: pickle itself says what is wrong with it
+        if view.nbytes < IN_BAND_BYTES:
+            return True
+        buffers.append(view)
+        return False
+
+    data = dump(value, protocol=5, buffer_callback=keep)
+    return [data, *buffers]
+
+
+def loads(frames: Sequence[Buffer]) -> Any:
+    """Rebuild what `dumps` was given. Arrays lie in the memory of `frames` and are writable.
+
+    Raises:
+        ResultNotPicklable: the pickle cannot be read here.
+    """
+    try:
+        return pickle.loads(frames[0], buffers=[_writable(frame) for frame in frames[1:]])
+    except Exception as error:  # a class's own __setstate__ may raise anything
+        raise ResultNotPicklable(f"a result arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
+                                 hint="its class must be importable, and rebuildable from its pickle, in the parent") from error
+
+
+def _writable(frame: Buffer) -> Buffer:
+    view = memoryview(frame)
+    return bytearray(view) if view.readonly else view
+
+
+def _clean(text: str) -> str:
+    """Text that msgpack takes: Python strings may hold lone surrogates (undecodable file names), UTF-8 may not."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return _clean(str(error))
+    except Exception:  # a class's own __str__ may raise anything
+        return f"<{type(error).__qualname__} without a readable message>"
+
+
+def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Buffer]]:
+    """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
+    kind = type(error)
+    description = {
+        "type": f"{kind.__module__}.{kind.__qualname__}",
+        "message": _message(error),
+        "traceback": _clean("".join(traceback.format_exception(error))),
+    }
+    if isinstance(error, SystemExit):
+        error = RankExit(f"rank {rank} called sys.exit({_clean(repr(error.code))}) instead of returning", rank=rank,
+                         code=error.code if isinstance(error.code, int) else str(error.code))
+    elif not isinstance(error, Exception):
+        # A KeyboardInterrupt of a rank, raised as such in the parent, would look like the user's own.
+        return description, []
+    try:
+        frames = dumps(error)
+        # Many exceptions pickle but do not unpickle: __init__ wants arguments that `args` does not hold.
+        loads([bytes(frame) for frame in frames])
+    except ResultNotPicklable:
+        return description, []
+    return description, frames
+
+
+def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str) -> BaseException:
+    """The exception of a rank as the parent raises it: the original type, with the remote traceback as a note (PEP 678).
+
+    Args:
+        description: from `dump_error`.
+        frames: from `dump_error`.
+        where: the rank, host and item, for the note.
+    """
+    error: BaseException | None = None
+    if frames:
+        try:
+            loaded = loads(frames)
+        except ResultNotPicklable:
+            loaded = None
+        if isinstance(loaded, BaseException):
+            error = loaded
+    if error is None:
+        error = RemoteError(f"{description['type']}: {description['message']}", type_name=description["type"],
+                            traceback_text=description["traceback"])
+    error.add_note(f"raised in {where}:\n{description['traceback'].rstrip()}")
+    return error

@@ -1,0 +1,120 @@
+"""Checkpoints and the memory layers that they are made of.
+
+A layer is a sparse file of the size of guest RAM that holds some of its pages, at their own offsets: a template's file on
+disk, or a memfd. A VM's memory is a `MemoryMap`: for each page the layer that holds it. Layers are shared by all VMs that
+were forked from the same state and go away with the last holder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from sfparallel.errors import StateError
+from sfparallel.vmm.layers import MemoryMap
+from sfparallel.vmm.paging import MapPlan
+
+MAX_LAYERS = 65535
+
+
+class LayerStore:
+    """All layers of a job, each with its holders (VMs and checkpoints)."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, int] = {}
+        self._holders: dict[int, set[Hashable]] = {}
+        self._fixed: set[int] = set()
+
+    def add(self, fd: int, holder: Hashable, *, fixed: bool = False) -> int:
+        """Take over a layer's descriptor; returns its number (the lowest free one).
+
+        A fixed layer is a template's file, which other jobs map too: it is never written in place.
+        """
+        number = next(n for n in range(1, MAX_LAYERS) if n not in self._fds)
+        self._fds[number] = fd
+        self._holders[number] = {holder}
+        if fixed:
+            self._fixed.add(number)
+        return number
+
+    def create(self, size_bytes: int, holder: Hashable) -> int:
+        """A new, empty layer in memory."""
+        fd = os.memfd_create("sf-layer", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size_bytes)
+        except OSError:
+            os.close(fd)
+            raise
+        return self.add(fd, holder)
+
+    def hold(self, holder: Hashable, numbers: Iterable[int]) -> None:
+        """Keep these layers for `holder` until it lets go of them."""
+        for number in numbers:
+            self._holders[number].add(holder)
+
+    def release(self, holder: Hashable, keep: Iterable[int] = ()) -> None:
+        """`holder` needs only `keep` from here on; layers that nobody holds are freed."""
+        kept = set(keep)
+        for number in [n for n, holders in self._holders.items() if holder in holders and n not in kept]:
+            self._holders[number].discard(holder)
+            if not self._holders[number]:
+                del self._holders[number]
+                self._fixed.discard(number)
+                os.close(self._fds.pop(number))
+
+    def exclusive(self, number: int, holder: Hashable) -> bool:
+        """Whether `holder` alone holds the layer, so that it may be written in place."""
+        return number not in self._fixed and self._holders.get(number) == {holder}
+
+    def descriptors(self, numbers: Iterable[int]) -> Mapping[int, int]:
+        """Layer number to descriptor; the store keeps them."""
+        return {number: self._fds[number] for number in numbers}
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._holders.clear()
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """One immutable state of a VM: memory image and device state.
+
+    It holds its layers in the job's store until it is closed.
+    """
+
+    memory: MemoryMap
+    device_state: int
+    store: LayerStore
+    _plan: MapPlan | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.store.hold(self, self.layers)
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.memory.layers)
+
+    def plan(self) -> MapPlan:
+        """The image as the paging layer maps it; made once for all clones."""
+        if self._closed:
+            raise StateError("this checkpoint is closed")
+        if self._plan is None:
+            self._plan = MapPlan(self.memory, self.store.descriptors(self.layers))
+        return self._plan
+
+    def close(self) -> None:
+        """Let go of layers and descriptors; clones made from it go on."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._plan:
+            self._plan.close()
+        os.close(self.device_state)
+        self.store.release(self)

@@ -1,0 +1,281 @@
+"""Brings the files that a program changed in its guest back into the host's folders.
+
+Like the file server, this works below the exported folders only, and for the same reason: directories are opened one name at a
+time without following links. The guest may be hostile; what it may change is what the user's program may change anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sfparallel.errors import ProtocolError
+from sfparallel.vmm.exports import BENEATH, DIRECTORY, open_export
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A file on its way from the guest: written under a temporary name beside the one it gets when it is whole."""
+
+    directory: int
+    name: bytes
+    temporary: bytes
+    descriptor: int
+
+    def finish(self) -> None:
+        """Give the file its name. It is closed first: a network file system may say only then that its disk is full."""
+        self._close_file()
+        os.rename(self.temporary, self.name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        os.close(self.directory)
+
+    def discard(self) -> None:
+        # Nothing more can be done about a failure here, and the one that led here is what the user has to know.
+        with suppress(OSError):
+            self._close_file()
+        with suppress(OSError):
+            os.unlink(self.temporary, dir_fd=self.directory)
+        os.close(self.directory)
+
+    def _close_file(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class CopyBack:
+    """Applies the changes that the parent VM's copy-back reports (`sfparallel.runtime.copyback`) to the exported folders.
+
+    A file appears under its name when it is whole, with its mode and time, and belongs to the user who started the job;
+    set-user-id and set-group-id bits do not leave a guest. Only requests of the parent VM may be handed to it, and only
+    after its program has ended.
+
+    Args:
+        exports: host folders by tag, as given to the file server.
+
+    Attributes:
+        problems: what could not be written, one line each, for the end of the job.
+    """
+
+    TRANSFERS = 16
+    """Files in transfer at most; a correct guest has one."""
+    PROBLEMS = 1000
+    """Problems remembered at most."""
+
+    def __init__(self, exports: Mapping[int, Path]) -> None:
+        self.problems: list[str] = []
+        self._folders = dict(exports)
+        self._roots: dict[int, int] = {}
+        self._transfers: dict[tuple[int, bytes], _Transfer] = {}
+        with ExitStack() as undo:
+            for tag, folder in exports.items():
+                self._roots[tag] = open_export(folder)
+                undo.callback(os.close, self._roots[tag])
+            undo.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def abort(self) -> None:
+        """Remove what is not whole: the guest is gone, or another program takes over."""
+        while self._transfers:
+            self._transfers.popitem()[1].discard()
+
+    def close(self) -> None:
+        """`abort`, and close every descriptor."""
+        self.abort()
+        while self._roots:
+            os.close(self._roots.popitem()[1])
+
+    def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Apply one request.
+
+        Args:
+            request: `{"op": "file", "id", "tag", "path", "kind", ...}`; see `sfparallel.runtime.copyback`.
+
+        Returns:
+            `{"id", "ok": True}`, or `{"id", "error": "invalid" | "io", "message"}`; then nothing of the file is left.
+        """
+        number = request.get("id")
+        answer: dict[str, Any] = {"id": number if isinstance(number, int) else None}
+        try:
+            tag, path = self._target(request)
+        except ProtocolError as error:
+            return answer | {"error": "invalid", "message": str(error)}
+        # The message travels as UTF-8, which names need not be.
+        where = os.path.join(os.fsencode(self._folders[tag]), path).decode("utf-8", "backslashreplace")
+        try:
+            self._apply(tag, path, request)
+        except ProtocolError as error:
+            self._drop(tag, path)
+            return answer | {"error": "invalid", "message": f"{where}: {error}"}
+        except (OSError, RecursionError) as error:  # RecursionError: a tree too deep for shutil.rmtree
+            self._drop(tag, path)
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else "too many levels of folders"
+            message = f"{where} could not be brought back from the guest: {reason}"
+            if len(self.problems) < self.PROBLEMS:
+                self.problems.append(message)
+            return answer | {"error": "io", "message": message}
+        return answer | {"ok": True}
+
+    def _target(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
+        tag, path = request.get("tag"), request.get("path")
+        if not isinstance(tag, int) or tag not in self._roots:
+            raise ProtocolError(f"no export {tag!r:.40}")
+        try:
+            raw = os.fsencode(path) if isinstance(path, str) else path
+        except UnicodeEncodeError:
+            raw = None
+        if not isinstance(raw, bytes) or b"\0" in raw or any(part in (b"", b".", b"..") for part in raw.split(b"/")):
+            raise ProtocolError("the path of a file must be relative and without dots")
+        return tag, raw
+
+    def _apply(self, tag: int, path: bytes, request: Mapping[str, Any]) -> None:
+        match request.get("kind"):
+            case "begin":
+                self._begin(tag, path)
+            case "data":
+                self._data(self._transfer(tag, path), _bytes(request, "data"), _number(request, "offset"))
+            case "commit":
+                self._commit(self._transfer(tag, path), size=_number(request, "size"), mode=_number(request, "mode"),
+                             mtime_ns=_number(request, "mtime_ns"))
+                del self._transfers[tag, path]
+            case "symlink":
+                with _Parent(self._roots[tag], path) as (directory, name):
+                    _replace_link(directory, name, _bytes(request, "data"), _number(request, "mtime_ns"))
+            case "mkdir":
+                with _Parent(self._roots[tag], path) as (directory, name):
+                    mtime_ns = _number(request, "mtime_ns") if request.get("mtime_ns") is not None else None
+                    _make_directory(directory, name, mode=_number(request, "mode"), mtime_ns=mtime_ns)
+            case "delete":
+                # Deleted by somebody else meanwhile: then all is as the guest wants it.
+                with suppress(FileNotFoundError), _Parent(self._roots[tag], path) as (directory, name):
+                    _delete(directory, name)
+            case kind:
+                raise ProtocolError(f"no such kind of change: {kind!r:.40}")
+
+    def _transfer(self, tag: int, path: bytes) -> _Transfer:
+        transfer = self._transfers.get((tag, path))
+        if transfer is None:
+            raise ProtocolError("no transfer of this file was begun, or it failed")
+        return transfer
+
+    def _drop(self, tag: int, path: bytes) -> None:
+        transfer = self._transfers.pop((tag, path), None)
+        if transfer is not None:
+            transfer.discard()
+
+    def _begin(self, tag: int, path: bytes) -> None:
+        self._drop(tag, path)
+        if len(self._transfers) >= self.TRANSFERS:
+            raise ProtocolError(f"more than {self.TRANSFERS} files at a time")
+        with _Parent(self._roots[tag], path) as (parent, name), ExitStack() as undo:
+            directory = os.dup(parent)
+            undo.callback(os.close, directory)
+            temporary = _temporary_name()
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BENEATH, 0o600, dir_fd=directory)
+            self._transfers[tag, path] = _Transfer(directory, name, temporary, descriptor)
+            undo.pop_all()
+
+    def _data(self, transfer: _Transfer, data: bytes, offset: int) -> None:
+        while data:
+            written = os.pwrite(transfer.descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+    def _commit(self, transfer: _Transfer, *, size: int, mode: int, mtime_ns: int) -> None:
+        os.ftruncate(transfer.descriptor, size)
+        os.fchmod(transfer.descriptor, mode & 0o777)
+        os.utime(transfer.descriptor, ns=(mtime_ns, mtime_ns))
+        transfer.finish()
+
+
+class _Parent:
+    """Context: a descriptor of the directory that a path's last name is in, and that name."""
+
+    def __init__(self, root: int, path: bytes) -> None:
+        *self._folders, self._name = path.split(b"/")
+        self._descriptor = os.dup(root)
+
+    def __enter__(self) -> tuple[int, bytes]:
+        try:
+            for folder in self._folders:
+                below = os.open(folder, DIRECTORY, dir_fd=self._descriptor)
+                os.close(self._descriptor)
+                self._descriptor = below
+        except OSError:
+            os.close(self._descriptor)
+            raise
+        return self._descriptor, self._name
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _bytes(request: Mapping[str, Any], key: str) -> bytes:
+    value = request.get(key)
+    if not isinstance(value, bytes):
+        raise ProtocolError(f"{key} must be bytes, not {type(value).__name__}")
+    return value
+
+
+def _number(request: Mapping[str, Any], key: str) -> int:
+    value = request.get(key)
+    # Anything below 2**63 is a valid off_t, and a valid time in nanoseconds.
+    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63 or (value < 0 and key != "mtime_ns"):
+        raise ProtocolError(f"{key} must be a number of at most 63 bits, not {value!r:.40}")
+    return value
+
+
+def _temporary_name() -> bytes:
+    return f".{secrets.token_hex(8)}.sf-part".encode()
+
+
+def _replace_link(directory: int, name: bytes, target: bytes, mtime_ns: int) -> None:
+    if b"\0" in target:
+        raise ProtocolError("a link's target cannot hold a zero byte")
+    temporary = _temporary_name()
+    os.symlink(target, temporary, dir_fd=directory)
+    try:
+        os.utime(temporary, ns=(mtime_ns, mtime_ns), dir_fd=directory, follow_symlinks=False)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _make_directory(directory: int, name: bytes, *, mode: int, mtime_ns: int | None) -> None:
+    """Make a directory, or give the one that is there its mode and time."""
+    try:
+        os.mkdir(name, 0o700, dir_fd=directory)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise
+    descriptor = os.open(name, DIRECTORY, dir_fd=directory)
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_mode ^ mode) & 0o777:
+            # By way of /proc: fchmod refuses O_PATH descriptors, and opening it otherwise needs read permission. The
+            # folder's own set-group-id and sticky bits stay as they are.
+            os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(status.st_mode) & ~0o777 | mode & 0o777)
+        # In a folder that others own one may make files, but not set its time.
+        if mtime_ns is not None and os.geteuid() in (0, status.st_uid):
+            os.utime(f"/proc/self/fd/{descriptor}", ns=(mtime_ns, mtime_ns))
+    finally:
+        os.close(descriptor)
+
+
+def _delete(directory: int, name: bytes) -> None:
+    if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+        shutil.rmtree(name, dir_fd=directory)
+    else:
+        os.unlink(name, dir_fd=directory)

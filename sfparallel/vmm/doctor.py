@@ -1,0 +1,297 @@
+"""`sf doctor`: the one place that finds out what this machine can do.
+
+Every probe tries the real thing (opens the device, makes the namespace, runs a guest of twelve instructions) and tells apart
+what is not there, what is not permitted and what is there but broken, each with its remedy.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib
+import json
+import os
+import pwd
+import resource
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sfparallel import native
+from sfparallel.config import CLONE_MEMORY, QEMU, cache_folder, parse_size
+from sfparallel.errors import EnvironmentProblem, NetworkError
+from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm.kvm import accelerator, probe_kvm
+from sfparallel.vmm.verdict import Finding, Status, verdict_of
+
+_OLDEST_QEMU = (7, 2)
+_CACHE_BYTES = 3 << 30
+_MAP_COUNT = 65530  # the kernel's default
+_OPEN_FILES = 4096
+_PAGEMAP_SCAN = 0xC0606610  # <linux/fs.h>
+_NEEDED_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
+_LIBVIRT_DRIVER = "libvirt_driver_qemu.so"
+
+
+def diagnose(find_image: Callable[[], object] | None = None) -> list[Finding]:
+    """Probes everything, in the order in which a user would mend it. Takes about half a second; raises nothing.
+
+    Args:
+        find_image: finds the default guest image or raises `ImageMissing`; that of `sfparallel.vmm.image` unless given.
+    """
+    probes: list[Callable[[], Finding]] = [
+        _permission, _qemu, probe_kvm, _libvirt_binding, _libvirt_driver, _libvirt_user, _tun, _network, _mounts,
+        lambda: _program("mmdebstrap", "mmdebstrap", "builds guest images"),
+        lambda: _program("mksquashfs", "squashfs-tools", "builds guest images"),
+        lambda: _program("gcc", "gcc", "builds the native parts"),
+        lambda: _program("make", "make", "builds the native parts"),
+        _pagemap_scan, _userfaultfd, _map_count, _open_files, _memory, _cache, lambda: _image(find_image or _find_default_image),
+    ]  # fmt: skip
+    return [probe() for probe in probes]
+
+
+def render(findings: list[Finding]) -> str:
+    """The findings as plain text: one line each, and the remedy under those that need one."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status.value:<9} {finding.name:<{width}}  {finding.detail}")
+        if finding.remedy:
+            label = "remedy" if finding.needed else "if wanted"
+            lines.append(f"{'':<9} {'':<{width}}  {label}: {finding.remedy}")
+    return "\n".join(lines)
+
+
+# -- programs and libraries ----------------------------------------------------------------------------------------------
+
+
+def _program(name: str, package: str, purpose: str) -> Finding:
+    path = shutil.which(name)
+    if path:
+        return Finding(name, Status.OK, f"{path} ({purpose})")
+    return Finding(name, Status.ABSENT, f"not found; {purpose}", f"apt install {package}", needed=False)
+
+
+def qemu_version(program: str) -> tuple[int, int, int]:
+    """The version that a QEMU tells over its monitor.
+
+    Raises:
+        OSError: it can't be run.
+        EnvironmentProblem: it ran and answered nothing sensible in 20 s.
+    """
+    argv = [program, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
+    commands = '{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
+    try:
+        done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=20)
+        numbers = json.loads(done.stdout.partition("\n")[0])["QMP"]["version"]["qemu"]
+        return int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"])
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"{program} did not answer in {error.timeout:g} s") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise EnvironmentProblem(f"{program} is no QEMU, or fails: {done.stderr.strip()[:200]}") from error
+
+
+def _qemu() -> Finding:
+    name, install = "QEMU", "apt install qemu-system-x86"
+    path = shutil.which(QEMU.get())
+    if path is None:
+        return Finding(name, Status.ABSENT, f"{QEMU.get()} was not found", f"{install}, or set {QEMU.variable}")
+    try:
+        found = qemu_version(path)
+    except OSError as error:
+        return verdict_of(error, name, f"{path} cannot be run", install)
+    except EnvironmentProblem as error:
+        return Finding(name, Status.BROKEN, str(error), f"reinstall it: {install}")
+    text = ".".join(map(str, found))
+    if found[:2] < _OLDEST_QEMU:
+        oldest = ".".join(map(str, _OLDEST_QEMU))
+        return Finding(name, Status.BROKEN, f"{path} is version {text}; {oldest} is the oldest that works", f"install QEMU {oldest} or later")
+    return Finding(name, Status.OK, f"{path}, version {text}")
+
+
+def _libvirt_binding() -> Finding:
+    name = "libvirt for Python"
+    try:
+        # Not imported by name: sfparallel.vmm.libvirt_domain alone uses it; this only asks whether it loads, and its version.
+        number = int(importlib.import_module("libvirt").getVersion())
+        binding = version("libvirt-python")
+    except (ImportError, PackageNotFoundError) as error:
+        return Finding(name, Status.ABSENT, str(error), "apt install libvirt0, then pip install libvirt-python")
+    return Finding(name, Status.OK, f"binding {binding}, library {number // 1000000}.{number // 1000 % 1000}.{number % 1000}")
+
+
+def _libvirt_driver() -> Finding:
+    """How a parent would be managed: by a daemon that can be reached, or by the driver loaded into the supervisor itself."""
+    name = "libvirt's QEMU driver"
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+    sockets = {"system daemon": ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"],
+               "session daemon": [f"{runtime}/libvirt/libvirt-sock", f"{runtime}/libvirt/virtqemud-sock"]}  # fmt: skip
+    found = [what for what, paths in sockets.items() if any(os.access(path, os.R_OK | os.W_OK) for path in paths)]
+    refused = [what for what, paths in sockets.items() if any(map(os.path.exists, paths)) and what not in found]
+    driver = next((path for path in _driver_paths() if path.exists()), None)
+    if driver:
+        found.append("embedded driver")
+    if found:
+        return Finding(name, Status.OK, ", ".join(found))
+    if refused:
+        return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", "usermod -aG libvirt $USER, and log in again")
+    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there", "apt install libvirt-daemon-driver-qemu")
+
+
+def _driver_paths() -> Iterator[Path]:
+    for library in (f"/usr/lib/{os.uname().machine}-linux-gnu", "/usr/lib64", "/usr/lib"):
+        yield Path(library) / "libvirt" / "connection-driver" / _LIBVIRT_DRIVER
+
+
+def _libvirt_user() -> Finding:
+    name = "user libvirt-qemu"
+    try:
+        user = pwd.getpwnam("libvirt-qemu")
+    except KeyError:
+        return Finding(name, Status.ABSENT, "a system daemon runs parents as this user; the embedded driver does not need it",
+                       "apt install libvirt-daemon-system", needed=False)
+    return Finding(name, Status.OK, f"uid {user.pw_uid}")
+
+
+# -- the kernel ----------------------------------------------------------------------------------------------------------
+
+
+def _permission() -> Finding:
+    name = "permission"
+    held = next((int(line.split()[1], 16) for line in Path("/proc/self/status").read_text().splitlines()
+                 if line.startswith("CapEff:")), 0)
+    missing = [capability for capability, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
+    who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+    if missing:
+        return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", "run as root (sudo), or in a container with these")
+    return Finding(name, Status.OK, f"{who}, with {', '.join(_NEEDED_CAPABILITIES)}")
+
+
+def _tun() -> Finding:
+    path = "/dev/net/tun"
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return verdict_of(error, path, "cannot be opened", "modprobe tun; in a container: pass the device (--device /dev/net/tun)",
+                          forbidden="run as root, or in a container with access to that device")
+    return Finding(path, Status.OK, "opens")
+
+
+def _network() -> Finding:
+    """Makes a whole clone network with one port, and takes it down."""
+    name = "clone network"
+    remedy = "a kernel with namespaces, bridge, tun and nf_tables for bridges (Debian's has them): modprobe bridge tun nf_tables"
+    try:
+        with CloneNetwork() as network:
+            network.add_port(0)
+    except NetworkError as error:
+        if isinstance(error.__cause__, OSError):
+            return verdict_of(error.__cause__, name, error.message, remedy, forbidden="run as root (sudo)")
+        return Finding(name, Status.BROKEN, error.message, remedy)
+    return Finding(name, Status.OK, "namespace, bridge, tap and packet filter work")
+
+
+def _mounts() -> Finding:
+    """Mounts a tmpfs in a mount namespace of its own; both go with the thread that tries it."""
+    name = "private mounts"
+    failures: list[OSError] = []
+
+    def attempt() -> None:
+        try:
+            native.mount_private_tmpfs("/tmp", size_bytes=1 << 20)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    if failures:
+        return verdict_of(failures[0], name, "no mount namespace with a tmpfs", "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS",
+                          forbidden="run as root (sudo), or in a container with CAP_SYS_ADMIN")
+    return Finding(name, Status.OK, "mount namespace and tmpfs work")
+
+
+def _pagemap_scan() -> Finding:
+    name = "PAGEMAP_SCAN"
+    with open("/proc/self/pagemap", "rb") as file:
+        try:
+            fcntl.ioctl(file, _PAGEMAP_SCAN, bytes(_PAGEMAP_SCAN >> 16 & 0x3FFF))
+        except OSError as error:
+            # An empty request is invalid (EINVAL) to a kernel that knows it; any other answers ENOTTY.
+            if error.errno == errno.EINVAL:
+                return Finding(name, Status.OK, "the kernel finds dirtied pages itself")
+    return Finding(name, Status.ABSENT, "dirtied pages are found by reading pagemap, which is slower", "Linux 6.7 or later", needed=False)
+
+
+def _userfaultfd() -> Finding:
+    # The file is there exactly when the kernel was built with it.
+    there = Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
+    return Finding("userfaultfd", Status.OK if there else Status.ABSENT, "in the kernel" if there else "not in the kernel; not used yet",
+                   "" if there else "a kernel with CONFIG_USERFAULTFD", needed=False)
+
+
+def _map_count() -> Finding:
+    name = "vm.max_map_count"
+    count = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if count < _MAP_COUNT:
+        return Finding(name, Status.BROKEN, f"{count}: too few mappings for scattered memory images", f"sysctl -w {name}={_MAP_COUNT}")
+    return Finding(name, Status.OK, str(count))
+
+
+def _open_files() -> Finding:
+    name = "open files"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _OPEN_FILES:
+        return Finding(name, Status.FORBIDDEN, f"limit {hard}; each clone takes a few", f"ulimit -Hn {_OPEN_FILES} (as root)")
+    return Finding(name, Status.OK, f"limit {soft}, can be raised to {'any' if hard == resource.RLIM_INFINITY else hard}")
+
+
+# -- room ----------------------------------------------------------------------------------------------------------------
+
+
+def _memory() -> Finding:
+    name = "memory"
+    with open("/proc/meminfo") as file:
+        free = next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")), 0)
+    parent, clone = 1 << 30, parse_size(CLONE_MEMORY.get())
+    detail = f"{free / (1 << 30):.1f} GiB available"
+    if free < parent + clone:
+        return Finding(name, Status.BROKEN, f"{detail}: a parent of 1 GiB and one clone do not fit", "end other programs, or use --memory")
+    return Finding(name, Status.OK, f"{detail}: a parent of 1 GiB and about {(free - parent) // clone} clones")
+
+
+def _cache() -> Finding:
+    name, folder = "cache folder", cache_folder()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Finding(name, Status.FORBIDDEN, f"{there} is not writable", "set SF_CACHE to a folder of yours")
+    free = shutil.disk_usage(there).free
+    detail = f"{folder}, {free / (1 << 30):.1f} GiB free"
+    if free < _CACHE_BYTES:
+        return Finding(name, Status.BROKEN, f"{detail}: an image and its templates take up to {_CACHE_BYTES >> 30} GiB",
+                       "make room (`sf clean`), or set SF_CACHE")
+    return Finding(name, Status.OK, detail)
+
+
+def _find_default_image() -> object:
+    # Late: the doctor must work where the image code, or what it needs, does not.
+    return importlib.import_module("sfparallel.vmm.image").find("default")
+
+
+def _image(find: Callable[[], object]) -> Finding:
+    name, remedy = "guest image", "sf image build"
+    try:
+        found = find()
+    except EnvironmentProblem as error:
+        return Finding(name, Status.ABSENT, error.message, remedy)
+    except ImportError as error:
+        return Finding(name, Status.BROKEN, f"the image code does not load: {error}", "reinstall sfparallel")
+    except OSError as error:
+        return verdict_of(error, name, "cannot be read", remedy)
+    return Finding(name, Status.OK, str(getattr(found, "root", found)))
+
+
+__all__ = ["Finding", "Status", "accelerator", "diagnose", "probe_kvm", "qemu_version", "render"]

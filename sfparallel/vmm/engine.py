@@ -1,0 +1,154 @@
+"""The fork: save a running VM without copying it, and start shells from what was saved.
+
+Order and reasons (DESIGN: "The fork, on stock QEMU"): the guest agent brings its port to a clean cut and freezes the user's
+programs; the virtual CPUs stop; device state goes to a memfd; pages dirtied since the last fork go to a layer; the VM
+resumes. From there on clones map the layers privately and load the device state, all at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sfparallel.errors import GuestError, VMError
+from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan
+from sfparallel.vmm.vm import Vm
+from sfparallel.wire import Frame
+
+WAKE_TIMEOUT_S = 60.0
+"""A clone whose agent has not answered within this time is given up."""
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """Where the time of a save went, in seconds; the parent is paused for `pause`."""
+
+    freeze: float
+    stop: float
+    devices: float
+    commit: float
+    resume: float
+    pause: float
+
+
+@dataclass
+class ForkReport:
+    """What one fork cost; the source of `--stats`."""
+
+    n: int
+    started: float
+    shells_ready: float = 0.0
+    save: SaveTimes | None = None
+    commit: CommitResult | None = None
+    loads: list[float] = field(default_factory=list)
+    loaded: float = 0.0
+    woken: float = 0.0
+    wakes: list[float] = field(default_factory=list)
+    wake_cpu: list[float] = field(default_factory=list)
+    first_answer: float | None = None
+    last_answer: float | None = None
+    private_bytes: list[int] = field(default_factory=list)
+
+
+async def commit(vm: Vm, store: LayerStore, *, target: int | None = None) -> CommitResult:
+    """Move a stopped VM's dirty pages into a layer and let it share that layer.
+
+    Pages are written into the VM's own layer in place while nobody else holds it; else into a new one, or into `target`.
+
+    Raises:
+        PagingError: the pages could not be written (no memory, say); the VM may go on as it was.
+    """
+    assert vm.memory is not None
+    own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
+    in_place = bool(own) and target is None
+    if target is None:
+        target = own[-1] if own else store.create(vm.ram_bytes, vm)
+    try:
+        mode = CommitMode.IN_PLACE if in_place else CommitMode.FRESH
+        fd = store.descriptors([target])[target]
+        result = await vm.paging.commit(vm.ram_address, vm.memory, fd, target, mode)
+        vm.memory = vm.memory.apply(result.runs, target)
+        if not result.remapped:
+            # Too many mappings to share page by page: lay the whole image over the memory again.
+            with MapPlan(vm.memory, store.descriptors(vm.memory.layers)) as plan:
+                await vm.paging.map(vm.ram_address, plan)
+    finally:
+        # A new layer that was not written holds nothing; one that was written is in the map by now.
+        store.release(vm, keep=vm.memory.layers)
+    return result
+
+
+async def save(vm: Vm, store: LayerStore) -> tuple[Checkpoint, SaveTimes, CommitResult, list[Frame]]:
+    """Make a checkpoint of a running VM and let its virtual CPUs go on; its programs stay frozen until `thaw`.
+
+    Returns:
+        The checkpoint, the times, what was committed, and agent frames that stand unanswered in VM and checkpoint.
+
+    Raises:
+        VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
+    """
+    t0 = time.monotonic()
+    crossing = await vm.freeze()
+    t1 = time.monotonic()
+    device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
+    try:
+        await vm.stop()
+        t2 = time.monotonic()
+        try:
+            await vm.save_devices(device_state)
+            t3 = time.monotonic()
+            result = await commit(vm, store)
+            t4 = time.monotonic()
+        finally:
+            await vm.resume()
+        t5 = time.monotonic()
+    except BaseException:
+        os.close(device_state)
+        raise
+    assert vm.memory is not None
+    checkpoint = Checkpoint(vm.memory, device_state, store)
+    times = SaveTimes(freeze=t1 - t0, stop=t2 - t1, devices=t3 - t2, commit=t4 - t3, resume=t5 - t4, pause=t5 - t1)
+    return checkpoint, times, result, crossing
+
+
+@dataclass(frozen=True)
+class Birth:
+    """One clone to be: the shell and the message that its guest wakes up to."""
+
+    shell: Vm
+    thaw: dict[str, Any]
+
+
+async def launch(
+    births: Sequence[Birth],
+    checkpoint: Checkpoint,
+    report: ForkReport,
+    lost: Callable[[Vm, str], None],
+) -> None:
+    """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on."""
+
+    async def start(birth: Birth) -> None:
+        shell = birth.shell
+        try:
+            checkpoint.store.hold(shell, checkpoint.layers)
+            loaded = await shell.load(checkpoint.plan(), checkpoint.device_state, checkpoint.memory)
+            report.loads.append(loaded)
+            report.loaded = max(report.loaded, time.monotonic() - report.started)
+            shell.thaw(birth.thaw)
+            woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
+            report.wakes.append(time.monotonic() - report.started)
+            report.wake_cpu.append(woken.get("cpu_ns", 0) / 1e9)
+            report.woken = max(report.wakes)
+        except (VMError, GuestError) as error:
+            lost(shell, str(error))
+            shell.kill()
+        except TimeoutError:
+            lost(shell, f"its agent did not wake up within {WAKE_TIMEOUT_S:.0f} s")
+            shell.kill()
+
+    await asyncio.gather(*(start(birth) for birth in births))

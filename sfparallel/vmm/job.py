@@ -1,0 +1,379 @@
+"""One job of `sfrun`: parent, clones, network and pool, from the first to the last.
+
+Everything a job has is a descriptor, a child process or a file in a mount namespace of its own, so that nothing is left when
+this process ends in whatever way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sfparallel import native
+from sfparallel.config import QEMU
+from sfparallel.errors import EnvironmentProblem, ProtocolError, SfError, UsageError
+from sfparallel.net.addresses import address_of
+from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm import image as images
+from sfparallel.vmm import statistics
+from sfparallel.vmm.data import data_image
+from sfparallel.vmm.doctor import accelerator
+from sfparallel.vmm.engine import ForkReport
+from sfparallel.vmm.exports import exports_for
+from sfparallel.vmm.files import CopyBack, FileServer
+from sfparallel.vmm.libvirt_domain import Connection
+from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
+from sfparallel.vmm.output import LabelledOutput, write_all
+from sfparallel.vmm.regions import Regions, RegionSettings, identity
+from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
+from sfparallel.vmm.template import ensure_template, open_template
+from sfparallel.vmm.checkpoint import LayerStore
+from sfparallel.vmm.vm import Vm
+from sfparallel.wire import Frame, FrameType, pack, unpack
+
+log = logging.getLogger("sfparallel")
+
+EXIT_TIMEOUT = 124
+"""Exit code after `--timeout`, as timeout(1) has it."""
+EXIT_PARENT_LOST = 70
+"""Exit code when the parent VM died (EX_SOFTWARE of sysexits.h)."""
+
+_STDIN_PIECE_BYTES = 32 << 10
+_END_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to run in the parent: a script, a module or a command, as Python's own command line has them."""
+
+    mode: str
+    argv: tuple[str, ...]
+    cwd: Path
+    folder: Path | None
+    path0: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Everything `sfrun` was told."""
+
+    program: Program
+    n: int | None = None
+    memory_bytes: int = 1 << 30
+    cpus: int = 1
+    image: str = "default"
+    labels: bool = True
+    timeout_s: float | None = None
+    data: tuple[Path, ...] = ()
+    forwards: tuple[tuple[int, int], ...] = ()
+    statistics: bool = False
+    connect: str | None = None
+    pool: int | None = None
+
+
+def run_folder() -> Path:
+    """The mount point of a job's private tmpfs; it stays empty for everybody else."""
+    if os.geteuid() == 0:
+        return Path("/run/sfparallel")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/sfparallel-{os.geteuid()}")) / "sfparallel"
+
+
+def enter_private_folder() -> Path:
+    """Give this process a mount namespace with a tmpfs of its own. Call before any thread starts.
+
+    Raises:
+        EnvironmentProblem: not permitted.
+    """
+    folder = run_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        native.mount_private_tmpfs(folder, size_bytes=64 << 20)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot make a private folder for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
+        ) from error
+    return folder
+
+
+class Job:
+    """A job; `run` does all of it.
+
+    Args:
+        say: shows a line of progress to the user.
+    """
+
+    def __init__(self, options: JobOptions, folder: Path, say: Callable[[str], None]) -> None:
+        if len(options.data) > DATA_SLOTS:
+            raise UsageError(f"--data can be given {DATA_SLOTS} times at most, not {len(options.data)}")
+        self.name = f"sf{os.getpid()}"
+        self._options = options
+        self._folder = folder
+        self._say = say
+        self._exports = exports_for(options.program.cwd, options.program.folder)
+        self._files = FileServer(dict(self._exports))
+        self._copy_back = CopyBack(dict(self._exports))
+        self._parent: Vm | None = None
+        self._pool: Pool | None = None
+        self._regions: Regions | None = None
+        self._outputs: dict[Vm, LabelledOutput] = {}
+        self._vms: set[Vm] = set()
+        self._forks = 0
+        self._interrupts = 0
+        self._next_number = 1
+        self._free_numbers: list[int] = []
+        self._done: asyncio.Future[int]
+
+    # -- the whole -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Run the program in a parent VM; returns its exit code.
+
+        Raises:
+            SfError: the job could not be started.
+        """
+        self._done = asyncio.get_running_loop().create_future()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._options.timeout_s):
+                    return await self._start_and_wait(stack)
+            except TimeoutError:
+                self._say(f"sfrun: stopped after {self._options.timeout_s:g} s (--timeout)")
+                return EXIT_TIMEOUT
+
+    async def _start_and_wait(self, stack: contextlib.AsyncExitStack) -> int:
+        """The start may be cut short by a signal, or by the parent's death."""
+        starting = asyncio.create_task(self._start(stack))
+        try:
+            await asyncio.wait((starting, self._done), return_when=asyncio.FIRST_COMPLETED)
+            if not self._done.done():
+                await starting
+            return await self._done
+        finally:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, SfError):
+                await starting
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        options = self._options
+        require_library()
+        self._watch_signals(stack)
+        image = images.find(options.image)
+        spec = MachineSpec(
+            accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
+            data_images=tuple(data_image(folder, self._say) for folder in options.data), qemu=QEMU.get(),
+        )  # fmt: skip
+        boot = Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE)
+        template = await ensure_template(spec, boot, image.key, self._say)
+        store = LayerStore()
+        stack.callback(store.close)
+        network = CloneNetwork(mtu=spec.mtu, vnet_header=False)
+        stack.callback(network.close)
+        stack.push_async_callback(self._end)
+        for host_port, guest_port in options.forwards:
+            await network.forward(host_port, address_of(0), guest_port)
+        checkpoint = open_template(template, store)
+        stack.callback(checkpoint.close)
+        connection = await asyncio.to_thread(Connection, options.connect, self._folder)
+        stack.push_async_callback(asyncio.to_thread, connection.close)
+        self._pool = Pool(lambda: self._start_clone_shell(spec, network))
+        settings = RegionSettings(
+            job=self.name, default_n=options.n, labels=options.labels, statistics=options.statistics
+        )
+        self._regions = Regions(
+            settings, spec, self._pool, store,
+            on_clone=self._clone_starts, on_report=self._report, answer_file_request=self._serve_files,
+        )  # fmt: skip
+        parent = await start_parent(spec, connection, network, self._folder, self.name)
+        self._parent = parent
+        self._watch(parent)
+        store.hold(parent, checkpoint.layers)
+        await parent.load(checkpoint.plan(), checkpoint.device_state, checkpoint.memory)
+        mounts = [[tag, str(path)] for tag, path in self._exports]
+        who = identity("parent", 0, self.name, spec.mtu, [])
+        parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})
+        await parent.woken
+        await plug_data_disks(parent, spec)
+        self._run_program(parent)
+        self._pool.aim(options.pool if options.pool is not None else options.n or os.cpu_count() or 1)
+
+    def _run_program(self, parent: Vm) -> None:
+        program = self._options.program
+        parent.send(FrameType.RUN, pack({
+            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": dict(program.environment),
+            "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
+        }))  # fmt: skip
+        self._feed_stdin(parent)
+
+    async def _end(self) -> None:
+        """End all VMs and wait until the kernel has let go of them."""
+        if self._regions:
+            await self._regions.close()
+        if self._pool:
+            self._pool.close()
+        self._copy_back.abort()
+        for vm in list(self._vms):
+            vm.kill()
+        deadline = time.monotonic() + _END_GRACE_S
+        while self._vms and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
+    # -- VMs -------------------------------------------------------------------------------------------------------
+
+    async def _start_clone_shell(self, spec: MachineSpec, network: CloneNetwork) -> Vm:
+        number = self._free_numbers.pop(0) if self._free_numbers else self._next_number
+        self._next_number = max(self._next_number, number + 1)
+        vm = await start_shell(spec, number, network)
+        self._watch(vm)
+        return vm
+
+    def _watch(self, vm: Vm) -> None:
+        self._vms.add(vm)
+        vm.events.on_frame = self._frame
+        vm.events.on_gone = self._gone
+
+    def _clone_starts(self, vm: Vm, output: LabelledOutput) -> None:
+        self._outputs[vm] = output
+
+    def _gone(self, vm: Vm, cause: str) -> None:
+        self._vms.discard(vm)
+        output = self._outputs.pop(vm, None)
+        if output:
+            output.close()
+        if self._regions:
+            self._regions.vm_gone(vm, cause)
+        if vm is self._parent:
+            if not self._done.done():
+                tail = vm.console_tail()
+                self._say(f"sfrun: the parent VM is lost: {cause}" + (f"\n{tail}" if tail else ""))
+                self._done.set_result(EXIT_PARENT_LOST)
+        else:
+            self._free_numbers.append(vm.number)
+
+    def _frame(self, vm: Vm, frame: Frame) -> None:
+        match frame.type:
+            case FrameType.OUTPUT:
+                output = self._outputs.get(vm)
+                if output:
+                    output.feed(frame.channel, frame.payload)
+                else:
+                    write_all(frame.channel, frame.payload)
+            case FrameType.FUSE:
+                self._serve_files(vm, frame.channel, frame.payload)
+            case FrameType.REQUEST:
+                self._request(vm, frame)
+            case FrameType.GONE if self._regions:
+                self._regions.client_gone(vm, frame.channel)
+            case FrameType.EXITED:
+                self._exited(vm, frame)
+            case _:
+                log.warning("%s sent an unexpected frame %s", vm.name, frame.type.name)
+
+    def _request(self, vm: Vm, frame: Frame) -> None:
+        assert self._regions is not None
+        # Only the parent's own copy-back reaches the host's files.
+        if vm is self._parent and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
+            answer = self._copy_back.handle(unpack(frame.payload))
+            vm.send(FrameType.REPLY, pack(answer), frame.channel)
+            return
+        self._regions.request(vm, frame.channel, frame.payload)
+
+    def _serve_files(self, vm: Vm, tag: int, request: bytes) -> None:
+        try:
+            answer = self._files.handle(tag, request)
+        except ProtocolError as error:
+            log.warning("%s: %s", vm.name, error)
+            return
+        if answer is not None:
+            vm.send(FrameType.FUSE_REPLY, answer, tag)
+
+    def _exited(self, vm: Vm, frame: Frame) -> None:
+        report = unpack(frame.payload)
+        status = int(report["status"])
+        if vm is not self._parent:
+            assert self._regions is not None
+            self._regions.clone_exited(vm, status, int(report.get("oom_kills", 0)))
+        elif not self._done.done():
+            if os.WIFSIGNALED(status) and report.get("oom_kills"):
+                self._say("sfrun: the parent ran out of memory and its kernel killed the program; give it more with --memory")
+            self._done.set_result(exit_code(status))
+
+    def _report(self, report: ForkReport) -> None:
+        self._forks += 1
+        if self._options.statistics:
+            self._say(statistics.describe(self._forks, report))
+
+    # -- the terminal ------------------------------------------------------------------------------------------------
+
+    def _watch_signals(self, stack: contextlib.AsyncExitStack) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signalled, number)
+            stack.callback(loop.remove_signal_handler, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
+        self._interrupts += 1
+        if number is signal.SIGINT and self._interrupts == 1 and self._parent and self._parent.woken.done():
+            self._parent.send(FrameType.SIGNAL, int(number).to_bytes(4, "little"))
+        elif not self._done.done():
+            self._done.set_result(128 + number)
+
+    def _feed_stdin(self, parent: Vm) -> None:
+        """Pass our standard input on, in a thread: it may be a file, which epoll does not take."""
+        loop = asyncio.get_running_loop()
+        if not _may_read_stdin():
+            parent.send(FrameType.STDIN)
+            return
+
+        async def pass_on(data: bytes) -> None:
+            parent.send(FrameType.STDIN, data)
+            await parent.drain()
+
+        def read() -> None:
+            while True:
+                try:
+                    data = os.read(0, _STDIN_PIECE_BYTES)
+                except OSError:
+                    data = b""
+                try:
+                    asyncio.run_coroutine_threadsafe(pass_on(data), loop).result()
+                except RuntimeError:
+                    return  # the job is over, its loop closed
+                if not data:
+                    return
+
+        threading.Thread(target=read, name="stdin", daemon=True).start()
+
+
+def _may_read_stdin() -> bool:
+    """Whether standard input can be read: open, and no terminal that another process group has in the foreground."""
+    try:
+        mode = os.fstat(0).st_mode
+        return not (stat.S_ISCHR(mode) and os.isatty(0)) or os.tcgetpgrp(0) == os.getpgrp()
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ENOTTY):
+            return False
+        raise
+
+
+def exit_code(status: int) -> int:
+    """A raw wait status as a shell's exit code."""
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def run(options: JobOptions, say: Callable[[str], None]) -> int:
+    """Run a job to its end; the calling process gets a mount namespace of its own."""
+    folder = enter_private_folder()
+    return asyncio.run(Job(options, folder, say).run())

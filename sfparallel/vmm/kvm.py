@@ -1,0 +1,147 @@
+"""Can KVM run a stock guest here? Asked of the device, of the processor, and of a guest that runs."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from sfparallel.config import ACCEL, QEMU, cache_folder
+from sfparallel.errors import UsageError
+from sfparallel.vmm.verdict import Finding, Status, verdict_of
+
+_DEVICE = "/dev/kvm"
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_API_VERSION = 12  # fixed since Linux 2.6.22
+_PROBE_TIMEOUT_S = 10.0
+_EXIT_PORT = 0xF4
+_EXIT_VALUE = 0x20
+
+# 16-bit code at the reset vector's target: counts to 100,000 in memory at 0x1000, then writes _EXIT_VALUE to _EXIT_PORT.
+_COUNT = bytes.fromhex(
+    "31c0"  # xorw %ax,%ax
+    "8ed8"  # movw %ax,%ds
+    "66c706001000000000"  # movl $0,0x1000
+    "66ff060010"  # 1: incl 0x1000
+    "66813e0010a0860100"  # cmpl $100000,0x1000
+    "75f0"  # jne 1b
+    "b020"  # movb $0x20,%al
+    "e6f4"  # outb %al,$0xf4
+    "f4"  # 2: hlt
+    "ebfd"  # jmp 2b
+)
+_RESET_VECTOR = bytes.fromhex("ea000000f0")  # ljmp $0xf000,$0
+_ROM_BYTES = 1 << 16
+
+
+def firmware() -> bytes:
+    """A ROM whose guest counts in memory and ends: the smallest proof that guest code runs, loops and writes."""
+    return _COUNT.ljust(_ROM_BYTES - 16, b"\0") + _RESET_VECTOR.ljust(16, b"\0")
+
+
+def run_firmware(program: str, accelerator: str, *, timeout_s: float = _PROBE_TIMEOUT_S) -> str:
+    """Runs the counting guest; returns "" when it counted to the end, or what went wrong.
+
+    Raises:
+        OSError: QEMU can't be run.
+    """
+    rom = os.memfd_create("sf-firmware", os.MFD_CLOEXEC)
+    try:
+        os.write(rom, firmware())
+        argv = [
+            program, "-M", "pc", "-accel", accelerator, "-cpu", "qemu64", "-m", "16", "-nodefaults", "-no-user-config",
+            "-display", "none", "-no-reboot", "-bios", f"/proc/self/fd/{rom}", "-device", f"isa-debug-exit,iobase={_EXIT_PORT},iosize=4",
+        ]  # fmt: skip
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, pass_fds=[rom])
+    except subprocess.TimeoutExpired:
+        return f"a guest of twelve instructions did not end in {timeout_s:g} s"
+    finally:
+        os.close(rom)
+    # isa-debug-exit ends QEMU with (value << 1) | 1.
+    if done.returncode == _EXIT_VALUE << 1 | 1:
+        return ""
+    return f"a guest of twelve instructions failed (QEMU's exit code {done.returncode}): {done.stderr.strip()[-200:]}"
+
+
+def processor_flags() -> frozenset[str]:
+    """Features of the first processor, as Linux lists them."""
+    with open("/proc/cpuinfo") as file:
+        return next((frozenset(line.split()) for line in file if line.startswith("flags")), frozenset())
+
+
+def probe_kvm(device: str = _DEVICE, flags: frozenset[str] | None = None) -> Finding:
+    """Whether KVM can run a stock Linux guest. The guest's part is remembered until the next boot, per QEMU.
+
+    Args:
+        device: the KVM device.
+        flags: the processor's features; this machine's unless given.
+    """
+    name, use_tcg = "KVM", "nothing has to be done: QEMU's emulation (TCG) is used, which is slower"
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return verdict_of(error, name, f"{device} cannot be opened", "enable virtualization in the firmware and `modprobe kvm`",
+                          forbidden="usermod -aG kvm $USER, and log in again", needed=False)
+    try:
+        api = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
+    except OSError as error:
+        return verdict_of(error, name, f"{device} is not KVM", use_tcg, needed=False)
+    finally:
+        os.close(fd)
+    if api != _KVM_API_VERSION:
+        return Finding(name, Status.BROKEN, f"{device} speaks version {api}, not {_KVM_API_VERSION}", use_tcg, needed=False)
+    if not (processor_flags() if flags is None else flags) & {"vmx", "svm"}:
+        # Seen: such a host runs the counting guest, and Linux never gets past early boot. So there is no point in trying it.
+        detail = f"{device} opens, but the processor has neither vmx nor svm: stock Linux guests do not boot on such hosts"
+        return Finding(name, Status.BROKEN, detail, use_tcg, needed=False)
+    trouble = _remembered_run()
+    if trouble:
+        return Finding(name, Status.BROKEN, trouble, use_tcg, needed=False)
+    return Finding(name, Status.OK, f"{device} runs guests", needed=False)
+
+
+def _remembered_run() -> str:
+    """`run_firmware` under KVM, or its result from earlier since the machine was booted."""
+    program = shutil.which(QEMU.get())
+    if program is None:
+        return f"not tried: {QEMU.get()} was not found"
+    status = os.stat(program)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    key = [boot, os.uname().release, program, status.st_size, status.st_mtime_ns]
+    memory = cache_folder() / "kvm.json"
+    try:
+        known = json.loads(memory.read_text())
+        if known["key"] == key:
+            return str(known["trouble"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing remembered, or nothing legible: try again
+    trouble = run_firmware(program, "kvm")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_name(f"{memory.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"key": key, "trouble": trouble}))
+        partial.replace(memory)
+    except OSError:
+        pass  # a cache that can't be written is not this probe's subject; the next run probes again
+    return trouble
+
+
+@functools.cache
+def _automatic() -> str:
+    return "kvm" if probe_kvm().status is Status.OK else "tcg"
+
+
+def accelerator() -> str:
+    """ "kvm" or "tcg": what SF_ACCEL says, or else what works; probed once per process.
+
+    Raises:
+        UsageError: SF_ACCEL has another value.
+    """
+    wanted = ACCEL.get()
+    if wanted not in ("auto", "kvm", "tcg"):
+        raise UsageError(f"{ACCEL.variable}={wanted!r} is not an accelerator", hint="set it to auto, kvm or tcg")
+    return _automatic() if wanted == "auto" else wanted

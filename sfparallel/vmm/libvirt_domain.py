@@ -1,0 +1,133 @@
+"""The one module that imports libvirt: connections, and the domain of a parent.
+
+Without a daemon the driver is embedded in this process (https://libvirt.org/drvqemu.html#embedded-driver), its files in the
+job's private folder. Its probe of the QEMU binary costs seconds, so that result alone is kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import libvirt
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import EnvironmentProblem, VMError
+
+_SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
+
+# The parent runs as the user who started the job, in the job's own mount namespace, so that libvirt's per-domain namespaces
+# and security labels would only stand between it and the job's sockets. QEMU's seccomp sandbox stays on.
+_EMBEDDED_SETTINGS = """\
+security_driver = "none"
+namespaces = []
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+
+
+def _run_event_loop() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()
+
+
+class EventLoop:
+    """libvirt's own event loop in a thread; it must be registered before the first connection."""
+
+    _lock = threading.Lock()
+    _started = False
+
+    @classmethod
+    def ensure(cls) -> None:
+        with cls._lock:
+            if cls._started:
+                return
+            libvirt.virEventRegisterDefaultImpl()
+            # Errors reach the caller as exceptions; libvirt would print each to stderr as well.
+            libvirt.registerErrorHandler(lambda _context, _error: None, None)
+            threading.Thread(target=_run_event_loop, name="libvirt-events", daemon=True).start()
+            cls._started = True
+
+
+def default_uri() -> str | None:
+    """The system or session daemon that is there, or None: use the embedded driver."""
+    if os.geteuid() == 0:
+        return "qemu:///system" if any(os.path.exists(path) for path in _SYSTEM_SOCKETS) else None
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+    return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
+
+
+class Connection:
+    """A libvirt connection that can start parents.
+
+    Args:
+        uri: a `qemu:` URI, or None for the default (see `default_uri`).
+        folder: the job's private folder, for the embedded driver.
+
+    Raises:
+        EnvironmentProblem: libvirt cannot be reached.
+    """
+
+    def __init__(self, uri: str | None, folder: Path) -> None:
+        EventLoop.ensure()
+        self.uri = uri or default_uri() or self._embedded(folder)
+        self.embedded = self.uri.startswith("qemu:///embed")
+        os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"4:file:{folder / 'libvirt.log'}" if self.embedded else "4:stderr")
+        try:
+            self._connection = libvirt.open(self.uri)
+        except libvirt.libvirtError as error:
+            raise EnvironmentProblem(
+                f"libvirt connection {self.uri} failed: {error}",
+                hint="start libvirtd, or leave --connect out to use the embedded driver; see `sf doctor`",
+            ) from error
+
+    @staticmethod
+    def _embedded(folder: Path) -> str:
+        root = folder / "libvirt"
+        (root / "etc").mkdir(parents=True)
+        settings = _EMBEDDED_SETTINGS
+        if os.geteuid() == 0:
+            settings += 'user = "root"\ngroup = "root"\n'
+        (root / "etc" / "qemu.conf").write_text(settings)
+        cache = cache_folder() / "libvirt"
+        cache.mkdir(parents=True, exist_ok=True)
+        (root / "cache").symlink_to(cache)
+        return f"qemu:///embed?root={root}"
+
+    def start(self, xml: str) -> Domain:
+        """Start a transient domain, paused. Blocks for about half a second.
+
+        Raises:
+            VMError: libvirt or QEMU refused.
+        """
+        try:
+            # AUTODESTROY: the domain goes when this connection does, whatever ends it.
+            flags = libvirt.VIR_DOMAIN_START_PAUSED
+            if not self.embedded:
+                flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
+            return Domain(self._connection.createXML(xml, flags))
+        except libvirt.libvirtError as error:
+            raise VMError(f"libvirt could not start the parent VM: {error}", hint="see `sf doctor`") from error
+
+    def close(self) -> None:
+        try:
+            self._connection.close()
+        except libvirt.libvirtError as error:
+            raise VMError(f"libvirt connection {self.uri} did not close: {error}") from error
+
+
+class Domain:
+    """A running parent as libvirt sees it."""
+
+    def __init__(self, domain: libvirt.virDomain) -> None:
+        self._domain = domain
+        self.name: str = domain.name()
+
+    def destroy(self) -> None:
+        """End the VM now; it is no error when it has ended by itself."""
+        try:
+            self._domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                raise VMError(f"{self.name}: libvirt could not destroy it: {error}") from error

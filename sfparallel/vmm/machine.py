@@ -1,0 +1,237 @@
+"""The shape of the virtual machine: one description, written out as a QEMU command line or as a libvirt domain.
+
+A clone's device state can be loaded only by a QEMU with the same devices at the same addresses, so parent (a libvirt
+domain) and shells (raw QEMU) must come from one description. The addresses are fixed here:
+
+    pcie.0  0x1   virtio-serial, port 1 "sf.agent"
+            0x2   virtio-blk: the guest's root, read-only, shared by all
+            0x3   virtio-net
+            0x8.k pcie-root-port for data disk k (hot-plugged into the parent, given at the start to shells)
+    ISA           serial console, pvpanic
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+DATA_SLOTS = 4
+"""Data disks that a VM can have; each needs a root port, and ports are part of the template."""
+
+AGENT_PORT = "sf.agent"
+
+# Offloads are off in parent and clones alike: a clone's state can be loaded only into a NIC with the same features, and what
+# features there are depends on the backend (a hub port for the parent, a tap for clones).
+NIC_OPTIONS = ",".join(
+    f"{name}=off"
+    for name in (
+        "csum", "gso", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo", "guest_announce",
+        "host_tso4", "host_tso6", "host_ecn", "host_ufo",
+    )
+)  # fmt: skip
+
+
+class Accelerator(enum.Enum):
+    """How guest code is executed."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What must be equal in all VMs of a job.
+
+    Attributes:
+        memory_bytes: size of guest RAM.
+        root_image: squashfs with the guest's root.
+        data_images: squashfs images of `--data` folders, in slot order.
+        mtu: largest packet on the clone network, bytes.
+    """
+
+    accelerator: Accelerator
+    cpus: int
+    memory_bytes: int
+    root_image: Path
+    data_images: tuple[Path, ...] = ()
+    qemu: str = "qemu-system-x86_64"
+    mtu: int = 9000
+
+    @property
+    def cpu_model(self) -> str:
+        # TCG's "max" has everything that numpy's wheels ask for. Five-level paging only makes each TLB miss dearer.
+        return "host" if self.accelerator is Accelerator.KVM else "max,la57=off"
+
+    @property
+    def machine(self) -> str:
+        return "q35,usb=off,dump-guest-core=off,hpet=off,suppress-vmdesc=on,memory-backend=pc.ram"
+
+    def fingerprint(self) -> dict[str, object]:
+        """What a template depends on; a data disk is not part of it."""
+        return {
+            "accelerator": self.accelerator.value,
+            "cpus": self.cpus,
+            "memory_bytes": self.memory_bytes,
+            "machine": self.machine,
+            "cpu_model": self.cpu_model,
+            "nic": NIC_OPTIONS,
+            "data_slots": DATA_SLOTS,
+            "mtu": self.mtu,
+        }
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What only the VM that boots the template needs; shells get the guest's memory instead."""
+
+    kernel: Path
+    initrd: Path
+    command_line: str
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Descriptors that a raw QEMU inherits: connected sockets, a console file, a tap."""
+
+    qmp: int
+    agent: int
+    console: int
+    tap: int | None
+
+
+def _core_arguments(spec: MachineSpec) -> list[str]:
+    return [
+        "-machine", spec.machine,
+        "-accel", spec.accelerator.value,
+        "-cpu", spec.cpu_model,
+        "-m", str(spec.memory_bytes >> 20),
+        "-object", f"memory-backend-ram,id=pc.ram,size={spec.memory_bytes}",
+        "-smp", f"{spec.cpus},sockets={spec.cpus},cores=1,threads=1",
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S",
+        "-global", "migration.send-configuration=off",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ]  # fmt: skip
+
+
+def _nic_device() -> str:
+    return f"virtio-net-pci,netdev=net0,id=nic0,bus=pcie.0,addr=0x3,mac=0a:53:46:ff:ff:ff,romfile=,{NIC_OPTIONS}"
+
+
+def _root_ports() -> list[str]:
+    ports = []
+    for slot in range(DATA_SLOTS):
+        first = ",multifunction=on" if slot == 0 else ""
+        ports += ["-device", f"pcie-root-port,id=data{slot},port={slot},chassis={slot + 1},bus=pcie.0,addr=0x8.{slot}{first}"]
+    return ports
+
+
+def data_disk(spec: MachineSpec, slot: int) -> tuple[dict[str, object], dict[str, object]]:
+    """Arguments of QMP `blockdev-add` and `device_add` for the data disk in a slot."""
+    node = {"driver": "raw", "node-name": f"data-image{slot}", "read-only": True,
+            "file": {"driver": "file", "filename": str(spec.data_images[slot]), "read-only": True}}  # fmt: skip
+    device: dict[str, object] = {"driver": "virtio-blk-pci", "id": f"data-disk{slot}", "bus": f"data{slot}",
+                                 "drive": f"data-image{slot}", "serial": f"sfdata{slot}"}  # fmt: skip
+    return dict(node), device
+
+
+def arguments(spec: MachineSpec, endpoints: Endpoints, boot: Boot | None = None) -> list[str]:
+    """Command line of a raw QEMU: a shell that waits for a checkpoint, or the VM that boots the template."""
+    argv = [spec.qemu, *_core_arguments(spec)]
+    if boot:
+        argv += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", boot.command_line]
+    else:
+        argv += ["-incoming", "defer"]
+    argv += [
+        "-chardev", f"socket,id=monitor,fd={endpoints.qmp}", "-mon", "chardev=monitor,mode=control",
+        "-add-fd", f"set=1,fd={endpoints.console}",
+        "-chardev", "file,id=console,path=/dev/fdset/1,append=on", "-device", "isa-serial,chardev=console,index=0",
+        "-device", "virtio-serial-pci,id=serial-bus,bus=pcie.0,addr=0x1",
+        "-chardev", f"socket,id=agent,fd={endpoints.agent}",
+        "-device", f"virtserialport,bus=serial-bus.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        "-blockdev", f"driver=file,node-name=root-file,filename={spec.root_image},read-only=on",
+        "-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on",
+        "-device", "virtio-blk-pci,drive=root,bus=pcie.0,addr=0x2",
+        "-netdev", "hubport,id=net0,hubid=0" if endpoints.tap is None else f"tap,id=net0,fd={endpoints.tap}",
+        "-device", _nic_device(),
+        "-device", "pvpanic",
+        *_root_ports(),
+    ]  # fmt: skip
+    for slot in range(len(spec.data_images)):
+        image = spec.data_images[slot]
+        argv += [
+            "-blockdev", f"driver=file,node-name=data-file{slot},filename={image},read-only=on",
+            "-blockdev", f"driver=raw,node-name=data-image{slot},file=data-file{slot},read-only=on",
+            "-device", f"virtio-blk-pci,id=data-disk{slot},bus=data{slot},drive=data-image{slot},serial=sfdata{slot}",
+        ]  # fmt: skip
+    return argv
+
+
+@dataclass(frozen=True)
+class DomainPaths:
+    """Where the sockets of a libvirt-managed VM lie, in the job's private folder."""
+
+    qmp: Path
+    agent: Path
+    paging: Path
+    console: Path
+
+
+def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path) -> str:
+    """The libvirt domain of a parent (https://libvirt.org/formatdomain.html).
+
+    What libvirt has no element for (incoming state, the NIC on a hub, a second monitor) is passed through its QEMU
+    namespace, at the addresses of `arguments`.
+    """
+    qemu_namespace = "http://libvirt.org/schemas/domain/qemu/1.0"
+    ElementTree.register_namespace("qemu", qemu_namespace)
+    kind = "kvm" if spec.accelerator is Accelerator.KVM else "qemu"
+    domain = ElementTree.Element("domain", type=kind)
+
+    def add(parent: ElementTree.Element, tag: str, text: str = "", **attributes: str) -> ElementTree.Element:
+        element = ElementTree.SubElement(parent, tag, attributes)
+        element.text = text or None
+        return element
+
+    def address(parent: ElementTree.Element, slot: int, function: int = 0, multifunction: bool = False) -> None:
+        extra = {"multifunction": "on"} if multifunction else {}
+        add(parent, "address", type="pci", domain="0x0000", bus="0x00", slot=f"{slot:#04x}", function=f"{function:#x}", **extra)
+
+    add(domain, "name", name)
+    add(domain, "memory", str(spec.memory_bytes >> 10), unit="KiB")
+    add(domain, "vcpu", str(spec.cpus))
+    add(add(domain, "os"), "type", "hvm", arch="x86_64", machine="q35")
+    add(add(domain, "features"), "acpi")
+    add(add(domain, "clock", offset="utc"), "timer", name="hpet", present="no")
+    for event, action in (("on_poweroff", "destroy"), ("on_reboot", "destroy"), ("on_crash", "destroy")):
+        add(domain, event, action)
+    devices = add(domain, "devices")
+    add(devices, "controller", type="usb", model="none")
+    add(devices, "memballoon", model="none")
+    add(devices, "audio", id="1", type="none")
+    address(add(devices, "controller", type="virtio-serial", index="0"), 1)
+    disk = add(devices, "disk", type="file", device="disk")
+    add(disk, "driver", name="qemu", type="raw")
+    add(disk, "source", file=str(spec.root_image))
+    add(disk, "target", dev="vda", bus="virtio")
+    add(disk, "readonly")
+    address(disk, 2)
+    channel = add(devices, "channel", type="unix")
+    add(channel, "source", mode="bind", path=str(paths.agent))
+    add(channel, "target", type="virtio", name=AGENT_PORT)
+    add(channel, "address", type="virtio-serial", controller="0", bus="0", port="1")
+    add(add(devices, "serial", type="file"), "source", path=str(paths.console))
+    add(devices, "panic", model="isa")
+    command_line = add(domain, f"{{{qemu_namespace}}}commandline")
+    extra = [
+        "-machine", "suppress-vmdesc=on", "-global", "migration.send-configuration=off", "-incoming", "defer",
+        "-cpu", spec.cpu_model, "-no-reboot",
+        "-chardev", f"socket,id=sfmonitor,path={paths.qmp},server=on,wait=off", "-mon", "chardev=sfmonitor,mode=control",
+        "-netdev", "hubport,id=net0,hubid=0", "-device", _nic_device(), *_root_ports(),
+    ]  # fmt: skip
+    for value in extra:
+        add(command_line, f"{{{qemu_namespace}}}arg", value=value)
+    for variable, value in (("LD_PRELOAD", str(library)), ("SFPAGE_PATH", str(paths.paging))):
+        add(command_line, f"{{{qemu_namespace}}}env", name=variable, value=value)
+    return ElementTree.tostring(domain, encoding="unicode")

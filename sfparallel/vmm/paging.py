@@ -1,0 +1,507 @@
+"""Client of the paging layer: the library inside each QEMU that lays memory images over guest RAM and commits to them.
+
+`native/sfpage.h` describes the packets. Ownership of descriptors: the caller keeps every descriptor that it passes in; what
+travels to QEMU are the kernel's duplicates, which the library closes before it answers.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import enum
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from sfparallel.errors import Closed, EnvironmentProblem, PagingError, ProtocolError, UsageError
+from sfparallel.vmm.layers import PAGE_BYTES, RUN, Extents, FlattenPlan, MemoryMap, Records
+
+MAX_LAYERS = 250
+_MAGIC = 0x47504653
+_VERSION = 1
+_REQUEST = struct.Struct("<IHHIIQQII")
+_REPLY = struct.Struct("<IHHIiII8Q")
+_INTACT = 1
+_REMAPPED = 2
+_PLAIN_PAGEMAP = 4
+_HAS_PAGEMAP_SCAN = 1
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_COPY_BYTES = 1 << 20
+
+
+class _Operation(enum.IntEnum):
+    HELLO = 1
+    MAP = 2
+    COMMIT = 3
+    STATS = 4
+
+
+class PagingStep(enum.IntEnum):
+    """The step of an operation that failed."""
+
+    NONE = 0
+    RECEIVE = 1
+    ARGUMENTS = 2
+    RANGE = 3
+    EXTENTS = 4
+    FILES = 5
+    BUDGET = 6
+    MMAP = 7
+    SOURCES = 8
+    SCAN = 9
+    MEMORY = 10
+    WRITE = 11
+    PUNCH = 12
+    RUNS = 13
+    MADVISE = 14
+    STATS = 15
+
+
+class CommitMode(enum.IntFlag):
+    """How a commit treats its target layer and the VM's mappings.
+
+    Attributes:
+        FRESH: the target is an empty layer, which the VM does not map yet; afterwards the VM shares it.
+        IN_PLACE: the target may hold older pages of this VM; no other VM maps it, no checkpoint refers to it.
+        NO_REMAP: leave the VM's mappings alone: it is about to end, or `map` follows.
+    """
+
+    FRESH = 0
+    IN_PLACE = 1
+    NO_REMAP = 2
+
+
+class ScanMethod(enum.Enum):
+    """How private pages are found: AUTO prefers the PAGEMAP_SCAN ioctl (Linux 6.7), PAGEMAP reads /proc/self/pagemap."""
+
+    AUTO = "auto"
+    PAGEMAP = "pagemap"
+
+
+class PagingRefused(PagingError):
+    """The library answered a request with an error.
+
+    Attributes:
+        errno: the error number of the system call, or the library's own.
+        step: which step failed.
+        memory_intact: guest memory is as it was; the VM may be resumed. Otherwise it must be discarded.
+    """
+
+    def __init__(self, message: str, *, errno: int, step: PagingStep, memory_intact: bool, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
+        self.step = step
+        self.memory_intact = memory_intact
+
+
+@dataclass(frozen=True)
+class PagingHello:
+    """What the library says about itself.
+
+    Attributes:
+        version: of the protocol.
+        page_bytes: page size of the host.
+        pagemap_scan: the kernel has the PAGEMAP_SCAN ioctl.
+        max_mappings: vm.max_map_count, the most mappings a process may have.
+        pid: QEMU's process id in its own PID namespace.
+    """
+
+    version: int
+    page_bytes: int
+    pagemap_scan: bool
+    max_mappings: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class MapResult:
+    """Times of a `map`, in nanoseconds."""
+
+    check_ns: int
+    map_ns: int
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """What a commit did.
+
+    Attributes:
+        runs: records of dtype `layers.RUN`; `MemoryMap.apply` takes them.
+        remapped: the VM shares the target now. If False the image is complete all the same, but the VM's mappings are not
+            as the new map says: `map` it (after `MemoryMap.flatten`, usually) before it is committed again, or discard it.
+        remap_step: why not, if `remapped` is False (NONE with CommitMode.NO_REMAP).
+        dirty_pages: pages that were private; `stored_pages` of them went to the target, `zero_pages` were zero.
+        scan_ns: time to find them; then `copy_ns`, `remap_ns`, and `total_ns` for everything.
+    """
+
+    runs: Records
+    remapped: bool
+    remap_step: PagingStep
+    dirty_pages: int
+    stored_pages: int
+    zero_pages: int
+    scan_ns: int
+    copy_ns: int
+    remap_ns: int
+    total_ns: int
+
+
+@dataclass(frozen=True)
+class PagingStatistics:
+    """Memory of a VM.
+
+    Attributes:
+        private_pages: pages of guest memory that this VM alone has: written since the last commit or map.
+        file_pages: pages of guest memory mapped from layers at this moment.
+        process_private_bytes: Private_Clean + Private_Dirty of the QEMU process. Includes layer pages that no other process
+            happens to map just now; `process_anonymous_bytes` does not.
+        process_anonymous_bytes: what the process has that is no file's page.
+        mappings: mappings of the process; the kernel allows `max_mappings`.
+    """
+
+    private_pages: int
+    file_pages: int
+    process_private_bytes: int
+    process_anonymous_bytes: int
+    mappings: int
+    max_mappings: int
+
+
+def library_path() -> Path:
+    """Where libsfpage.so is.
+
+    Raises:
+        EnvironmentProblem: it was not built.
+    """
+    path = Path(__file__).with_name("native") / "libsfpage.so"
+    if not path.exists():
+        raise EnvironmentProblem("the paging layer is not built", hint=f"make -C {path.parent}")
+    return path
+
+
+def environment(control: int | str | os.PathLike[str]) -> dict[str, str]:
+    """Environment variables that load the paging layer into a QEMU.
+
+    Args:
+        control: descriptor of the library's end of a `control_pair`, which QEMU must inherit; or the path at which the
+            library listens for the one connection that it accepts.
+    """
+    variable = {"SFPAGE_FD": str(control)} if isinstance(control, int) else {"SFPAGE_PATH": os.fspath(control)}
+    return {"LD_PRELOAD": str(library_path()), **variable}
+
+
+def control_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected pair for `PagingLayer` (first, non-blocking) and for a QEMU to inherit (second; close it after the start)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def _memfd(name: str, content: memoryview | bytes | None = None, *, seal: bool = False) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(content or b"").cast("B")
+        while view:
+            view = view[os.write(fd, view):]
+        if seal:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class MapPlan:
+    """An image, ready to be laid over the memory of any number of VMs.
+
+    Args:
+        memory_map: the image.
+        layers: descriptors of its layers by number, open for reading at least; the plan keeps duplicates.
+
+    Attributes:
+        memory_map: the image as it will be mapped (`MemoryMap.filled`). This, not the argument, is the map of a VM that was
+            mapped with the plan: the one to pass to its next `commit`.
+
+    Raises:
+        UsageError: a layer is missing.
+        PagingError: more layers than one message can carry.
+    """
+
+    def __init__(self, memory_map: MemoryMap, layers: Mapping[int, int]) -> None:
+        self.memory_map = memory_map.filled()
+        self.extents: Extents = self.memory_map.extents()
+        missing = [n for n in self.extents.layers if n not in layers]
+        if missing:
+            raise UsageError(f"no descriptor for the layers {missing} of the image")
+        if len(self.extents.layers) > MAX_LAYERS:
+            raise PagingError(f"an image of {len(self.extents.layers)} layers cannot be mapped; at most {MAX_LAYERS} can",
+                              hint="merge layers with MemoryMap.flatten first")
+        self._fds: list[int] = []
+        try:
+            self._fds.append(_memfd("sf-extents", self.extents.array.tobytes(), seal=True))
+            for number in self.extents.layers:
+                self._fds.append(fcntl.fcntl(layers[number], fcntl.F_DUPFD_CLOEXEC, 0))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fds(self) -> Sequence[int]:
+        """Descriptors of the request: the extents, then the layers.
+
+        Raises:
+            Closed: the plan was closed.
+        """
+        if not self._fds:
+            raise Closed("this map plan was closed")
+        return self._fds
+
+    def close(self) -> None:
+        """Give the descriptors back; VMs that were mapped are not affected."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Reply:
+    flags: int
+    step: PagingStep
+    values: tuple[int, ...]
+
+
+class PagingLayer:
+    """The paging layer of one QEMU. When its connection closes, that QEMU ends at once.
+
+    Requests may come from several tasks; they go out one at a time. A request that is cancelled is carried out by QEMU all
+    the same, but its outcome is lost: after a cancelled `map` or `commit` the VM should be discarded.
+
+    Args:
+        control: connected SOCK_SEQPACKET socket, owned by this object from then on.
+        name: of the VM, for messages.
+        scan: how private pages are found.
+    """
+
+    def __init__(self, control: socket.socket, name: str = "VM", *, scan: ScanMethod = ScanMethod.AUTO) -> None:
+        control.setblocking(False)
+        self._control: socket.socket | None = control
+        self._name = name
+        self._scan_flag = _PLAIN_PAGEMAP if scan is ScanMethod.PAGEMAP else 0
+        self._lock = asyncio.Lock()
+        self._serial = 0
+
+    @classmethod
+    async def connect(cls, path: str | os.PathLike[str], name: str = "VM", *, scan: ScanMethod = ScanMethod.AUTO) -> Self:
+        """Connect to a library that listens at `path`; it does from before QEMU's `main` on.
+
+        Raises:
+            PagingError: nobody listens there.
+        """
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            control.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(control, os.fspath(path))
+        except OSError as error:
+            control.close()
+            raise PagingError(f"{name}: no paging layer at {os.fspath(path)}: {error}",
+                              hint="look into QEMU's log; the library must be readable for QEMU") from error
+        except BaseException:
+            control.close()
+            raise
+        return cls(control, name=name, scan=scan)
+
+    async def hello(self) -> PagingHello:
+        """Ask the library who it is.
+
+        Raises:
+            PagingError: QEMU ended, or the library does not fit.
+        """
+        values = (await self._call(_Operation.HELLO)).values
+        if values[0] != PAGE_BYTES:
+            raise PagingError(f"{self._name}: the host's pages have {values[0]} bytes, only {PAGE_BYTES} are supported")
+        return PagingHello(version=_VERSION, page_bytes=values[0], pagemap_scan=bool(values[1] & _HAS_PAGEMAP_SCAN),
+                           max_mappings=values[2], pid=values[3])
+
+    async def map(self, address: int, plan: MapPlan) -> MapResult:
+        """Lay an image over guest memory, copy-on-write. The VM must not run meanwhile.
+
+        Args:
+            address: where guest memory begins in QEMU (`gpa2hva 0`).
+            plan: the image; of exactly the size of guest memory.
+
+        Raises:
+            PagingRefused: see `memory_intact`.
+            PagingError: QEMU ended.
+        """
+        reply = await self._call(_Operation.MAP, plan.fds, address=address, length=plan.memory_map.size_bytes,
+                                 extents=plan.extents.array.size)
+        return MapResult(check_ns=reply.values[0], map_ns=reply.values[1])
+
+    async def commit(self, address: int, memory_map: MemoryMap, target: int, target_number: int,
+                     mode: CommitMode = CommitMode.FRESH) -> CommitResult:
+        """Store the pages that the VM changed since it was mapped or committed last. The VM must not run meanwhile.
+
+        Args:
+            address: where guest memory begins in QEMU.
+            memory_map: the image that the VM has been running on: of its `MapPlan`, or what its last commit made of that.
+            target: descriptor of the target layer, open for reading and writing; a file of the size of guest memory.
+            target_number: its number.
+            mode: whether the target is fresh.
+
+        Raises:
+            PagingRefused: guest memory is intact and the VM may go on; a fresh target is worth nothing, one that was
+                committed to in place holds no usable image before a later commit succeeds (see `MemoryMap.distrusted`).
+            PagingError: QEMU ended.
+        """
+        runs_fd = _memfd("sf-runs")
+        try:
+            sources_fd = _memfd("sf-sources", memory_map.source.data, seal=True)
+            try:
+                reply = await self._call(_Operation.COMMIT, (target, runs_fd, sources_fd), flags=mode | self._scan_flag,
+                                         address=address, length=memory_map.size_bytes, target=target_number)
+            finally:
+                os.close(sources_fd)
+            runs = _read_runs(runs_fd, reply.values[7])
+        finally:
+            os.close(runs_fd)
+        dirty, stored, zero, scan_ns, copy_ns, remap_ns, total_ns = reply.values[:7]
+        return CommitResult(runs=runs, remapped=bool(reply.flags & _REMAPPED), remap_step=reply.step, dirty_pages=dirty,
+                            stored_pages=stored, zero_pages=zero, scan_ns=scan_ns, copy_ns=copy_ns, remap_ns=remap_ns,
+                            total_ns=total_ns)
+
+    async def statistics(self, address: int, size_bytes: int) -> PagingStatistics:
+        """Measure the memory of the VM; costs some milliseconds.
+
+        Raises:
+            PagingError: QEMU ended, or refused.
+        """
+        reply = await self._call(_Operation.STATS, flags=self._scan_flag, address=address, length=size_bytes)
+        return PagingStatistics(*reply.values[:6])
+
+    def close(self) -> None:
+        """Close the connection: QEMU ends at once."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    async def _call(self, operation: _Operation, fds: Sequence[int] = (), *, flags: int = 0, address: int = 0, length: int = 0,
+                    extents: int = 0, target: int = 0) -> _Reply:
+        async with self._lock:
+            self._serial = (self._serial + 1) & 0xFFFFFFFF
+            packet = _REQUEST.pack(_MAGIC, _VERSION, operation, self._serial, flags, address, length, extents, target)
+            try:
+                await self._send(packet, fds)
+                return await self._receive(operation)
+            except OSError as error:
+                raise self._gone(operation, error) from error
+
+    async def _send(self, packet: bytes, fds: Sequence[int]) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        while True:
+            control = self._open()
+            try:
+                control.sendmsg([packet], ancillary)
+                return
+            except BlockingIOError:
+                await _writable(control)
+
+    async def _receive(self, operation: _Operation) -> _Reply:
+        loop = asyncio.get_running_loop()
+        while True:
+            data = await loop.sock_recv(self._open(), _REPLY.size + 1)
+            if not data:
+                raise self._gone(operation)
+            if len(data) != _REPLY.size:
+                raise ProtocolError(f"{self._name}: a reply of {len(data)} bytes from the paging layer")
+            magic, version, answered, serial, status, step, flags, *values = _REPLY.unpack(data)
+            if magic != _MAGIC or version != _VERSION:
+                raise ProtocolError(f"{self._name}: the paging layer is of version {version}, not {_VERSION}",
+                                    hint="build it anew: make -C sfparallel/vmm/native")
+            if serial != self._serial:  # the answer to a request that was cancelled
+                continue
+            if answered != operation:
+                raise ProtocolError(f"{self._name}: answer to {answered} where {operation.name} was asked")
+            if status != 0:
+                raise self._refused(operation, -status, PagingStep(step), bool(flags & _INTACT))
+            return _Reply(flags, PagingStep(step), tuple(values))
+
+    def _open(self) -> socket.socket:
+        if self._control is None:
+            raise Closed(f"{self._name}: the connection to the paging layer was closed")
+        return self._control
+
+    def _gone(self, operation: _Operation, error: OSError | None = None) -> PagingError:
+        reason = f": {error.strerror}" if error else ""
+        return PagingError(f"{self._name}: QEMU ended during {operation.name.lower()}{reason}",
+                           hint="its standard error output (or libvirt's log) says why")
+
+    def _refused(self, operation: _Operation, number: int, step: PagingStep, intact: bool) -> PagingRefused:
+        return PagingRefused(
+            f"{self._name}: {operation.name.lower()} failed at {step.name.lower()}: {os.strerror(number)}"
+            + ("" if intact else "; its memory is lost"),
+            errno=number, step=step, memory_intact=intact, hint=_HINTS.get((step, number)) or _HINTS.get((step, 0)))
+
+
+_HINTS: dict[tuple[PagingStep, int], str] = {
+    (PagingStep.BUDGET, 0): "raise vm.max_map_count (sysctl), or merge layers with MemoryMap.flatten",
+    (PagingStep.MMAP, errno.ENOMEM): "raise vm.max_map_count (sysctl), or merge layers with MemoryMap.flatten",
+    (PagingStep.RECEIVE, errno.EMFILE): "raise the limit of open files (ulimit -n) for QEMU",
+    (PagingStep.WRITE, errno.ENOSPC): "free memory or disk space where the memory image is kept",
+    (PagingStep.WRITE, errno.ENOMEM): "free memory on the host, or fork from a smaller parent",
+    (PagingStep.FILES, errno.ENODATA): "a layer file is shorter than guest memory: truncate it to that size",
+    (PagingStep.SCAN, 0): "/proc/self/pagemap must be readable for QEMU",
+}
+
+
+async def _writable(control: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    fd = control.fileno()
+    loop.add_writer(fd, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_writer(fd)
+
+
+def _read_runs(fd: int, count: int) -> Records:
+    runs = np.zeros(count, dtype=RUN)
+    view = memoryview(runs.view(np.uint8).data)
+    offset = 0
+    while offset < len(view):
+        n = os.preadv(fd, [view[offset:]], offset)
+        if n == 0:
+            raise ProtocolError(f"{count} runs were announced, {offset // RUN.itemsize} were written")
+        offset += n
+    return runs
+
+
+def copy_pages(plan: FlattenPlan, layers: Mapping[int, int], target: int) -> None:
+    """Carry out a flatten plan.
+
+    Args:
+        plan: what to copy.
+        layers: descriptors of the layers by number.
+        target: descriptor of the fresh layer; it is given the size of guest memory.
+    """
+    os.ftruncate(target, plan.memory_map.size_bytes)
+    for first, pages, number, _ in plan.copies.tolist():
+        offset, end = first * PAGE_BYTES, (first + pages) * PAGE_BYTES
+        while offset < end:
+            data = os.pread(layers[number], min(_COPY_BYTES, end - offset), offset)
+            if not data:
+                raise PagingError(f"layer {number} ends at {offset}, before a page that it should hold")
+            offset += os.pwrite(target, data, offset)

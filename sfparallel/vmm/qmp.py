@@ -1,0 +1,183 @@
+"""A QMP client for asyncio: commands with descriptors, events as futures, pipelining.
+
+QMP is QEMU's JSON monitor (https://www.qemu.org/docs/master/interop/qmp-spec.html). `qemu.qmp` from PyPI speaks it as well,
+but runs three tasks for each connection and sends one command at a time; a fork talks to up to 64 monitors at once, and sends
+`getfd`, `migrate-incoming` and `cont` to each in one write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sfparallel.errors import QmpError
+
+Event = dict[str, Any]
+
+
+class Qmp:
+    """One monitor connection.
+
+    Args:
+        sock: a connected unix stream socket; the object owns it from here on.
+        name: the VM's name, for messages.
+        on_event: called for every event, in order.
+        on_close: called once when QEMU closed the connection.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        *,
+        on_event: Callable[[Event], None] = lambda event: None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self._sock = sock
+        self._on_event = on_event
+        self._on_close = on_close
+        self._replies: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._buffer = bytearray()
+        self._closed = False
+        self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
+        self._loop = asyncio.get_running_loop()
+        self._greeted: asyncio.Future[Event] = self._loop.create_future()
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    async def negotiate(self) -> None:
+        """Wait for the greeting and leave capabilities mode.
+
+        Raises:
+            QmpError: QEMU ended before it answered.
+        """
+        await self._greeted
+        await self.execute("qmp_capabilities")
+
+    def send(self, command: str, fds: Sequence[int] = (), **arguments: Any) -> asyncio.Future[Any]:
+        """Send a command without waiting; the future has its return value.
+
+        Descriptors are duplicated by the kernel as they pass (SCM_RIGHTS); the caller keeps its own.
+        """
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        if self._closed:
+            reply.set_exception(self._gone(command))
+            return reply
+        names = {key.rstrip("_").replace("_", "-"): value for key, value in arguments.items()}
+        message = json.dumps({"execute": command, "arguments": names}).encode() + b"\n"
+        self._replies.append((command, reply))
+        try:
+            # A monitor reads at once and commands are small, so that a full socket buffer means that QEMU hangs.
+            sent = socket.send_fds(self._sock, [message], list(fds)) if fds else self._sock.send(message)
+            if sent != len(message):
+                raise BlockingIOError(f"only {sent} of {len(message)} bytes taken")
+        except OSError as error:
+            self._replies.pop()
+            reply.set_exception(QmpError(f"{self.name}: cannot send {command!r} to QEMU: {error}"))
+        return reply
+
+    async def execute(self, command: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
+        """Run a command and return what it returns.
+
+        Raises:
+            QmpError: QEMU refused it, or is gone.
+        """
+        return await self.send(command, fds, **arguments)
+
+    async def monitor(self, line: str) -> str:
+        """Run a command of the human monitor; only for what QMP does not offer (`gpa2hva`)."""
+        return str(await self.execute("human-monitor-command", command_line=line))
+
+    def expect(self, matches: Callable[[Event], bool]) -> asyncio.Future[Event]:
+        """A future for the next event that matches; register before the command that causes it."""
+        future: asyncio.Future[Event] = self._loop.create_future()
+        if self._closed:
+            future.set_exception(self._gone("wait for an event"))
+        else:
+            self._waiters.append((matches, future))
+        return future
+
+    def close(self) -> None:
+        """Close the connection; commands and waits in flight fail."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        pending = [(command, future) for command, future in self._replies]
+        pending += [("wait for an event", future) for _, future in self._waiters]
+        pending.append(("connect", self._greeted))
+        for command, future in pending:
+            if not future.done():
+                future.set_exception(self._gone(command))
+                # Nobody may be waiting any more: then "never retrieved" would only be noise.
+                future.exception()
+        self._replies.clear()
+        self._waiters.clear()
+
+    def _gone(self, command: str) -> QmpError:
+        return QmpError(f"{self.name}: QEMU is gone, so that {command!r} has no answer")
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            self._on_close()
+            return
+        self._buffer += data
+        while (end := self._buffer.find(b"\n")) >= 0:
+            line = bytes(self._buffer[:end])
+            del self._buffer[: end + 1]
+            if line.strip():
+                self._dispatch(json.loads(line))
+                if self._closed:
+                    return
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self._deliver(message)
+        elif "QMP" in message:
+            if not self._greeted.done():
+                self._greeted.set_result(message)
+        elif self._replies:
+            command, future = self._replies.popleft()
+            if future.done():
+                return
+            if "error" in message:
+                future.set_exception(QmpError(f"{self.name}: QEMU refused {command!r}: {message['error'].get('desc')}"))
+            else:
+                future.set_result(message.get("return"))
+
+    def _deliver(self, event: Event) -> None:
+        kept = []
+        for matches, future in self._waiters:
+            if future.done():
+                continue
+            if matches(event):
+                future.set_result(event)
+            else:
+                kept.append((matches, future))
+        self._waiters = kept
+        self._on_event(event)
+
+
+@contextlib.contextmanager
+def reopened(fd: int, flags: int) -> Iterator[int]:
+    """A new open file description of the same file: its own offset, its own access mode."""
+    again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    try:
+        yield again
+    finally:
+        os.close(again)

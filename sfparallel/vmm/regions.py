@@ -1,0 +1,348 @@
+"""What programs in the VMs ask the supervisor for: tickets, clones, their end. One object per job.
+
+Every request is a msgpack map with "op" and "id" (see ARCHITECTURE.md, "The agent port"); each handler here answers one op.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sfparallel.errors import NetworkError, PagingError, SfError, StateError, UsageError, VMError
+from sfparallel.net.addresses import address_of, mac_of
+from sfparallel.vmm import engine
+from sfparallel.vmm.capacity import Capacity
+from sfparallel.vmm.checkpoint import LayerStore
+from sfparallel.vmm.engine import Birth, ForkReport
+from sfparallel.vmm.machine import MachineSpec
+from sfparallel.vmm.output import LabelledOutput
+from sfparallel.vmm.shells import Pool
+from sfparallel.vmm.tickets import Member, Ticket, TicketState
+from sfparallel.vmm.vm import Vm, VmState
+from sfparallel.wire import FrameType, pack, unpack
+
+log = logging.getLogger("sfparallel")
+
+PREFIX_LENGTH = 16
+"""All VMs of a job are in one subnet (net.addresses)."""
+
+Handler = Callable[[Vm, int, dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+@dataclass(frozen=True)
+class RegionSettings:
+    """What `sfrun` was told that programs in the guest want to know."""
+
+    job: str
+    default_n: int | None
+    labels: bool
+    statistics: bool
+    seed: int | None = None
+
+
+class Regions:
+    """Tickets and clones of a job.
+
+    Args:
+        on_clone: called with each new clone before it runs, to route what it sends.
+        on_report: called when a fork's clones are all gone.
+    """
+
+    def __init__(
+        self,
+        settings: RegionSettings,
+        spec: MachineSpec,
+        pool: Pool,
+        store: LayerStore,
+        *,
+        on_clone: Callable[[Vm, LabelledOutput], None],
+        on_report: Callable[[ForkReport], None],
+        answer_file_request: Callable[[Vm, int, bytes], None],
+    ) -> None:
+        self._settings = settings
+        self._spec = spec
+        self._pool = pool
+        self._store = store
+        self._on_clone = on_clone
+        self._on_report = on_report
+        self._answer_file_request = answer_file_request
+        self._tickets: dict[int, Ticket] = {}
+        self._members: dict[Vm, tuple[Ticket, Member]] = {}
+        self._capacity = Capacity(spec)
+        self._fork_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next_ticket = 1
+        self._handlers: dict[str, Handler] = {
+            "hello": self._hello, "ticket": self._ticket, "clone": self._clone, "exit": self._exit,
+            "join": self._join, "kill": self._kill, "stats": self._stats,
+        }  # fmt: skip
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def request(self, vm: Vm, channel: int, payload: bytes) -> None:
+        """Take a request from a program; the answer goes back when there is one."""
+        task = asyncio.get_running_loop().create_task(self._serve(vm, channel, payload))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, vm: Vm, channel: int, payload: bytes) -> None:
+        number: object = None
+        try:
+            message = unpack(payload)
+            number = message.get("id")
+            handler = self._handlers.get(str(message.get("op")))
+            if handler is None:
+                raise UsageError(f"the supervisor knows no request {message.get('op')!r}")
+            answer = await handler(vm, channel, message)
+        except SfError as error:
+            log.info("%s: request failed: %s", vm.name, error)
+            answer = failure(error)
+        except (KeyError, TypeError, ValueError) as error:
+            answer = {"error": "invalid", "message": f"malformed request: {error!r}"}
+        if answer is not None:
+            vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
+
+    def _find(self, vm: Vm, message: dict[str, Any]) -> Ticket:
+        ticket = self._tickets.get(int(message["ticket"]))
+        if ticket is None or ticket.owner is not vm:
+            raise StateError(f"there is no ticket {message['ticket']} here", hint="ask for one with request_ticket")
+        return ticket
+
+    async def _hello(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        ticket, member = self._members.get(vm, (None, None))
+        return {
+            "role": "clone" if member else "parent",
+            "rank": member.rank if member else 0,
+            "n": ticket.granted if ticket else None,
+            "default_n": self._settings.default_n,
+            "address": address_of(vm.number),
+            "job": self._settings.job,
+            "labels": self._settings.labels,
+            "seed": self._settings.seed,
+        }
+
+    async def _ticket(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        n = int(message["n"])
+        if n < 1:
+            raise UsageError(f"a ticket is for at least 1 clone, not {n}")
+        running = sum(1 for _, member in self._members.values() if not member.gone)
+        granted = self._capacity.grant(n, running=running, warm=len(self._pool))
+        ticket = Ticket(self._next_ticket, vm, channel, granted, label_base=int(message.get("label_base", 1)))
+        self._next_ticket += 1
+        self._tickets[ticket.number] = ticket
+        return {"ticket": ticket.number, "granted": granted, "fits": granted}
+
+    async def _exit(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
+        ticket, member = self._members[vm]
+        member.status = int(message.get("status", 0))
+        self._sample(ticket, member)
+        vm.kill()
+
+    async def _join(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        ticket = self._find(vm, message)
+        ticket.require(TicketState.RUNNING, TicketState.ENDED)
+        await ticket.wait_ended()
+        self._tickets.pop(ticket.number, None)
+        return {"status": ticket.statuses()}
+
+    async def _kill(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        ticket = self._find(vm, message)
+        if ticket.state is TicketState.GRANTED:
+            ticket.give_up()
+        ranks = message.get("ranks")
+        ticket.discard([int(rank) for rank in ranks] if ranks is not None else None)
+        if ranks is None:
+            await ticket.wait_ended()
+            self._tickets.pop(ticket.number, None)
+        return {}
+
+    async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
+        report = self._find(vm, message).report
+        if report:
+            report.first_answer = message.get("first_s")
+            report.last_answer = message.get("last_s")
+
+    # -- the fork --------------------------------------------------------------------------------------------------
+
+    async def _clone(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
+        ticket = self._find(vm, message)
+        ticket.require(TicketState.GRANTED)
+        ticket.state = TicketState.CLONING
+        ticket.channel = channel
+        ticket.label_base = int(message.get("label_base", ticket.label_base))
+        try:
+            async with self._fork_lock:
+                self._pool.hold()
+                try:
+                    await self._fork(vm, ticket, message)
+                finally:
+                    self._pool.go_on()
+        except SfError as error:
+            ticket.give_up()
+            if vm.state is VmState.FROZEN:
+                vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
+                return None
+            raise
+        return None
+
+    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
+        n = ticket.granted
+        report = ForkReport(n, time.monotonic())
+        ticket.report = report
+        shells = await self._pool.take(n)
+        self._pool.aim(n)
+        report.shells_ready = time.monotonic() - report.started
+        try:
+            checkpoint, report.save, report.commit, crossing = await engine.save(vm, self._store)
+        except BaseException:
+            self._pool.give_back(shells)
+            raise
+        members = [Member(rank, shell, address_of(shell.number)) for rank, shell in enumerate(shells, 1)]
+        for member in members:
+            self._adopt(ticket, member)
+        ticket.start(members)
+        clones = [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
+        answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}
+        vm.thaw(_thaw(ticket.channel, answer))
+        births = [Birth(member.vm, self._birth_message(vm, ticket, member, message["id"], clones)) for member in members]
+        try:
+            await engine.launch(births, checkpoint, report, self._could_not_start)
+        finally:
+            checkpoint.close()
+        for member in members:
+            for frame in crossing:
+                self._answer_file_request(member.vm, frame.channel, frame.payload)
+        for frame in crossing:
+            self._answer_file_request(vm, frame.channel, frame.payload)
+
+    def _birth_message(
+        self, source: Vm, ticket: Ticket, member: Member, number: int, clones: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        answer = {
+            "id": number, "rank": member.rank, "role": "clone", "parent": address_of(source.number),
+            "address": member.address, "clones": clones, "entropy": os.urandom(32),
+        }  # fmt: skip
+        parent = [address_of(source.number), mac_of(source.number)]
+        return _thaw(ticket.channel, answer, identity("clone", member.vm.number, self._settings.job, self._spec.mtu, [parent]))
+
+    def _adopt(self, ticket: Ticket, member: Member) -> None:
+        label = f"[{member.rank - 1 + ticket.label_base}] " if self._settings.labels else ""
+        self._members[member.vm] = (ticket, member)
+        self._on_clone(member.vm, LabelledOutput(label))
+
+    # -- ends ------------------------------------------------------------------------------------------------------
+
+    def _could_not_start(self, vm: Vm, cause: str) -> None:
+        ticket, member = self._members[vm]
+        if not member.discarded:
+            self._lost(ticket, member, cause)
+
+    def clone_exited(self, vm: Vm, status: int, oom_kills: int) -> None:
+        """The program in a clone ended without calling `exit`."""
+        ticket, member = self._members[vm]
+        if os.WIFEXITED(status):
+            member.status = os.WEXITSTATUS(status)
+            cause = f"its program ended with exit status {member.status} before it answered"
+        else:
+            cause = f"its program was killed by signal {os.WTERMSIG(status)}"
+            if oom_kills:
+                cause = f"the guest ran out of memory ({self._spec.memory_bytes >> 20} MiB) and its kernel killed the program"
+        self._sample(ticket, member)
+        if member.status is None or not member.discarded:
+            self._lost(ticket, member, cause)
+        vm.kill()
+
+    def vm_gone(self, vm: Vm, cause: str) -> None:
+        """A VM has ended; everything that it owned ends with it."""
+        self._store.release(vm)
+        self._pool.discard(vm)
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.owner is vm]:
+            ticket.discard()
+        if vm not in self._members:
+            return
+        ticket, member = self._members.pop(vm)
+        member.gone = True
+        if member.status is None and member.lost is None and not member.discarded:
+            self._lost(ticket, member, cause)
+        ticket.check()
+        if ticket.state is TicketState.ENDED and ticket.report:
+            self._capacity.learn(ticket.report.private_bytes)
+            self._on_report(ticket.report)
+
+    def client_gone(self, vm: Vm, channel: int) -> None:
+        """A program closed its connection: its clones have nobody left to answer to."""
+        for ticket in [t for t in self._tickets.values() if t.owner is vm and t.channel == channel]:
+            ticket.discard()
+            del self._tickets[ticket.number]
+
+    def _lost(self, ticket: Ticket, member: Member, cause: str) -> None:
+        member.lost = cause
+        console = member.vm.console_tail()
+        log.info("%s (rank %d of ticket %d) is lost: %s", member.vm.name, member.rank, ticket.number, cause)
+        if ticket.owner.state is not VmState.GONE:
+            event = {"event": "lost", "ticket": ticket.number, "rank": member.rank, "cause": cause, "host": "",
+                     "console": console}  # fmt: skip
+            ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
+
+    def _sample(self, ticket: Ticket, member: Member) -> None:
+        """Note the private memory of a clone that is about to go: all with `--stats`, else one per fork."""
+        report = ticket.report
+        if report and (self._settings.statistics or not report.private_bytes):
+            report.private_bytes.append(private_bytes(member.vm.pid))
+
+    async def close(self) -> None:
+        """End all clones and forget all requests."""
+        for vm in list(self._members):
+            vm.kill()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that only this process has (Private_* of smaps_rollup, proc(5)); 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Private_"))
+    except OSError:
+        return 0
+
+
+def identity(role: str, number: int, job: str, mtu: int, neighbours: list[list[Any]]) -> dict[str, Any]:
+    """The identity part of a THAW message; every value in it is unique to this VM."""
+    return {
+        "role": role,
+        "time_ns": time.time_ns(),
+        "entropy": os.urandom(64),
+        "hostname": f"{job}-{number}" if number else job,
+        "machine_id": uuid.uuid4().hex,
+        "mac": mac_of(number),
+        "address": address_of(number),
+        "prefix": PREFIX_LENGTH,
+        "mtu": mtu,
+        "neighbours": neighbours,
+    }
+
+
+def _thaw(channel: int, answer: dict[str, Any], who: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"identity": who, "channel": channel, "reply": pack(answer), "mounts": []}
+
+
+def failure(error: SfError, kind: str = "") -> dict[str, Any]:
+    """An error as a program's answer."""
+    if not kind:
+        kinds: list[tuple[type[SfError], str]] = [
+            (UsageError, "invalid"), (StateError, "state"), (PagingError, "clone_failed"), (VMError, "clone_failed"),
+            (NetworkError, "clone_failed"),
+        ]  # fmt: skip
+        kind = next((name for cls, name in kinds if isinstance(error, cls)), "capacity")
+    extra = {"fits": error.fits} if hasattr(error, "fits") else {}
+    if extra:
+        kind = "capacity"
+    return {"error": kind, "message": error.message, "hint": error.hint, **extra}

@@ -1,0 +1,99 @@
+"""Which jobs run, and what interrupted ones left in the cache folder.
+
+A job is known by an abstract unix socket (unix(7)): it has no name in a file system and is gone with its process, so that a
+killed job cannot leave a stale entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import ProtocolError
+from sfparallel.wire import pack, unpack
+
+_NAME = re.compile(r"@sfparallel/job/(\d+)$")
+_ANSWER_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What `sf ps` shows of a job."""
+
+    pid: int
+    program: str
+    clones: int
+    forks: int
+    seconds: float
+
+
+async def announce(status: Callable[[], JobStatus]) -> asyncio.Server:
+    """Answer `sf ps` for this process until the server is closed."""
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            writer.write(pack(asdict(status())))
+            with contextlib.suppress(OSError):
+                await writer.drain()
+
+    return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{os.getpid()}")
+
+
+def _job_pids() -> list[int]:
+    # proc(5): the last column is the path; abstract names begin with @.
+    with open("/proc/net/unix") as table:
+        found = (_NAME.search(line.rstrip()) for line in table)
+        return sorted({int(match[1]) for match in found if match})
+
+
+async def running_jobs() -> list[JobStatus]:
+    """All jobs of this machine that answer."""
+    jobs = []
+    for pid in _job_pids():
+        with contextlib.suppress(OSError, TimeoutError, ProtocolError, TypeError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                reader, writer = await asyncio.open_unix_connection(path=f"\0sfparallel/job/{pid}")
+                with contextlib.closing(writer):
+                    jobs.append(JobStatus(**unpack(await reader.read())))
+    return jobs
+
+
+def clean(*, everything: bool) -> Iterator[str]:
+    """Remove what interrupted builds left, and templates that no job has open; yields a line for each thing removed.
+
+    Args:
+        everything: images, data images and kept probes as well.
+    """
+    cache = cache_folder()
+    candidates = [*cache.glob("templates/*"), *cache.glob("images/.*"), *cache.glob("templates/.*"), *cache.glob("data/.*")]
+    if everything:
+        candidates += [*cache.glob("images/*"), *cache.glob("data/*"), *cache.glob("initrd/*"), cache / "libvirt"]
+    for path in dict.fromkeys(candidates):
+        if not path.exists() or _in_use(path):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        yield f"removed {path.relative_to(cache)}"
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a build holds the lock that belongs to this entry. Open files outlive their names, so that jobs need none."""
+    lock = path if path.suffix == ".lock" else path.with_suffix(".lock")
+    if not lock.is_file():
+        return False
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

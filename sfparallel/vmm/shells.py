@@ -1,0 +1,216 @@
+"""Starting QEMU: raw shells for clones, the VM that boots a template, and the libvirt-managed parent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from sfparallel import native
+from sfparallel.errors import EnvironmentProblem, VMError
+from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm.libvirt_domain import Connection
+from sfparallel.vmm.machine import Boot, DomainPaths, Endpoints, MachineSpec, arguments, data_disk, domain_xml
+from sfparallel.vmm.qmp import reopened
+from sfparallel.vmm.vm import Sockets, Vm
+
+LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
+"""The paging layer, loaded into each QEMU."""
+
+# Descriptors as QEMU sees them.
+_QMP, _AGENT, _PAGING, _CONSOLE, _TAP = 3, 4, 5, 6, 7
+_CONNECT_TIMEOUT_S = 10.0
+
+
+def require_library() -> None:
+    """Raises EnvironmentProblem when the native paging layer has not been built."""
+    if not LIBRARY.exists():
+        raise EnvironmentProblem(f"the paging layer {LIBRARY.name} is not built", hint="run `make build`")
+
+
+async def start_shell(
+    spec: MachineSpec, number: int, network: CloneNetwork | None, *, boot: Boot | None = None, name: str = ""
+) -> Vm:
+    """Start a raw QEMU: a shell with its port on the clone network or, with `boot`, a VM that boots a guest.
+
+    Everything that it talks through is a descriptor handed over at the start, so that no name is left in any file system.
+
+    Raises:
+        VMError: QEMU did not start; nothing is left.
+    """
+    name = name or f"clone {number}"
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        def pair(kind: int) -> tuple[socket.socket, socket.socket]:
+            mine, other = socket.socketpair(socket.AF_UNIX, kind)
+            theirs.callback(other.close)
+            ours.callback(mine.close)
+            return mine, other
+
+        qmp, their_qmp = pair(socket.SOCK_STREAM)
+        agent, their_agent = pair(socket.SOCK_STREAM)
+        paging, their_paging = pair(socket.SOCK_SEQPACKET)
+        console = os.memfd_create("sf-console", os.MFD_CLOEXEC)
+        ours.callback(os.close, console)
+        # QEMU takes a descriptor of a set only if its access mode is the one that it would open the file with.
+        for_qemu = theirs.enter_context(reopened(console, os.O_WRONLY | os.O_APPEND))
+        fds = {_QMP: their_qmp.fileno(), _AGENT: their_agent.fileno(), _PAGING: their_paging.fileno(), _CONSOLE: for_qemu}
+        if network:
+            # A port outlives its VM: the next one of that number takes it over, which costs nothing.
+            port = network.ports.get(number) or network.add_port(number)
+            port.drain()
+            fds[_TAP] = port.tap_fd
+        endpoints = Endpoints(qmp=_QMP, agent=_AGENT, console=_CONSOLE, tap=_TAP if network else None)
+        environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": str(LIBRARY), "SFPAGE_FD": str(_PAGING)}
+        try:
+            pid = native.spawn(arguments(spec, endpoints, boot), output=for_qemu, fds=fds, env=environment)
+        except OSError as error:
+            raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint="see `sf doctor`") from error
+        vm = Vm(name, pid, Sockets(qmp, agent, paging, console), child=True, number=number)
+        ours.pop_all()
+    try:
+        await vm.prepare(spec.memory_bytes)
+    except BaseException:
+        vm.kill()
+        raise
+    return vm
+
+
+def _connect(path: Path, kind: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.settimeout(_CONNECT_TIMEOUT_S)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise VMError(f"parent: cannot connect to its {path.name}: {error}") from error
+    return sock
+
+
+async def start_parent(spec: MachineSpec, connection: Connection, network: CloneNetwork, folder: Path, name: str) -> Vm:
+    """Start the parent's domain, empty and paused, as a shell.
+
+    Raises:
+        VMError: libvirt or QEMU refused; nothing is left.
+    """
+    paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
+    xml = domain_xml(spec, name, paths, LIBRARY)
+    domain = await asyncio.to_thread(connection.start, xml)
+    with contextlib.ExitStack() as undo:
+        undo.callback(domain.destroy)
+        paging = _connect(paths.paging, socket.SOCK_SEQPACKET)
+        undo.callback(paging.close)
+        qmp = _connect(paths.qmp, socket.SOCK_STREAM)
+        undo.callback(qmp.close)
+        agent = _connect(paths.agent, socket.SOCK_STREAM)
+        undo.callback(agent.close)
+        # The library inside QEMU made this socket itself, so that its peer is QEMU and not libvirt.
+        pid, _, _ = struct.unpack("3i", paging.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        console = os.open(paths.console, os.O_RDONLY | os.O_CLOEXEC)
+        vm = Vm("parent", pid, Sockets(qmp, agent, paging, console), child=False)
+        undo.pop_all()
+    try:
+        await vm.prepare(spec.memory_bytes)
+        port = network.add_port(0)
+        await vm.qmp.execute("getfd", fds=[port.tap_fd], fdname="tap")
+        await vm.qmp.execute("netdev_add", type="tap", id="tap0", fd="tap")
+        await vm.qmp.execute("netdev_add", type="hubport", id="hub-to-tap", hubid=0, netdev="tap0")
+    except BaseException:
+        vm.kill()
+        raise
+    return vm
+
+
+async def plug_data_disks(vm: Vm, spec: MachineSpec) -> None:
+    """Hot-plug the data disks into a parent that runs; shells have them from the start, at the same addresses."""
+    for slot in range(len(spec.data_images)):
+        node, device = data_disk(spec, slot)
+        await vm.qmp.execute("blockdev-add", **node)
+        await vm.qmp.execute("device_add", **device)
+
+
+class Pool:
+    """Started shells, ready to become clones.
+
+    The pool is filled in the background up to `target`; a fork takes what is there and starts what is missing.
+    """
+
+    def __init__(self, start: Callable[[], asyncio.Future[Vm] | asyncio.Task[Vm]]) -> None:
+        self._start = start
+        self._ready: deque[Vm] = deque()
+        self._filler: asyncio.Task[None] | None = None
+        self._held = asyncio.Event()
+        self._held.set()
+        self.target = 0
+        self.error: VMError | None = None
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def aim(self, target: int) -> None:
+        """Keep `target` shells from here on."""
+        self.target = max(self.target, target)
+        self._fill()
+
+    def hold(self) -> None:
+        """No new shells for now: a fork is under way, and its clones need the processors."""
+        self._held.clear()
+
+    def go_on(self) -> None:
+        self._held.set()
+        self._fill()
+
+    def discard(self, vm: Vm) -> None:
+        """A shell died while it waited."""
+        with contextlib.suppress(ValueError):
+            self._ready.remove(vm)
+
+    async def take(self, n: int) -> list[Vm]:
+        """Take n shells out.
+
+        Raises:
+            VMError: some could not be started; those that could are back in the pool.
+        """
+        taken = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
+        missing = n - len(taken)
+        results = await asyncio.gather(*(self._start() for _ in range(missing)), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        taken += [result for result in results if isinstance(result, Vm)]
+        if errors:
+            self._ready.extend(taken)
+            raise errors[0]
+        return taken
+
+    def give_back(self, shells: list[Vm]) -> None:
+        """Shells that were taken and are still empty."""
+        self._ready.extend(shells)
+
+    def _fill(self) -> None:
+        if (self._filler is None or self._filler.done()) and len(self._ready) < self.target:
+            self._filler = asyncio.get_running_loop().create_task(self._refill())
+
+    async def _refill(self) -> None:
+        while len(self._ready) < self.target:
+            await self._held.wait()
+            try:
+                self._ready.append(await self._start())
+            except VMError as error:
+                # The fork that needs the shell will meet the same error and report it to its caller.
+                self.error = error
+                return
+
+    async def wait_full(self) -> None:
+        """Wait until the pool has its target (benchmarks and tests: "with a warm pool")."""
+        self._fill()
+        if self._filler:
+            await self._filler
+
+    def close(self) -> None:
+        if self._filler:
+            self._filler.cancel()
+        while self._ready:
+            self._ready.popleft().kill()

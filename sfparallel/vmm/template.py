@@ -1,0 +1,148 @@
+"""Templates: the checkpoint of a freshly booted guest, made once for each image and machine shape, kept in the cache folder.
+
+    <cache>/templates/<key>/manifest.json   what it was made of
+                            memory          pages, sparse
+                            memory.map      which pages (layers.MemoryMap)
+                            devices         CPU and device state
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import EnvironmentProblem, ImageBuildError
+from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.engine import commit
+from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
+from sfparallel.vmm.machine import Boot, MachineSpec
+from sfparallel.vmm.shells import start_shell
+from sfparallel.vmm.vm import VmState
+
+FORMAT = 1
+BOOT_TIMEOUT_S = 180.0
+
+
+def qemu_version(qemu: str) -> str:
+    """Version of QEMU with the distribution's package version: device state is not portable between builds.
+
+    Raises:
+        EnvironmentProblem: it is not installed, or does not run.
+    """
+    try:
+        output = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise EnvironmentProblem(f"cannot run {qemu}: {error}", hint="apt install qemu-system-x86") from error
+    found = re.search(r"version (.*)", output)
+    return found[1] if found else output.strip()
+
+
+def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, dict[str, object]]:
+    """Key of the template and the manifest that it is the digest of."""
+    manifest = {
+        "format": FORMAT,
+        "image": image_key,
+        "initrd": hashlib.sha256(boot.initrd.read_bytes()).hexdigest(),
+        "command_line": boot.command_line,
+        "qemu": qemu_version(spec.qemu),
+        **spec.fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16], manifest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Callable[[str], None]) -> Path:
+    """The template's folder; boots a guest and saves it when there is none yet (10 to 20 s under emulation).
+
+    Raises:
+        GuestError: the guest did not come up; the message has the end of its console.
+        ImageBuildError: the template could not be written.
+    """
+    key, manifest = template_key(spec, boot, image_key)
+    folder = cache_folder() / "templates" / key
+    if (folder / "manifest.json").exists():
+        return folder
+    with _locked(folder.with_suffix(".lock")):
+        if (folder / "manifest.json").exists():
+            return folder
+        say("booting the guest once to make a template")
+        for stale in folder.parent.glob(f".{key}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
+        try:
+            await _boot_and_save(spec, boot, work)
+            (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            work.rename(folder)
+        except OSError as error:
+            raise ImageBuildError(
+                f"the template could not be written to {folder.parent}: {error}",
+                hint="free some space there, or choose another folder with SF_CACHE",
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+    return folder
+
+
+async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
+    vm = await start_shell(spec, 0, None, boot=boot, name="template")
+    store = LayerStore()
+    try:
+        booted = vm.wait_frozen(BOOT_TIMEOUT_S)
+        await vm.qmp.execute("cont")
+        await booted
+        vm.state = VmState.FROZEN
+        await vm.stop()
+        devices = os.open(folder / "devices", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            await vm.save_devices(devices)
+        finally:
+            os.close(devices)
+        memory = os.open(folder / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(memory, spec.memory_bytes)
+        vm.memory = MemoryMap.zero(spec.memory_bytes // PAGE_BYTES)
+        store.add(memory, vm)
+        await commit(vm, store, target=1)
+        os.fsync(memory)
+        (folder / "memory.map").write_bytes(vm.memory.encode())
+    finally:
+        vm.kill()
+        store.close()
+
+
+def open_template(folder: Path, store: LayerStore) -> Checkpoint:
+    """The template as a checkpoint; its memory is mapped straight from the file, so that jobs share the page cache.
+
+    Raises:
+        EnvironmentProblem: files are missing or damaged.
+    """
+    holder = object()
+    try:
+        memory = os.open(folder / "memory", os.O_RDONLY | os.O_CLOEXEC)
+        number = store.add(memory, holder, fixed=True)
+        memory_map = MemoryMap.decode((folder / "memory.map").read_bytes())
+        if memory_map.layers != (1,) or number != 1:
+            raise EnvironmentProblem(f"template {folder.name} is damaged", hint="run `sf clean --templates`")
+        devices = os.open(folder / "devices", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise EnvironmentProblem(f"template {folder.name}: {error}", hint="run `sf clean --templates`") from error
+    checkpoint = Checkpoint(memory_map, devices, store)
+    store.release(holder)
+    return checkpoint

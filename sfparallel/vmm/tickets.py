@@ -1,0 +1,91 @@
+"""Tickets: permission for clones, and what became of the clones made with it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from dataclasses import dataclass, field
+
+from sfparallel.errors import StateError
+from sfparallel.vmm.engine import ForkReport
+from sfparallel.vmm.vm import Vm
+
+
+class TicketState(enum.Enum):
+    """Life of a ticket."""
+
+    GRANTED = "granted"
+    CLONING = "cloning"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Member:
+    """One clone of a ticket.
+
+    Attributes:
+        rank: 1..m.
+        status: what it passed to `exit`, or None while it runs or when it was lost.
+        lost: why it died before it called `exit`.
+    """
+
+    rank: int
+    vm: Vm
+    address: str
+    status: int | None = None
+    lost: str | None = None
+    gone: bool = False
+    discarded: bool = False
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Permission for `granted` clones, given to one program (a channel of a VM's agent)."""
+
+    number: int
+    owner: Vm
+    channel: int
+    granted: int
+    label_base: int = 1
+    state: TicketState = TicketState.GRANTED
+    members: dict[int, Member] = field(default_factory=dict)
+    report: ForkReport | None = None
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def require(self, *states: TicketState) -> None:
+        if self.state not in states:
+            wanted = " or ".join(state.value for state in states)
+            raise StateError(f"ticket {self.number} is {self.state.value}; this needs it {wanted}")
+
+    def start(self, members: list[Member]) -> None:
+        """The clones exist from here on."""
+        self.require(TicketState.CLONING)
+        self.members = {member.rank: member for member in members}
+        self.state = TicketState.RUNNING
+        self.check()
+
+    def check(self) -> None:
+        """End the ticket when its last clone is gone."""
+        if self.state is TicketState.RUNNING and all(member.gone for member in self.members.values()):
+            self.state = TicketState.ENDED
+            self._ended.set()
+
+    def give_up(self) -> None:
+        """Cloning failed: there are no clones."""
+        self.state = TicketState.ENDED
+        self._ended.set()
+
+    def discard(self, ranks: list[int] | None = None) -> None:
+        """End clones now; their death is no loss."""
+        for member in self.members.values():
+            if ranks is None or member.rank in ranks:
+                member.discarded = True
+                member.vm.kill()
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def statuses(self) -> dict[int, int | None]:
+        """Exit status by rank; None for a clone that was lost or discarded."""
+        return {rank: member.status for rank, member in self.members.items()}

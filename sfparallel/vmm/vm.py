@@ -1,0 +1,371 @@
+"""One virtual machine as the supervisor holds it: process, monitor, paging layer, agent port.
+
+A VM is born as a *shell* (no guest in it), gets a guest by `load`, and then runs. Whatever ends it, `on_gone` is called once
+with the cause, and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sfparallel.errors import GuestError, QmpError, StateError, VMError
+from sfparallel.vmm.layers import MemoryMap
+from sfparallel.vmm.paging import MapPlan, PagingLayer
+from sfparallel.vmm.qmp import Event, Qmp, reopened
+from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
+
+FREEZE_TIMEOUT_S = 60.0
+"""A guest that does not stop its programs within this time is taken for hung (a busy one needs milliseconds)."""
+
+_CONSOLE_TAIL_BYTES = 4096
+
+
+class VmState(enum.Enum):
+    """Life of a VM."""
+
+    SHELL = "shell"
+    LOADING = "loading"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    STOPPED = "stopped"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Connected sockets (and the console's file) of one QEMU; the VM owns them."""
+
+    qmp: socket.socket
+    agent: socket.socket
+    paging: socket.socket
+    console: int
+
+
+@dataclass
+class VmEvents:
+    """What a VM reports; the owner sets these before the guest runs."""
+
+    on_frame: Callable[[Vm, Frame], None] = lambda vm, frame: None
+    on_gone: Callable[[Vm, str], None] = lambda vm, cause: None
+
+
+class _AgentPort(asyncio.Protocol):
+    """The agent port's byte stream as frames."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._parser = FrameParser()
+        self.transport: asyncio.Transport | None = None
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._parser.feed(data):
+            self._vm.frame_received(frame)
+
+
+class Vm:
+    """One VM.
+
+    Args:
+        name: for messages ("parent", "clone 7").
+        pid: the QEMU process; a child of this process, unless libvirt started it.
+        sockets: its sockets, connected.
+    """
+
+    def __init__(self, name: str, pid: int, sockets: Sockets, *, child: bool, number: int = 0) -> None:
+        self.name = name
+        self.pid = pid
+        self.number = number
+        self.state = VmState.SHELL
+        self.events = VmEvents()
+        self.memory: MemoryMap | None = None
+        self.ram_address = 0
+        self.ram_bytes = 0
+        self.woken: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.exit_report: dict[str, Any] | None = None
+        self.closing = contextlib.ExitStack()
+        self._child = child
+        self._loop = asyncio.get_running_loop()
+        self._console = sockets.console
+        self._agent_socket = sockets.agent
+        self._port = _AgentPort(self)
+        self._frozen: asyncio.Future[dict[str, Any]] | None = None
+        self._crossing: list[Frame] = []
+        self._held: list[Frame] = []
+        self._cause = ""
+        self._pidfd = os.pidfd_open(pid)
+        self._loop.add_reader(self._pidfd, self._exited)
+        self.qmp = Qmp(sockets.qmp, name, on_event=self._event)
+        self.paging = PagingLayer(sockets.paging, name=name)
+
+    # -- start and end ---------------------------------------------------------------------------------------------
+
+    async def prepare(self, ram_bytes: int) -> None:
+        """Connect to a started QEMU; afterwards it is a shell.
+
+        Raises:
+            VMError: QEMU ended; the message has what it printed.
+        """
+        try:
+            await self.qmp.negotiate()
+            # The end of loading is told by an event only when asked for.
+            capability = {"capability": "events", "state": True}
+            events = self.qmp.send("migrate-set-capabilities", capabilities=[capability])
+            found = await self.qmp.monitor("gpa2hva 0")
+            await events
+            address = re.search(r"is (?:0x)?([0-9a-f]+)\s*$", found.strip())
+            if not address:
+                raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found!r}")
+            self.ram_address = int(address[1], 16)
+            self.ram_bytes = ram_bytes
+            await self.paging.hello()
+            await self._loop.create_unix_connection(lambda: self._port, sock=self._agent_socket)
+        except VMError as error:
+            output = self.console_tail()
+            raise VMError(f"{self.name} did not start: {error}" + (f"\n{output}" if output else "")) from error
+
+    def kill(self) -> None:
+        """End the VM at once. `on_gone` follows when the kernel has reaped it."""
+        if self.state is VmState.GONE:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _exited(self) -> None:
+        """The process has ended: release everything, tell the owner why."""
+        self._loop.remove_reader(self._pidfd)
+        cause = self._cause
+        if self._child:
+            with contextlib.suppress(ChildProcessError):
+                _, status = os.waitpid(self.pid, 0)
+                code = os.waitstatus_to_exitcode(status)
+                if not cause:
+                    cause = _describe_exit(code)
+        if not cause:
+            cause = "its QEMU process is gone"
+        self.state = VmState.GONE
+        os.close(self._pidfd)
+        self.qmp.close()
+        self.paging.close()
+        # Frames that the guest sent before it died are still in the socket, and may say why it did.
+        self._drain_port()
+        if self._port.transport:
+            self._port.transport.abort()
+        else:
+            self._agent_socket.close()
+        error = VMError(f"{self.name}: {cause}")
+        for future in (self._frozen, self.woken):
+            if future and not future.done():
+                future.set_exception(error)
+                future.exception()
+        self.closing.close()
+        self.events.on_gone(self, self._cause or cause)
+        os.close(self._console)
+
+    def _drain_port(self) -> None:
+        if not self._port.transport:
+            return
+        with contextlib.suppress(OSError):
+            while data := os.read(self._agent_socket.fileno(), 65536):
+                self._port.data_received(data)
+
+    def console_tail(self) -> str:
+        """The end of what the guest's console printed."""
+        try:
+            size = os.fstat(self._console).st_size
+            tail = os.pread(self._console, _CONSOLE_TAIL_BYTES, max(0, size - _CONSOLE_TAIL_BYTES))
+        except OSError:
+            return ""
+        return tail.decode(errors="replace").replace("\r", "").strip()
+
+    # -- the guest -------------------------------------------------------------------------------------------------
+
+    def require(self, *states: VmState) -> None:
+        if self.state not in states:
+            wanted = " or ".join(state.value for state in states)
+            raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
+
+    async def load(self, plan: MapPlan, device_state: int, memory: MemoryMap) -> float:
+        """Give a shell a guest and resume it.
+
+        Args:
+            plan: the memory image, ready to be mapped.
+            device_state: descriptor of the device state; only duplicated here.
+            memory: what `plan` was made of.
+
+        Returns:
+            Seconds from the first operation until QEMU had loaded the state.
+
+        Raises:
+            VMError: QEMU or the paging layer refused; the VM is of no further use.
+        """
+        self.require(VmState.SHELL)
+        self.state = VmState.LOADING
+        started = time.monotonic()
+        await self.paging.map(self.ram_address, plan)
+        self.memory = memory
+        done = self.qmp.expect(lambda event: event["event"] == "MIGRATION" and
+                               event["data"]["status"] in ("completed", "failed"))  # fmt: skip
+        with reopened(device_state, os.O_RDONLY) as state:
+            named = self.qmp.send("getfd", fds=[state], fdname="state")
+        loading = self.qmp.send("migrate-incoming", uri="fd:state")
+        await named
+        await loading
+        event = await done
+        if event["data"]["status"] != "completed":
+            raise VMError(f"{self.name}: QEMU could not load the device state")
+        loaded = time.monotonic() - started
+        await self.qmp.execute("cont")
+        self.state = VmState.FROZEN
+        return loaded
+
+    def send(self, kind: FrameType, payload: bytes = b"", channel: int = 0) -> None:
+        """Send a frame to the agent.
+
+        While the guest is being saved nothing may be under way to it: a clone would find the first bytes of a frame and never
+        the rest. Such frames wait for `thaw`, and go to this VM only.
+        """
+        frame = Frame(kind, payload, channel)
+        if self.freezing or self.state in (VmState.FROZEN, VmState.STOPPED):
+            self._held.append(frame)
+        else:
+            self._write(frame)
+
+    def _write(self, frame: Frame) -> None:
+        if self._port.transport and not self._port.transport.is_closing():
+            self._port.transport.write(frame.encode())
+
+    async def drain(self) -> None:
+        """Wait until the guest has taken most of what was sent."""
+        await self._port.writable.wait()
+
+    def thaw(self, message: dict[str, Any]) -> None:
+        """Let a frozen guest go on; `message` is the THAW map of the agent protocol."""
+        self.require(VmState.FROZEN)
+        self.state = VmState.RUNNING
+        self._write(Frame(FrameType.THAW, pack(message)))
+        held, self._held = self._held, []
+        for frame in held:
+            self._write(frame)
+
+    async def wait_frozen(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the agent's FROZEN frame (a boot ends with one)."""
+        self._frozen = self._loop.create_future()
+        try:
+            return await asyncio.wait_for(self._frozen, timeout_s)
+        except TimeoutError:
+            raise GuestError(
+                f"{self.name}: the guest agent did not answer within {timeout_s:.0f} s\n{self.console_tail()}"
+            ) from None
+
+    async def freeze(self) -> list[Frame]:
+        """Bring guest and agent port to a clean cut: no byte is under way in either direction.
+
+        Returns:
+            Requests that crossed the FREEZE: they stand unanswered in the guest, and so in every clone of it.
+
+        Raises:
+            GuestError: the agent does not answer.
+        """
+        self.require(VmState.RUNNING)
+        self._crossing = []
+        self._write(Frame(FrameType.FREEZE))
+        await self.wait_frozen(FREEZE_TIMEOUT_S)
+        self.state = VmState.FROZEN
+        return self._crossing
+
+    @property
+    def freezing(self) -> bool:
+        return self._frozen is not None
+
+    async def save_devices(self, into: int) -> None:
+        """Write CPU and device state of a stopped VM into a file (a memfd), without its memory."""
+        self.require(VmState.STOPPED)
+        # QEMU looks for a descriptor with exactly the access mode that it would open the file with.
+        with reopened(into, os.O_WRONLY) as writable:
+            added = await self.qmp.execute("add-fd", fds=[writable])
+        number = added["fdset-id"]
+        try:
+            await self.qmp.execute("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False)
+        finally:
+            await self.qmp.execute("remove-fd", fdset_id=number)
+
+    async def stop(self) -> None:
+        """Stop the virtual CPUs."""
+        self.require(VmState.FROZEN)
+        await self.qmp.execute("stop")
+        self.state = VmState.STOPPED
+
+    async def resume(self) -> None:
+        """Let the virtual CPUs run; the guest's programs stay frozen until `thaw`."""
+        self.require(VmState.STOPPED)
+        await self.qmp.execute("cont")
+        self.state = VmState.FROZEN
+
+    # -- what QEMU and the agent say ---------------------------------------------------------------------------------
+
+    def frame_received(self, frame: Frame) -> None:
+        match frame.type:
+            case FrameType.FROZEN:
+                if self._frozen and not self._frozen.done():
+                    self._frozen.set_result(unpack(frame.payload))
+                self._frozen = None
+            case FrameType.WOKEN:
+                if not self.woken.done():
+                    self.woken.set_result(unpack(frame.payload))
+            case FrameType.FAILED:
+                self._cause = f"it could not take on its identity: {frame.payload.decode(errors='replace')}"
+                self.kill()
+            case FrameType.FUSE if self.freezing:
+                self._crossing.append(frame)
+            case _:
+                if frame.type is FrameType.EXITED:
+                    self.exit_report = unpack(frame.payload)
+                self.events.on_frame(self, frame)
+
+    def _event(self, event: Event) -> None:
+        match event["event"]:
+            case "GUEST_PANICKED":
+                self._cause = "guest kernel panic"
+                self.kill()
+            case "SHUTDOWN":
+                reason = event.get("data", {}).get("reason", "")
+                if not self._cause and reason not in ("host-signal", "host-qmp-quit"):
+                    self._cause = f"the guest ended ({reason})"
+            case "STOP" if event.get("data", {}).get("reason") == "io-error":
+                self._cause = "an I/O error on one of its disks"
+                self.kill()
+
+
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"its QEMU process was killed by {name}"
+    return f"its QEMU process ended with status {code}"
+
+
+__all__ = ["QmpError", "Sockets", "Vm", "VmEvents", "VmState"]
