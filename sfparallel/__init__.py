@@ -1,1 +1,71 @@
-"""sfparallel: parallel Python whose workers are clones of the running virtual machine."""
+"""sfparallel: parallel Python whose workers are clones of the running virtual machine.
+
+    import sfparallel as sf
+
+    @sf.parallel(n=8)
+    def simulate(x): ...
+
+    results = simulate(1.5)         # under `sfrun`: eight clones of this VM, eight results
+
+Names are imported when they are first used: the host's half of the package does without ZeroMQ and numpy, and the guest's without
+libvirt.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfparallel.errors import (
+        CapacityError,
+        CloneLost,
+        Closed,
+        CollectConflict,
+        OutsideVMError,
+        RankError,
+        RankExit,
+        RegionError,
+        RegionTimeout,
+        RemoteError,
+        ResultNotPicklable,
+        SfError,
+        StateError,
+        UsageError,
+    )
+    from sfparallel.runtime.api import ParallelFunction, RegionFuture, parallel, parallel_map
+    from sfparallel.runtime.communicator import Communicator, comm
+    from sfparallel.runtime.here import in_clone, on_clone
+    from sfparallel.runtime.lowlevel import Ticket, clone, exit, join, kill, request_ticket
+    from sfparallel.runtime.rng import rng
+
+_HOMES = {
+    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "OutsideVMError", "RankError", "RankExit",
+               "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError", "UsageError"),
+    "runtime.api": ("ParallelFunction", "RegionFuture", "parallel", "parallel_map"),
+    "runtime.communicator": ("Communicator", "comm"),
+    "runtime.here": ("in_clone", "on_clone"),
+    "runtime.lowlevel": ("Ticket", "clone", "exit", "join", "kill", "request_ticket"),
+    "runtime.rng": ("rng",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CapacityError", "CloneLost", "Closed", "CollectConflict", "Communicator", "OutsideVMError", "ParallelFunction",
+    "RankError", "RankExit", "RegionError", "RegionFuture", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError",
+    "StateError", "Ticket", "UsageError", "clone", "comm", "exit", "in_clone", "join", "kill", "on_clone", "parallel",
+    "parallel_map", "request_ticket", "rng",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'sfparallel' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sfparallel.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

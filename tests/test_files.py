@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ def test_copy_back_makes_the_host_look_like_the_overlay(source: Path, tmp_path: 
         report, target = bring_back(guest.up, guest.low, source)
     assert report.problems == [] == target.problems
     assert snapshot(source) == expected
-    assert report.files == 10 and report.data_bytes < 12_000_000
+    assert report.files == 12 and report.data_bytes < 12_000_000
     assert (source / "holes").stat().st_blocks * 512 < 1 << 20
     assert not list(source.rglob("*.sf-part"))
 
@@ -406,7 +407,7 @@ def test_links_are_never_followed(source: Path, tmp_path: Path, client: Client) 
     assert client.ask(Opcode.READLINK, link) == b"../outside"
     refused(errno.ENOTDIR, lambda: client.look(link, "file"))
     for name in (b"..", b".", b"", b"link/file", b"a\0b"):
-        refused(errno.EINVAL, lambda name=name: client.ask(Opcode.LOOKUP, 1, name + b"\0"))
+        refused(errno.EINVAL, partial(client.ask, Opcode.LOOKUP, 1, name + b"\0"))
 
 
 def test_folder_swapped_for_a_link_leads_nowhere(source: Path, tmp_path: Path, client: Client) -> None:
@@ -481,9 +482,9 @@ def test_refusals(source: Path, client: Client) -> None:
     refused(errno.EROFS, lambda: client.open(file, os.O_RDWR))
     refused(errno.ENAMETOOLONG, lambda: client.look(1, "x" * 256))
     for opcode in fuse_wire.WRITING:
-        refused(errno.EROFS, lambda opcode=opcode: client.ask(opcode, file, bytes(100)))
-    for opcode in (Opcode.GETXATTR, Opcode.LISTXATTR, Opcode.STATX, Opcode.FLUSH, 999):
-        refused(errno.ENOSYS, lambda opcode=opcode: client.ask(opcode, file, bytes(100)))
+        refused(errno.EROFS, partial(client.ask, opcode, file, bytes(100)))
+    for number in (Opcode.GETXATTR, Opcode.LISTXATTR, Opcode.STATX, Opcode.FLUSH, 999):
+        refused(errno.ENOSYS, partial(client.ask, number, file, bytes(100)))
     assert client.server.handle(TAG, request(Opcode.FORGET, file, bytes(8))) is None
     with pytest.raises(ProtocolError, match="export 8"):
         client.server.handle(8, request(Opcode.GETATTR, 1, bytes(16)))

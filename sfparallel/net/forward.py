@@ -28,6 +28,7 @@ class Forward:
         self.guest = guest
         self.address: tuple[str, int] = ("", 0)
         self._connector = connector
+        self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -38,17 +39,20 @@ class Forward:
             NetworkError: the port is taken, or may not be used.
         """
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, family=socket.AF_INET)
+            self._listener = socket.create_server((host, port))
+            self._server = await asyncio.start_server(self._serve, sock=self._listener)
         except OSError as error:
             hint = "choose another host port, or 0 for a free one" if error.errno == errno.EADDRINUSE else None
             raise NetworkError(f"could not listen on {host}:{port} for a forward: {error.strerror}", hint=hint) from error
-        self.address = self._server.sockets[0].getsockname()
+        self.address = self._listener.getsockname()
 
     def close(self) -> None:
         """Stops listening and drops the connections. Idempotent."""
         if self._server is not None and not self._server.get_loop().is_closed():
             self._server.close()
         self._server = None
+        if self._listener is not None:
+            self._listener.close()  # the server has done so, except after the end of its event loop
         for task in self._tasks:
             task.cancel()
 

@@ -372,11 +372,13 @@ def _parts(ports: list[Port]) -> list[list[Port]]:
 def _configure_kernel() -> None:
     """Sets what a new namespace may have inherited from the host (net.core.devconf_inherit_init_net); called inside it.
 
-    No forwarding, and no IPv6 on the bridge or the taps, which would announce themselves with link-local addresses.
+    No forwarding. No IPv6 on the bridge or the taps, which would announce themselves with link-local addresses. No detour of
+    bridged packets through iptables, which is on by default where br_netfilter is loaded and alters them.
     """
-    settings = {"ipv4/ip_forward": "0", "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1"}
+    settings = {"ipv4/ip_forward": "0", "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1",
+                "bridge/bridge-nf-call-iptables": "0", "bridge/bridge-nf-call-arptables": "0"}  # fmt: skip
     for name, value in settings.items():
         path = Path("/proc/sys/net") / name
-        # Missing: a kernel without IPv6. Not writable, but right: a container's read-only /proc/sys.
+        # Missing: a kernel without IPv6 or br_netfilter. Not writable, but right: a container's read-only /proc/sys.
         if path.exists() and path.read_text().strip() != value:
             path.write_text(value)

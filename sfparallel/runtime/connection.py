@@ -89,7 +89,8 @@ class Connection:
         return None if reply is None else {int(rank): status for rank, status in reply["status"].items()}
 
     def kill(self, ticket: int, ranks: list[int] | None) -> None:
-        self._request("kill", ticket=ticket, **({} if ranks is None else {"ranks": ranks}))
+        some: dict[str, Any] = {} if ranks is None else {"ranks": ranks}
+        self._request("kill", ticket=ticket, **some)
 
     def report(self, ticket: int, first_s: float, last_s: float) -> None:
         self._post("stats", ticket=ticket, first_s=first_s, last_s=last_s)
@@ -151,19 +152,18 @@ class Connection:
 
 
 def _error(op: str, reply: dict[str, Any]) -> SfError:
-    kind, message = reply["error"], reply.get("message") or f"the supervisor refused {op!r}"
+    kind, message, hint = reply["error"], reply.get("message") or f"the supervisor refused {op!r}", reply.get("hint")
     match kind:
         case "cancelled":
             # Another thread forked this VM while the caller waited; this is the clone, and here nobody will ever answer.
             park()
         case "capacity":
-            return CapacityError(message, fits=reply.get("fits", 0),
-                                 hint="use a smaller n, or give each VM less memory (sfrun --memory)")
+            return CapacityError(message, fits=reply.get("fits", 0), hint=hint)
         case "state":
-            return StateError(message)
+            return StateError(message, hint=hint)
         case "invalid":
-            return UsageError(message)
+            return UsageError(message, hint=hint)
         case "clone_failed":
-            return VMError(message)
+            return VMError(message, hint=hint)
         case _:
             return ProtocolError(f"the supervisor answered {op!r} with the unknown error {kind!r}: {message}")

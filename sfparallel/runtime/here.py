@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sfparallel.errors import OutsideVMError
 from sfparallel.runtime import connection
 from sfparallel.runtime.hypervisor import Fork, Hello, Hypervisor
 
@@ -67,6 +68,11 @@ class Here:
         self.lifeline: Hypervisor | None = None
         """In a clone, the line by which it was made and by which it ends."""
         self.hooks: list[CloneHook] = []
+        self.forks = 0
+        """Forks that this VM has made."""
+        self.seed_path: tuple[int, ...] = ()
+        """This VM's place in the tree of forks, by which streams of random numbers branch off the job's seed."""
+        self.own_streams: Streams | None = None
         self.waiting: weakref.WeakSet[Orphanable] = weakref.WeakSet()
         self._parents_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._idle: list[Hypervisor] = []
@@ -118,6 +124,9 @@ class Here:
         """First thing in a clone: from here on this process is not the parent any more."""
         self.generation += 1
         self.rank = fork.rank
+        self.seed_path = (*self.seed_path, self.forks, fork.rank)
+        self.forks = 0
+        self.own_streams = None
         self.membership = None
         self.lifeline = hypervisor
         self._hello = None
@@ -175,7 +184,6 @@ def in_clone() -> bool:
     """Whether this process runs in a clone; False in the parent and outside any VM."""
     if HERE.rank:
         return True
-    from sfparallel.errors import OutsideVMError
     try:
         hypervisor = HERE.take_hypervisor()
     except OutsideVMError:

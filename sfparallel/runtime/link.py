@@ -1,7 +1,9 @@
 """The line between a region's parent and its clones: messages over ZeroMQ on the clone network.
 
-The parent binds a ROUTER before the fork. Next to it, in the same context, lies a DEALER that is not connected yet: in a clone the
-context and its I/O thread go on (they are memory of the VM like everything else), so that only `connect` is left to do there.
+The parent binds a ROUTER before the fork. Next to it, in the same context, lies a DEALER that is not connected yet: in a clone
+the context and its I/O thread go on (they are memory of the VM like everything else), so that only `connect` is left to do
+there. The clone's copy of the ROUTER listens on an address that it does not have any more: nobody can reach it, so it is left
+alone (closing it would wake two more threads on the way to the user's function).
 
 A message is [header (msgpack map), payload frames...]. Who sent it is not believed but checked: ZeroMQ tells the address of the
 peer, and the clone network lets nobody send from another's.

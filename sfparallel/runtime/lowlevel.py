@@ -65,6 +65,12 @@ class Ticket:
             HERE.give_back(self.hypervisor)
 
 
+    def abandon(self) -> None:
+        """Hang up instead: the supervisor discards the clones of a line that is closed."""
+        self.state = TicketState.CLOSED
+        self.hypervisor.close()
+
+
 def check_count(name: str, value: object) -> int:
     """`value` as a number of clones or items, which is at least 1.
 
@@ -102,6 +108,7 @@ def fork(ticket: Ticket, context: str = "") -> Fork:
     ticket.require(TicketState.GRANTED)
     # What is still buffered would otherwise be printed by the parent and by every clone.
     flush_output()
+    HERE.forks += 1
     result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
     ticket.state = TicketState.CLONED
     if result.rank:

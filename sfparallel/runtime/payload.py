@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import cloudpickle
@@ -36,8 +37,8 @@ def dumps(value: Any) -> list[Buffer]:
     try:
         return _dumps(cloudpickle.dumps, value)
     except Exception as error:
-        raise ResultNotPicklable(f"a {type(value).__qualname__} cannot be sent to the parent: {error}",
-                                 hint="return plain data (numbers, arrays, containers), or write a file and use collect=") from error
+        hint = "return plain data (numbers, arrays, containers), or write a file and use collect="
+        raise ResultNotPicklable(f"a {type(value).__qualname__} cannot be sent to the parent: {error}", hint=hint) from error
 
 
 def _dumps(dump: Any, value: Any) -> list[Buffer]:
@@ -87,13 +88,21 @@ def _message(error: BaseException) -> str:
         return f"<{type(error).__qualname__} without a readable message>"
 
 
+def _users_frames(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback without the runtime's own frames at its start; whole if it has no others."""
+    start = frames
+    while start is not None and start.tb_frame.f_globals.get("__name__", "").startswith("sfparallel.runtime."):
+        start = start.tb_next
+    return start or frames
+
+
 def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Buffer]]:
     """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
     kind = type(error)
     description = {
         "type": f"{kind.__module__}.{kind.__qualname__}",
         "message": _message(error),
-        "traceback": _clean("".join(traceback.format_exception(error))),
+        "traceback": _clean("".join(traceback.format_exception(kind, error, _users_frames(error.__traceback__)))),
     }
     if isinstance(error, SystemExit):
         error = RankExit(f"rank {rank} called sys.exit({_clean(repr(error.code))}) instead of returning", rank=rank,

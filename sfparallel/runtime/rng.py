@@ -3,7 +3,6 @@ https://numpy.org/doc/stable/reference/random/parallel.html)."""
 
 from __future__ import annotations
 
-import itertools
 import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Streams:
-    """The streams of one region, or of the parent.
+    """A family of streams: those of one region, or the single one of a VM outside any region.
 
     Attributes:
         entropy: the seed.
@@ -28,43 +27,28 @@ class Streams:
     _generators: dict[int | None, np.random.Generator] = field(default_factory=dict, repr=False)
 
     def generator(self, key: int | None) -> np.random.Generator:
-        """The generator of `key`: `SeedSequence(seed).spawn(n)[key]` for every n > key. The same object every time it is asked for,
-        because a second one would repeat the first one's numbers."""
+        """The generator of `key`: from `SeedSequence(seed).spawn(n)[key]`, for every n > key. The same object every time it is
+        asked for, because a second one would repeat the first one's numbers."""
         if key not in self._generators:
+            # numpy is imported by whoever wants random numbers, not by every program.
             import numpy as np
             path = self.path if key is None else (*self.path, key)
-            self._generators[key] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.entropy, spawn_key=path)))
+            self._generators[key] = np.random.default_rng(np.random.SeedSequence(self.entropy, spawn_key=path))
         return self._generators[key]
 
 
-class JobSeed:
-    """Seeds of regions that were given none, and the parent's own stream."""
-
-    def __init__(self) -> None:
-        self._regions = itertools.count()
-        self._own: Streams | None = None
-
-    def streams(self, seed: int | None, job_seed: int | None) -> Streams:
-        """Streams of a new region: from its own seed, else from the job's (every region a different branch of it), else fresh."""
-        if seed is not None:
-            return Streams(seed)
-        if job_seed is not None:
-            return Streams(job_seed, (next(self._regions),))
-        return Streams(secrets.randbits(128))
-
-    def own(self, job_seed: int | None) -> Streams:
-        """The parent's stream."""
-        if self._own is None:
-            self._own = Streams(secrets.randbits(128) if job_seed is None else job_seed)
-        return self._own
-
-
-JOB_SEED = JobSeed()
+def region_streams(seed: int | None, job_seed: int | None) -> Streams:
+    """Streams of the region that is forked next: from its own seed, else a branch of the job's, else from fresh entropy."""
+    if seed is not None:
+        return Streams(seed)
+    if job_seed is not None:
+        return Streams(job_seed, (*HERE.seed_path, HERE.forks + 1))
+    return Streams(secrets.randbits(128))
 
 
 def rng() -> np.random.Generator:
     """The random generator of this rank, or of the current item in a map: its numbers depend on the seed and on the rank (or item
-    index) only, so that a map gives the same results for every n. Outside a region: the parent's own.
+    index) only, so that a map gives the same results for every n. Outside a region: the VM's own.
 
     Raises:
         OutsideVMError: this is not a VM of sfparallel.
@@ -72,4 +56,7 @@ def rng() -> np.random.Generator:
     membership = HERE.membership
     if membership is not None:
         return membership.streams.generator(membership.key)
-    return JOB_SEED.own(HERE.require_vm().seed).generator(None)
+    if HERE.own_streams is None:
+        seed = HERE.require_vm().seed
+        HERE.own_streams = Streams(secrets.randbits(128)) if seed is None else Streams(seed, HERE.seed_path)
+    return HERE.own_streams.generator(None)

@@ -24,6 +24,11 @@ class Schedule:
         self._waiting = deque(waiting)
         self._chunk = chunk
         self._alive = set(range(len(first)))
+        self._total = len(self._waiting) + sum(map(len, first))
+
+    def __len__(self) -> int:
+        """Number of keys, answered ones included."""
+        return self._total
 
     @classmethod
     def one_each(cls, ranks: int) -> Schedule:

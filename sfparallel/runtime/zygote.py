@@ -3,7 +3,7 @@
 It is started at boot by the agent (PID 1), before the template is taken. So a program that begins to run finds Python, numpy
 and ZeroMQ in memory, shared by every VM of the job.
 
-The agent's messages come on a SEQPACKET socket: a RUN payload (msgpack map: argv, mode, cwd, env, path0) with three descriptors
+The agent's messages come on a SEQPACKET socket: a RUN payload (a msgpack map, see `Program`) with three descriptors
 for stdin, stdout and stderr. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
 """
 
@@ -26,6 +26,9 @@ from typing import Any, NoReturn, TextIO, cast
 
 import msgpack
 
+from sfparallel.errors import SfError
+from sfparallel.runtime.data_disks import mount_data_disks
+
 ROLE_FILE = "/run/sfparallel/role"
 """Written by the agent with the VM's identity: "parent" or "clone"."""
 
@@ -39,11 +42,12 @@ class Program:
     """What to run, as RUN says it.
 
     Attributes:
-        argv: sys.argv; argv[0] is the script, the module's name, or "-c" followed by the command's text.
+        argv: the script, the module's name, or the text of the command; then its arguments.
         mode: "script", "module" or "command".
         cwd: working directory.
         env: the whole environment.
         path0: first entry of sys.path.
+        data: serial numbers of data disks and where to mount them.
     """
 
     argv: list[str]
@@ -51,18 +55,19 @@ class Program:
     cwd: str
     env: dict[str, str]
     path0: str
+    data: list[tuple[str, str]]
 
     @classmethod
     def decode(cls, payload: bytes) -> Program:
         message = msgpack.unpackb(payload, raw=False)
         return cls(argv=list(message["argv"]), mode=str(message["mode"]), cwd=str(message["cwd"]), env=dict(message["env"]),
-                   path0=str(message["path0"]))
+                   path0=str(message["path0"]), data=[(str(serial), str(path)) for serial, path in message.get("data", [])])
 
 
 def _import_everything() -> None:
     """Import what programs need, and run once through the paths that every program takes, so that clones share the pages."""
     for name in ("numpy", "numpy.random", "zmq", "cloudpickle", "pickle", "random", "tempfile", "uuid", "threading", "inspect",
-                 "sfparallel.runtime"):
+                 "sfparallel.runtime", COPY_BACK_MODULE):
         try:
             importlib.import_module(name)
         except ImportError:  # an image without it is still good for programs that do not use it
@@ -181,6 +186,10 @@ def _run(program: Program) -> None:
     os.environ.clear()
     os.environ.update(program.env)
     try:
+        mount_data_disks(program.data)
+    except (SfError, OSError) as error:
+        _refuse(f"cannot mount the data disks: {error}")
+    try:
         os.chdir(program.cwd)
     except OSError as error:
         _refuse(f"cannot enter the working directory {program.cwd}: {error.strerror}")
@@ -195,8 +204,7 @@ def _execute(program: Program) -> None:
     main_module.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = main_module
     if program.mode == "command":
-        # Like python's -c: sys.argv does not hold the command's text.
-        text = sys.argv.pop(1)
+        text, sys.argv[0] = sys.argv[0], "-c"
         exec(compile(text, "<string>", "exec"), main_module.__dict__)
     elif program.mode == "module":
         _run_as_main(program.argv[0], alter_argv=True)
@@ -234,7 +242,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: types.Tr
     first: Any = trace
     while first is not None and first.tb_frame.f_code.co_filename in hidden:
         first = first.tb_next
-    sys.__excepthook__(kind, error.with_traceback(first or trace), first or trace)
+    if first is None and not isinstance(error, SyntaxError):
+        first = trace  # an error of ours
+    sys.__excepthook__(kind, error.with_traceback(first), first)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ class Capacity:
             self._clone_bytes = max(self._clone_bytes, max(samples))
 
     def grant(self, n: int, *, running: int, warm: int) -> int:
-        """The number of clones that may be made now, all n or none.
+        """The number of clones, at most n, that may be made now.
 
         Raises:
-            CapacityError: not so many; `.fits` says how many.
+            CapacityError: not a single one.
         """
         free = available_bytes() - _RESERVE_BYTES
         fits = 0
@@ -55,11 +55,11 @@ class Capacity:
             saved = min(warm, n) * _WARM_SHELL_BYTES
             fits = (free + saved) // self._clone_bytes
         fits = max(0, min(fits, HIGHEST_NUMBER - running))
-        if fits < n:
+        if not fits:
             raise CapacityError(
-                f"{n} clones do not fit on this host: {fits} would "
-                f"({free >> 20} MiB are free, {self._clone_bytes >> 20} MiB reckoned per clone)",
-                fits=fits,
-                hint=f"use n={fits}, or free memory" if fits else "free memory on the host",
+                f"not a single clone fits on this host: {max(free, 0) >> 20} MiB are free, "
+                f"{self._clone_bytes >> 20} MiB are reckoned per clone",
+                fits=0,
+                hint="free memory on the host, or set SF_CLONE_MEMORY if clones need less",
             )
-        return n
+        return min(n, fits)

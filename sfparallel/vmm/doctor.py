@@ -60,7 +60,7 @@ def render(findings: list[Finding]) -> str:
     for finding in findings:
         lines.append(f"{finding.status.value:<9} {finding.name:<{width}}  {finding.detail}")
         if finding.remedy:
-            label = "remedy" if finding.needed else "if wanted"
+            label = "remedy" if finding.needed else "remedy (optional)"
             lines.append(f"{'':<9} {'':<{width}}  {label}: {finding.remedy}")
     return "\n".join(lines)
 
@@ -108,7 +108,7 @@ def _qemu() -> Finding:
     text = ".".join(map(str, found))
     if found[:2] < _OLDEST_QEMU:
         oldest = ".".join(map(str, _OLDEST_QEMU))
-        return Finding(name, Status.BROKEN, f"{path} is version {text}; {oldest} is the oldest that works", f"install QEMU {oldest} or later")
+        return Finding(name, Status.BROKEN, f"{path} is version {text}, too old", f"install QEMU {oldest} or later")
     return Finding(name, Status.OK, f"{path}, version {text}")
 
 
@@ -137,8 +137,10 @@ def _libvirt_driver() -> Finding:
     if found:
         return Finding(name, Status.OK, ", ".join(found))
     if refused:
-        return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", "usermod -aG libvirt $USER, and log in again")
-    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there", "apt install libvirt-daemon-driver-qemu")
+        remedy = "usermod -aG libvirt $USER, and log in again"
+        return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", remedy)
+    remedy = "apt install libvirt-daemon-driver-qemu"
+    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there", remedy)
 
 
 def _driver_paths() -> Iterator[Path]:
@@ -166,7 +168,8 @@ def _permission() -> Finding:
     missing = [capability for capability, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
     who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
     if missing:
-        return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", "run as root (sudo), or in a container with these")
+        remedy = "run as root (sudo), or in a container with these"
+        return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", remedy)
     return Finding(name, Status.OK, f"{who}, with {', '.join(_NEEDED_CAPABILITIES)}")
 
 
@@ -175,7 +178,8 @@ def _tun() -> Finding:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        return verdict_of(error, path, "cannot be opened", "modprobe tun; in a container: pass the device (--device /dev/net/tun)",
+        remedy = "modprobe tun; in a container: pass the device (--device /dev/net/tun)"
+        return verdict_of(error, path, "cannot be opened", remedy,
                           forbidden="run as root, or in a container with access to that device")
     return Finding(path, Status.OK, "opens")
 
@@ -209,35 +213,42 @@ def _mounts() -> Finding:
     thread.start()
     thread.join()
     if failures:
-        return verdict_of(failures[0], name, "no mount namespace with a tmpfs", "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS",
+        remedy = "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS"
+        return verdict_of(failures[0], name, "no mount namespace with a tmpfs", remedy,
                           forbidden="run as root (sudo), or in a container with CAP_SYS_ADMIN")
     return Finding(name, Status.OK, "mount namespace and tmpfs work")
 
 
 def _pagemap_scan() -> Finding:
     name = "PAGEMAP_SCAN"
-    with open("/proc/self/pagemap", "rb") as file:
-        try:
+    try:
+        with open("/proc/self/pagemap", "rb") as file:
             fcntl.ioctl(file, _PAGEMAP_SCAN, bytes(_PAGEMAP_SCAN >> 16 & 0x3FFF))
-        except OSError as error:
-            # An empty request is invalid (EINVAL) to a kernel that knows it; any other answers ENOTTY.
-            if error.errno == errno.EINVAL:
-                return Finding(name, Status.OK, "the kernel finds dirtied pages itself")
-    return Finding(name, Status.ABSENT, "dirtied pages are found by reading pagemap, which is slower", "Linux 6.7 or later", needed=False)
+    except OSError as error:
+        # An empty request is invalid (EINVAL) to a kernel that knows it; any other answers ENOTTY.
+        if error.errno == errno.EINVAL:
+            return Finding(name, Status.OK, "the kernel finds dirtied pages itself")
+        if error.errno != errno.ENOTTY:
+            return verdict_of(error, name, "/proc/self/pagemap cannot be used", "mount /proc", forbidden="run as root (sudo)")
+    detail = "dirtied pages are found by reading pagemap, which is slower"
+    return Finding(name, Status.ABSENT, detail, "Linux 6.7 or later", needed=False)
 
 
 def _userfaultfd() -> Finding:
     # The file is there exactly when the kernel was built with it.
     there = Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
-    return Finding("userfaultfd", Status.OK if there else Status.ABSENT, "in the kernel" if there else "not in the kernel; not used yet",
-                   "" if there else "a kernel with CONFIG_USERFAULTFD", needed=False)
+    if there:
+        return Finding("userfaultfd", Status.OK, "in the kernel", needed=False)
+    remedy = "a kernel with CONFIG_USERFAULTFD; nothing uses it yet"
+    return Finding("userfaultfd", Status.ABSENT, "not in the kernel", remedy, needed=False)
 
 
 def _map_count() -> Finding:
     name = "vm.max_map_count"
     count = int(Path("/proc/sys/vm/max_map_count").read_text())
     if count < _MAP_COUNT:
-        return Finding(name, Status.BROKEN, f"{count}: too few mappings for scattered memory images", f"sysctl -w {name}={_MAP_COUNT}")
+        detail = f"{count}: too few mappings for scattered memory images"
+        return Finding(name, Status.BROKEN, detail, f"sysctl -w {name}={_MAP_COUNT}")
     return Finding(name, Status.OK, str(count))
 
 
@@ -259,7 +270,8 @@ def _memory() -> Finding:
     parent, clone = 1 << 30, parse_size(CLONE_MEMORY.get())
     detail = f"{free / (1 << 30):.1f} GiB available"
     if free < parent + clone:
-        return Finding(name, Status.BROKEN, f"{detail}: a parent of 1 GiB and one clone do not fit", "end other programs, or use --memory")
+        detail += ": a parent of 1 GiB and one clone do not fit"
+        return Finding(name, Status.BROKEN, detail, "end other programs, or give the parent less (sfrun --memory)")
     return Finding(name, Status.OK, f"{detail}: a parent of 1 GiB and about {(free - parent) // clone} clones")
 
 

@@ -27,7 +27,7 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
 from sfparallel.vmm import statistics
 from sfparallel.vmm.data import data_image
-from sfparallel.vmm.doctor import accelerator
+from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.engine import ForkReport
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
@@ -35,6 +35,7 @@ from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.output import LabelledOutput, write_all
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
+from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.checkpoint import LayerStore
@@ -129,6 +130,7 @@ class Job:
         self._outputs: dict[Vm, LabelledOutput] = {}
         self._vms: set[Vm] = set()
         self._forks = 0
+        self._started = time.monotonic()
         self._interrupts = 0
         self._next_number = 1
         self._free_numbers: list[int] = []
@@ -168,6 +170,7 @@ class Job:
         options = self._options
         require_library()
         self._watch_signals(stack)
+        stack.callback((await announce(self.status)).close)
         image = images.find(options.image)
         spec = MachineSpec(
             accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
@@ -227,6 +230,13 @@ class Job:
         deadline = time.monotonic() + _END_GRACE_S
         while self._vms and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+    def status(self) -> JobStatus:
+        """What `sf ps` shows."""
+        words = ["-m" if self._options.program.mode == "module" else "", *self._options.program.argv]
+        return JobStatus(
+            os.getpid(), " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
+        )
 
     # -- VMs -------------------------------------------------------------------------------------------------------
 

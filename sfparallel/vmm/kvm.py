@@ -54,7 +54,8 @@ def run_firmware(program: str, accelerator: str, *, timeout_s: float = _PROBE_TI
         os.write(rom, firmware())
         argv = [
             program, "-M", "pc", "-accel", accelerator, "-cpu", "qemu64", "-m", "16", "-nodefaults", "-no-user-config",
-            "-display", "none", "-no-reboot", "-bios", f"/proc/self/fd/{rom}", "-device", f"isa-debug-exit,iobase={_EXIT_PORT},iosize=4",
+            "-display", "none", "-no-reboot", "-bios", f"/proc/self/fd/{rom}",
+            "-device", f"isa-debug-exit,iobase={_EXIT_PORT},iosize=4",
         ]  # fmt: skip
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, pass_fds=[rom])
     except subprocess.TimeoutExpired:
@@ -80,7 +81,7 @@ def probe_kvm(device: str = _DEVICE, flags: frozenset[str] | None = None) -> Fin
         device: the KVM device.
         flags: the processor's features; this machine's unless given.
     """
-    name, use_tcg = "KVM", "nothing has to be done: QEMU's emulation (TCG) is used, which is slower"
+    name, elsewhere = "KVM", "another machine; here QEMU's emulation (TCG) is used, which works the same, but slower"
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -89,18 +90,18 @@ def probe_kvm(device: str = _DEVICE, flags: frozenset[str] | None = None) -> Fin
     try:
         api = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
     except OSError as error:
-        return verdict_of(error, name, f"{device} is not KVM", use_tcg, needed=False)
+        return verdict_of(error, name, f"{device} is not KVM", elsewhere, needed=False)
     finally:
         os.close(fd)
     if api != _KVM_API_VERSION:
-        return Finding(name, Status.BROKEN, f"{device} speaks version {api}, not {_KVM_API_VERSION}", use_tcg, needed=False)
+        return Finding(name, Status.BROKEN, f"{device} speaks version {api}, not {_KVM_API_VERSION}", elsewhere, needed=False)
     if not (processor_flags() if flags is None else flags) & {"vmx", "svm"}:
         # Seen: such a host runs the counting guest, and Linux never gets past early boot. So there is no point in trying it.
         detail = f"{device} opens, but the processor has neither vmx nor svm: stock Linux guests do not boot on such hosts"
-        return Finding(name, Status.BROKEN, detail, use_tcg, needed=False)
+        return Finding(name, Status.BROKEN, detail, elsewhere, needed=False)
     trouble = _remembered_run()
     if trouble:
-        return Finding(name, Status.BROKEN, trouble, use_tcg, needed=False)
+        return Finding(name, Status.BROKEN, trouble, elsewhere, needed=False)
     return Finding(name, Status.OK, f"{device} runs guests", needed=False)
 
 

@@ -10,10 +10,14 @@ import os
 import threading
 from pathlib import Path
 
-import libvirt
-
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
+
+# Read when libvirt is loaded: errors reach callers as exceptions, and its warnings (that a domain has arguments of its own,
+# each time) would only worry users.
+os.environ.setdefault("LIBVIRT_DEBUG", "4")
+import libvirt  # noqa: E402
+
 
 _SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
 
@@ -73,7 +77,6 @@ class Connection:
         EventLoop.ensure()
         self.uri = uri or default_uri() or self._embedded(folder)
         self.embedded = self.uri.startswith("qemu:///embed")
-        os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"4:file:{folder / 'libvirt.log'}" if self.embedded else "4:stderr")
         try:
             self._connection = libvirt.open(self.uri)
         except libvirt.libvirtError as error:

@@ -133,10 +133,10 @@ class Regions:
             raise UsageError(f"a ticket is for at least 1 clone, not {n}")
         running = sum(1 for _, member in self._members.values() if not member.gone)
         granted = self._capacity.grant(n, running=running, warm=len(self._pool))
-        ticket = Ticket(self._next_ticket, vm, channel, granted, label_base=int(message.get("label_base", 1)))
+        ticket = Ticket(self._next_ticket, vm, channel, granted)
         self._next_ticket += 1
         self._tickets[ticket.number] = ticket
-        return {"ticket": ticket.number, "granted": granted, "fits": granted}
+        return {"ticket": ticket.number, "granted": granted}
 
     async def _exit(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         ticket, member = self._members[vm]
@@ -175,7 +175,8 @@ class Regions:
         ticket.require(TicketState.GRANTED)
         ticket.state = TicketState.CLONING
         ticket.channel = channel
-        ticket.label_base = int(message.get("label_base", ticket.label_base))
+        # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
+        ticket.label_base = 0 if message.get("context") else 1
         try:
             async with self._fork_lock:
                 self._pool.hold()

@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* Kernel's socket states, of include/net/tcp_states.h: not in any header for user space with these names. */
-enum { STATE_ESTABLISHED = 1, STATE_TIME_WAIT = 6, STATE_CLOSE = 7, STATE_NEW_SYN_RECV = 12 };
+enum { STATE_ESTABLISHED = 1, STATE_TIME_WAIT = 6, STATE_CLOSE = 7, STATE_LISTEN = 10, STATE_NEW_SYN_RECV = 12 };
 #define ALL_STATES ((1u << (STATE_NEW_SYN_RECV + 1)) - 2u)
 
 /* Begin a message whose fixed part is `body`; returns the new size of the batch, or 0 if it does not fit. */
@@ -107,9 +107,12 @@ int batch_dump_sockets(struct batch *batch, int family, int protocol)
     struct inet_diag_req_v2 body = {
         .sdiag_family = (uint8_t)family,
         .sdiag_protocol = (uint8_t)protocol,
-        /* A connected UDP socket is "established"; an unconnected one has no peer to take it for its parent's. */
-        .idiag_states = protocol == IPPROTO_UDP ? 1u << STATE_ESTABLISHED
-                                                : ALL_STATES & ~(1u << STATE_TIME_WAIT | 1u << STATE_CLOSE),
+        /* A connected UDP socket is "established"; an unconnected one has no peer that could take it for the parent's.
+           Listening sockets stay: on an address that is no longer ours they hear nothing, while programs do not reckon
+           with their destruction (libzmq aborts on the EINVAL that accept(2) then gives, src/tcp_listener.cpp). */
+        .idiag_states = protocol == IPPROTO_UDP
+                            ? 1u << STATE_ESTABLISHED
+                            : ALL_STATES & ~(1u << STATE_TIME_WAIT | 1u << STATE_CLOSE | 1u << STATE_LISTEN),
     };
     return finish(batch, begin(batch, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &body, sizeof body));
 }

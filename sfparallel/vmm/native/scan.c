@@ -78,9 +78,12 @@ static int scan_ioctl(const struct sf_context *context, uint64_t address, uint64
     argument.start = address;
     argument.end = address + pages * SFPAGE_PAGE_BYTES;
     argument.vec = (uintptr_t)regions;
-    argument.vec_len = REGIONS;
     while (status == 0 && argument.start < argument.end) {
+        argument.vec_len = REGIONS;
+        argument.walk_end = 0;
         int n = ioctl(context->pagemap, SCAN_IOCTL, &argument);
+        if (n == 0)
+            break;
         if (n < 0) {
             status = errno == EINTR ? 0 : -errno;
             continue;
@@ -89,7 +92,9 @@ static int scan_ioctl(const struct sf_context *context, uint64_t address, uint64
             status = append(ranges, (regions[i].start - address) / SFPAGE_PAGE_BYTES,
                             (regions[i].end - regions[i].start) / SFPAGE_PAGE_BYTES,
                             (regions[i].categories & SCAN_ZERO_FRAME) != 0);
-        argument.start = argument.walk_end;
+        /* Not walk_end: Linux (seen in 6.18) leaves an older value there when a walk that had to refill the kernel's buffer
+         * of 512 regions reaches its end, and the last of them would be reported twice. */
+        argument.start = regions[n - 1].end;
     }
     free(regions);
     return status;

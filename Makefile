@@ -1,0 +1,35 @@
+# The commands of sfparallel's developers and first-time users; `make help` lists them.
+SHELL := /bin/sh
+BIN := .venv/bin
+RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
+SOURCES := sfparallel examples tests benchmarks setup.py
+
+.PHONY: help build demo test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: ## install what is needed, build the native parts (quick when there is nothing to do)
+	@tools/prepare
+
+demo: build ## build the guest image of the example, then run BLAST in clones of a VM
+	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
+	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py
+
+test: lint ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
+	@$(BIN)/sf image build default
+	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
+	@$(BIN)/pytest
+
+lint: build ## ruff and mypy
+	@$(RUFF) $(SOURCES)
+	@$(BIN)/mypy
+
+bench: build ## figures of the fork on this machine, as JSON
+	@$(BIN)/sf image build default
+	@$(BIN)/python -m benchmarks.fork
+
+clean: ## remove what was built here (images and templates: `sf clean --all`)
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@$(MAKE) --silent --no-print-directory -C sfparallel/vmm/native clean
+	@$(MAKE) --silent --no-print-directory -C sfparallel/runtime/agent clean

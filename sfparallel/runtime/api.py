@@ -1,0 +1,295 @@
+"""The framework: `sf.parallel` and `sf.parallel_map`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+
+from sfparallel.errors import UsageError
+from sfparallel.runtime.collect import Collector, check_patterns
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.lowlevel import check_count
+from sfparallel.runtime.rng import region_streams
+from sfparallel.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sfparallel.runtime.region import Region
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a parallel function; see `parallel`."""
+
+    n: int | None = None
+    timeout: float | None = None
+    on_error: str = "raise"
+    merge: Callable[[list[Any]], Any] | None = None
+    collect: str | Iterable[str] | None = None
+    seed: int | None = None
+    progress: bool | None = None
+    patterns: tuple[str, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        if self.n is not None:
+            check_count("n", self.n)
+        _check(self.timeout, self.on_error, self.seed)
+        if self.merge is not None and not callable(self.merge):
+            raise UsageError(f"merge= takes a function of the list of results, not {self.merge!r}")
+        object.__setattr__(self, "patterns", () if self.collect is None else check_patterns(self.collect))
+
+
+def _check(timeout: float | None, on_error: str, seed: int | None) -> None:
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"timeout= takes seconds greater than 0, or None, not {timeout!r}")
+    if on_error not in ("raise", "return", "gather"):
+        raise UsageError(f"on_error= takes 'raise', 'return' or 'gather', not {on_error!r}")
+    if seed is not None and (not isinstance(seed, int) or seed < 0):
+        raise UsageError(f"seed= takes a whole number of at least 0, or None, not {seed!r}")
+
+
+class RegionFuture(Future[T]):
+    """The outcome of a region that runs while the program goes on. `cancel` kills its clones."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self._region = region
+
+    def cancel(self) -> bool:
+        """Kill the clones; False if the region had ended already."""
+        # Future refuses to cancel what is "running"; this one stays pending until it is done, because a region can be cancelled
+        # at any time.
+        cancelled = super().cancel()
+        if cancelled:
+            self._region.cancel()
+        return cancelled
+
+    def running(self) -> bool:
+        """Whether the clones are at work."""
+        return not self.done()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the outcome; Ctrl-C meanwhile kills the clones."""
+        try:
+            return super().result(timeout)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+    def settle(self, outcome: Callable[[], T]) -> None:
+        """Take over what `outcome` returns or raises."""
+        from sfparallel.runtime.region import Cancelled
+        try:
+            value = outcome()
+        except Cancelled:
+            self.set_running_or_notify_cancel()
+        except BaseException as error:  # a thread's exception has nowhere else to go
+            if self.set_running_or_notify_cancel():
+                self.set_exception(error)
+        else:
+            if self.set_running_or_notify_cancel():
+                self.set_result(value)
+
+
+class ParallelFunction(Generic[P, T]):
+    """A function whose calls run in clones, one call per rank; made by `parallel`.
+
+    Calling it returns the list of results in the order of ranks, or what `merge` makes of it.
+    """
+
+    def __init__(self, function: Callable[P, Any], options: Options) -> None:
+        self._function = function
+        self._options = options
+        self.__wrapped__ = function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        region = self._region(args, kwargs)
+        region.fork()
+        return self._merge(region.gather())
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RegionFuture[T]:
+        """Fork now and gather in the background.
+
+        Clones of a future that nobody waits for end with the program.
+
+        Returns:
+            a future; `result()` is what the call would return.
+        """
+        region = self._region(args, kwargs)
+        region.fork()
+        future: RegionFuture[T] = RegionFuture(region)
+        # A daemon, so that the program can end (after Ctrl-C, say) while clones are at work.
+        threading.Thread(target=future.settle, args=(lambda: self._merge(region.gather()),), name=f"sf-gather-{self._name}",
+                         daemon=True).start()
+        return future
+
+    def options(self, **changes: Any) -> ParallelFunction[P, Any]:
+        """The same function with other options; those not given stay. See `parallel` for their names."""
+        return ParallelFunction(self._function, _replace(self._options, changes))
+
+    def __get__(self, instance: object, owner: type | None = None) -> ParallelFunction[Any, T]:
+        """Methods can be parallel too."""
+        if instance is None:
+            return self
+        return ParallelFunction(functools.partial(self._function, instance), self._options)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<parallel {self._name}>"
+
+    @property
+    def _name(self) -> str:
+        return str(getattr(self, "__qualname__", None) or _name_of(self._function))
+
+    def _merge(self, results: list[Any]) -> T:
+        merged: T = results if self._options.merge is None else self._options.merge(results)  # type: ignore[assignment]
+        return merged
+
+    def _region(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
+        from sfparallel.runtime.region import OnError, Region, Work
+        options = self._options
+        hello = HERE.require_vm()
+        n = options.n or hello.default_n or os.cpu_count() or 1
+        return Region(Work(
+            name=self._name,
+            call=lambda key: self._function(*args, **kwargs),
+            plan=Schedule.one_each,
+            per_item=False,
+            ranks=n,
+            all_ranks=True,
+            streams=region_streams(options.seed, hello.seed),
+            on_error=OnError(options.on_error),
+            timeout_s=options.timeout,
+            progress=options.progress,
+            collector=Collector(options.patterns, Path.cwd()) if options.patterns else None,
+        ))
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+
+
+def _replace(options: Options, changes: dict[str, Any]) -> Options:
+    try:
+        return replace(options, **changes)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"no such option of sf.parallel: {', '.join(sorted(changes))}") from error
+
+
+@overload
+def parallel(fn: Callable[P, R], /) -> ParallelFunction[P, list[R]]: ...
+
+
+@overload
+def parallel(fn: None = None, /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
+             merge: Callable[[list[Any]], S], collect: str | Iterable[str] | None = None, seed: int | None = None,
+             progress: bool | None = None) -> Callable[[Callable[P, R]], ParallelFunction[P, S]]: ...
+
+
+@overload
+def parallel(fn: None = None, /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
+             merge: None = None, collect: str | Iterable[str] | None = None, seed: int | None = None,
+             progress: bool | None = None) -> Callable[[Callable[P, R]], ParallelFunction[P, list[R]]]: ...
+
+
+@overload
+def parallel(fn: Callable[P, R], /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
+             merge: Callable[[list[Any]], Any] | None = None, collect: str | Iterable[str] | None = None, seed: int | None = None,
+             progress: bool | None = None) -> ParallelFunction[P, Any]: ...
+
+
+def parallel(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a function run in n clones of this VM at every call, each with its own rank; a decorator, with or without options.
+
+    Each clone continues from the very state that the program is in: globals, arguments and open files are there, nothing is
+    pickled on the way in. Results come back in the order of ranks. Clones see changes of nobody else, and nobody sees theirs.
+
+    Args:
+        n: number of clones; default: `sfrun -n`, else the number of CPUs.
+        timeout: seconds for the whole call.
+        on_error: "raise": the exception of the first rank that fails is raised, with rank and remote traceback in a note and the
+            other ranks' results in `.sf_results`. "return": exceptions stand in the list. "gather": all ranks are waited for,
+            then RankError is raised if any failed.
+        merge: function of the list of results; the call returns what it returns.
+        collect: glob or globs, relative to the current folder, of files that clones write and the parent shall have.
+        seed: seed of `sf.rng()`; with it, every rank has the same numbers in every run.
+        progress: True shows answers as they come, on stderr.
+
+    Returns:
+        a ParallelFunction, with `.options(...)`, `.submit(...)` and `.__wrapped__`.
+
+    Raises:
+        UsageError: an option is wrong. The call itself raises CapacityError, CloneLost, RegionTimeout, RankError,
+        CollectConflict, OutsideVMError, and whatever the function raises.
+    """
+    checked = _replace(Options(), options)
+    if fn is None:
+        return lambda function: ParallelFunction(function, checked)
+    if not callable(fn):
+        raise UsageError(f"sf.parallel takes a function, not {fn!r}", hint="options are keywords: @sf.parallel(n=8)")
+    return ParallelFunction(fn, checked)
+
+
+def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
+                 timeout: float | None = None, on_error: str = "raise", seed: int | None = None,
+                 progress: bool | None = None) -> list[R]:
+    """`list(map(fn, *iterables))` in clones. Items are in every clone's memory by the fork itself; what clones get, on demand,
+    are item numbers.
+
+    Args:
+        fn: called once per item, in some clone.
+        iterables: as for `map`; they are read to the end of the shortest one before the fork.
+        n: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit. Never more than items.
+        chunksize: items that a clone takes at a time; default: large shares first, single items near the end.
+        timeout: seconds for the whole call.
+        on_error: as for `parallel`, with items in place of ranks. When a clone is lost, "raise" raises CloneLost; otherwise
+            the item that it was working on fails with CloneLost, and its other items go to other clones.
+        seed: seed of `sf.rng()`; streams belong to items, so the result does not depend on n.
+        progress: True shows finished items, on stderr.
+
+    Returns:
+        results in the order of items.
+
+    Raises:
+        as calls of a parallel function.
+    """
+    from sfparallel.runtime.region import OnError, Region, Work
+    if not iterables:
+        raise UsageError("sf.parallel_map needs at least one iterable")
+    for name, value in (("n", n), ("chunksize", chunksize)):
+        if value is not None:
+            check_count(name, value)
+    _check(timeout, on_error, seed)
+    hello = HERE.require_vm()
+    items = list(zip(*iterables, strict=False))
+    if not items:
+        return []
+    ranks = min(n or hello.default_n or os.cpu_count() or 1, len(items))
+    region = Region(Work(
+        name=_name_of(fn),
+        call=lambda key: fn(*items[key]),
+        plan=lambda granted: Schedule.dynamic(len(items), granted, chunksize),
+        per_item=True,
+        ranks=ranks,
+        all_ranks=n is not None,
+        streams=region_streams(seed, hello.seed),
+        on_error=OnError(on_error),
+        timeout_s=timeout,
+        progress=progress,
+    ))
+    region.fork()
+    return region.gather()

@@ -1,0 +1,472 @@
+"""One parallel region: fork clones, have each work on its keys, gather the answers, see the clones off.
+
+The same code serves `sf.parallel` (rank k works on key k) and `sf.parallel_map` (keys are item indexes, handed out on demand);
+who works on what is `schedule.Schedule`'s business. A `Region` object exists before the fork, so each clone finds it in its
+memory: no function, argument or item is ever sent, only keys and results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import zmq
+
+from sfparallel.errors import (
+    CapacityError,
+    CloneLost,
+    CollectConflict,
+    NetworkError,
+    RankError,
+    RegionError,
+    RegionTimeout,
+    SfError,
+    StateError,
+)
+from sfparallel.runtime import lowlevel
+from sfparallel.runtime.collect import Collector
+from sfparallel.runtime.communicator import Communicator
+from sfparallel.runtime.connection import park
+from sfparallel.runtime.here import HERE, Membership
+from sfparallel.runtime.hypervisor import Fork, Lost, Sibling
+from sfparallel.runtime.link import CloneLink, Kind, Message, ParentLink
+from sfparallel.runtime.payload import Buffer, dump_error, dumps, load_error, loads
+from sfparallel.runtime.progress import Progress
+from sfparallel.runtime.rng import Streams
+from sfparallel.runtime.schedule import Schedule
+
+JOIN_LIMIT_S = 10.0
+"""A clone that has been released ends at once; one that does not in this time is killed."""
+
+COMMUNICATOR_PORTS = range(10_083, 32_768)
+"""Below Linux's ephemeral ports, so that no clone's outgoing connection can sit on the one that is chosen."""
+
+EXIT_SOFTWARE = 70  # sysexits.h
+
+
+class OnError(enum.StrEnum):
+    """What a failing rank (or item) means for the region."""
+
+    RAISE = "raise"
+    """Its exception is raised at once and the other clones are killed."""
+    RETURN = "return"
+    """Its exception stands in the list in place of its result."""
+    GATHER = "gather"
+    """All others are waited for; then RankError is raised, with `.errors` and `.results`."""
+
+
+class State(enum.Enum):
+    PLANNED = "planned"
+    FORKED = "forked"
+    ENDED = "ended"
+
+
+class Alarm:
+    """Wakes a thread that polls, from any other thread, for as long as it is open (eventfd(2))."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __enter__(self) -> Alarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The lock keeps a late `ring` from writing to whatever gets the descriptor's number next.
+        with self._lock:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ring(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def reset(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+
+class Cancelled(Exception):
+    """The region was cancelled from another thread (internal: becomes the future's cancellation)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a region is to do.
+
+    Attributes:
+        name: of the function, for people.
+        call: key -> result; runs in the clones.
+        plan: number of ranks -> who does what.
+        per_item: keys are items of a map, not ranks.
+        ranks: how many clones.
+        all_ranks: whether fewer will not do.
+        streams: random streams, one per key.
+        on_error: what a failing key means.
+        timeout_s: limit for the whole region.
+        progress: whether to show it; None for what the environment says.
+        collector: takes files back, if any are to be collected.
+    """
+
+    name: str
+    call: Callable[[int], Any]
+    plan: Callable[[int], Schedule]
+    per_item: bool
+    ranks: int
+    all_ranks: bool
+    streams: Streams
+    on_error: OnError = OnError.RAISE
+    timeout_s: float | None = None
+    progress: bool | None = None
+    collector: Collector | None = None
+
+
+class Region:
+    """Runs some `Work` once: `fork`, then `gather`. `cancel` may come from any thread."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._state = State.PLANNED
+        self._generation = HERE.generation
+        self._cancelled = False
+        self._started = time.monotonic()
+        self._first_s: float | None = None
+        self._results: dict[int, Any] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._out: dict[int, str] = {}
+        """Ranks that will not answer in collective calls any more, and why."""
+        self._in_comm: set[int] = set()
+        self._clones: tuple[Sibling, ...] = ()
+        self._resources = contextlib.ExitStack()
+
+    # The parent's side -------------------------------------------------------------------------------------------------------
+
+    def fork(self) -> None:
+        """Fork. Returns in the parent only; clones work and end in here. When it raises, nothing is left.
+
+        Raises:
+            CapacityError: the host cannot hold so many clones.
+            OutsideVMError: this is not a VM of sfparallel.
+        """
+        self._require(State.PLANNED)
+        HERE.park_if_ghost()
+        self._generation = HERE.generation
+        with contextlib.ExitStack() as stack:
+            with HERE.interrupts_deferred():
+                self._ticket = lowlevel.request_ticket(self._work.ranks)
+                stack.callback(self._kill_all)
+                ranks = self._admitted(self._ticket.granted)
+                self._schedule = self._work.plan(ranks)
+                address = HERE.hello(self._ticket.hypervisor).address
+                self._link = _bind(address)
+                stack.callback(self._link.close)
+                self._port = _free_port(address)
+                self._alarm = stack.enter_context(Alarm())
+                HERE.waiting.add(self)
+                stack.callback(HERE.waiting.discard, self)
+                try:
+                    fork = lowlevel.fork(self._ticket, self._work.name)
+                except BaseException:
+                    if HERE.generation != self._generation:
+                        _die()
+                    raise
+            if fork.rank:
+                self._live(fork)
+            self._clones = fork.clones
+            self._link.expect([clone.address for clone in fork.clones])
+            self._state = State.FORKED
+            self._resources = stack.pop_all()
+
+    def gather(self) -> list[Any]:
+        """Wait for the answers, in the order of the keys. However it ends, the clones are gone.
+
+        Raises:
+            RankError: some keys failed (`on_error="gather"`).
+            RegionTimeout: not all answers came in time.
+            CloneLost: a clone died (`on_error="raise"`).
+            CollectConflict: two ranks wrote the same collected file.
+            Cancelled: `cancel` was called.
+        """
+        self._require(State.FORKED)
+        self._state = State.ENDED
+        # On any error, KeyboardInterrupt and cancellation included, the clones are killed as the stack unwinds.
+        with self._resources:
+            progress = Progress(self._work.name, len(self._schedule), self._work.progress)
+            try:
+                failed = self._gather(progress)
+            finally:
+                progress.close()
+            now = time.monotonic() - self._started
+            self._ticket.hypervisor.report(self._ticket.number, now if self._first_s is None else self._first_s, now)
+            self._end_clones()
+            if failed is not None:
+                raise self._with_results(failed)
+        return self._conclude()
+
+    def cancel(self) -> None:
+        """Have `gather` kill the clones and raise `Cancelled`."""
+        self._cancelled = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Have `gather`, in whatever thread it waits, look around."""
+        self._alarm.ring()
+
+    def _admitted(self, granted: int) -> int:
+        if granted < self._work.ranks and (self._work.all_ranks or not granted):
+            raise CapacityError(f"{self._work.ranks} clones do not fit on this host now; {granted} would", fits=granted,
+                                hint="use a smaller n, or give each VM less memory (sfrun --memory)")
+        return granted
+
+    def _gather(self, progress: Progress) -> BaseException | None:
+        """Take answers until there are enough of them; the error that ends the region, if any."""
+        deadline = None if self._work.timeout_s is None else self._started + self._work.timeout_s
+        hypervisor = self._ticket.hypervisor
+        poller = zmq.Poller()
+        poller.register(self._link.router, zmq.POLLIN)
+        poller.register(hypervisor.fileno(), zmq.POLLIN)
+        poller.register(self._alarm.fileno(), zmq.POLLIN)
+        done = 0
+        while True:
+            # Events first: a clone that died may have answered before, and its answer is here by then.
+            events = hypervisor.events()
+            while (message := self._link.receive()) is not None:
+                self._on_message(message)
+            for event in events:
+                self._on_lost(event)
+            while done < len(self._results) + len(self._errors):
+                done += 1
+                progress.advance()
+            if self._errors and self._work.on_error is OnError.RAISE:
+                return next(iter(self._errors.values()))
+            if done == len(self._schedule):
+                return None
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return self._timed_out()
+            poller.poll(None if remaining is None else int(remaining * 1000) + 1)
+            self._look_around()
+
+    def _look_around(self) -> None:
+        if HERE.generation != self._generation:
+            park()  # another thread forked the VM while this one gathered; this is the clone, where nobody will answer
+        self._alarm.reset()
+        if self._cancelled:
+            raise Cancelled
+
+    def _on_message(self, message: Message) -> None:
+        rank = message.rank
+        if message.kind is Kind.COMM:
+            self._in_comm.add(rank)
+            for lost, cause in self._out.items():
+                self._link.send(rank, Kind.LOST, lost=lost, cause=cause)
+            return
+        key = message.header.get("key")
+        if not isinstance(key, int) or not self._schedule.answered(rank, key):
+            return
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._started
+        if message.kind is Kind.RESULT:
+            self._on_result(message, key)
+        elif message.kind is Kind.ERROR:
+            description = message.header["error"]
+            self._errors[key] = load_error(description, message.frames, self._where(rank, key))
+            if not self._work.per_item:
+                self._tell_out(rank, f"raised {description['type']}")
+        keys = self._schedule.refill(rank)
+        if keys:
+            self._link.send(rank, Kind.KEYS, keys=keys)
+        elif not self._work.per_item and rank not in self._in_comm:
+            self._link.send(rank, Kind.RELEASE)
+
+    def _on_result(self, message: Message, key: int) -> None:
+        files = message.header.get("files", [])
+        payload = len(message.frames) - len(files)
+        try:
+            self._results[key] = loads(message.frames[:payload])
+            if self._work.collector is not None:
+                self._work.collector.receive(message.rank, files, message.frames[payload:])
+        except Exception as error:  # whatever a result's own __setstate__ raises is this key's error, not the region's
+            self._results.pop(key, None)
+            error.add_note(f"in the result of {self._where(message.rank, key)}")
+            self._errors[key] = error
+
+    def _on_lost(self, event: Lost) -> None:
+        rank = event.rank - 1
+        if event.ticket != self._ticket.number or not 0 <= rank < len(self._clones) or not self._schedule.is_alive(rank):
+            return
+        key = self._schedule.lose(rank)
+        if key is None and not self._work.per_item:
+            return  # it had answered
+        self._tell_out(rank, f"was lost: {event.cause}")
+        if key is not None:
+            self._errors[key] = self._lost_error(event, rank, f"{self._where(rank, key)} was lost: {event.cause}")
+        for idle in self._schedule.idle():
+            if keys := self._schedule.refill(idle):
+                self._link.send(idle, Kind.KEYS, keys=keys)
+        for orphan in self._schedule.abandon():
+            text = f"nobody is left to compute item {orphan}: the last clone, rank {rank}, was lost: {event.cause}"
+            self._errors[orphan] = self._lost_error(event, rank, text)
+
+    @staticmethod
+    def _lost_error(event: Lost, rank: int, message: str) -> CloneLost:
+        return CloneLost(message, rank=rank, cause=event.cause, host=event.host, console=event.console)
+
+    def _tell_out(self, rank: int, cause: str) -> None:
+        self._out[rank] = cause
+        for other in self._in_comm - self._out.keys():
+            self._link.send(other, Kind.LOST, lost=rank, cause=cause)
+
+    def _timed_out(self) -> RegionTimeout:
+        missing = self._schedule.busy()
+        names = ", ".join(map(str, missing))
+        return RegionTimeout(f"{self._work.name} took longer than {self._work.timeout_s} s; missing: rank {names}",
+                             missing=missing, hint="the answers that came are in .results")
+
+    def _with_results(self, error: BaseException) -> BaseException:
+        """Attach what other ranks answered to the exception that hides it."""
+        with contextlib.suppress(AttributeError):  # a class with __slots__
+            error.sf_results = dict(self._results)  # type: ignore[attr-defined]
+        if isinstance(error, CloneLost | RegionError):
+            error.results = dict(self._results)
+        return error
+
+    def _conclude(self) -> list[Any]:
+        if self._work.collector is not None:
+            try:
+                self._work.collector.write()
+            except (CollectConflict, OSError) as error:
+                self._with_results(error)
+                raise
+        if self._errors and self._work.on_error is OnError.GATHER:
+            noun = "items" if self._work.per_item else "ranks"
+            keys = sorted(self._errors)
+            first = self._errors[keys[0]]
+            raise RankError(f"{len(keys)} of {len(self._schedule)} {noun} failed; the first is {noun[:-1]} {keys[0]}: "
+                            f"{type(first).__qualname__}: {first}", errors={key: self._errors[key] for key in keys},
+                            results=self._results) from first
+        answers = self._results | self._errors
+        return [answers[key] for key in range(len(self._schedule))]
+
+    def _where(self, rank: int, key: int) -> str:
+        host = self._clones[rank].host
+        where = f"rank {rank} (host {host})" if host else f"rank {rank}"
+        return f"item {key}, {where}" if self._work.per_item else where
+
+    def _end_clones(self) -> None:
+        """Let those go that have answered, kill the others, and wait until all are gone: then all they printed has been shown."""
+        for rank in range(len(self._clones)):
+            if self._schedule.is_alive(rank):
+                self._link.send(rank, Kind.RELEASE)
+        hypervisor, number = self._ticket.hypervisor, self._ticket.number
+        if busy := self._schedule.busy():
+            hypervisor.kill(number, [rank + 1 for rank in busy])
+        if hypervisor.join(number, JOIN_LIMIT_S) is None:
+            hypervisor.kill(number, None)
+        self._ticket.close()
+
+    def _kill_all(self) -> None:
+        """As the last resort of an error that is on its way already: it must not be hidden by another one from here."""
+        if self._ticket.state is lowlevel.TicketState.CLOSED:
+            return
+        try:
+            lowlevel.kill(self._ticket)
+        except SfError:
+            self._ticket.abandon()
+
+    def _require(self, state: State) -> None:
+        if self._state is not state:
+            raise StateError(f"the region is {self._state.value}; this call needs one that is {state.value}")
+
+    # A clone's side ----------------------------------------------------------------------------------------------------------
+
+    def _live(self, fork: Fork) -> NoReturn:
+        """A clone's whole life after the fork. Nothing may escape from here: it would run the parent's program a second time."""
+        try:
+            self._work_as_clone(fork)
+            HERE.membership = None
+            lowlevel.flush_output()
+            self._ticket.hypervisor.exit(0)
+        except BaseException:
+            _die()
+
+    def _work_as_clone(self, fork: Fork) -> None:
+        # Every new code path is dear in a clone under emulation: nothing is imported, asked or looked up here that the fork or
+        # the parent's memory has not brought along.
+        rank = fork.rank - 1
+        dealer = self._link.dealer if self._ticket.hypervisor.keeps_threads else HERE.zmq_context().socket(zmq.DEALER)
+        link = CloneLink(dealer, rank, fork.address, self._link.endpoint)
+        communicator = Communicator(rank, [clone.address for clone in fork.clones], self._port, link)
+        keys = deque(self._schedule.in_hand(rank))
+        HERE.membership = membership = Membership(rank, len(fork.clones), communicator, self._work.streams, keys[0])
+        failure: BaseException | None = None
+        try:
+            lowlevel.assume_identity(fork.entropy, rank)
+        except BaseException as error:
+            failure = error
+        while True:
+            while keys:
+                membership.key = keys.popleft()
+                self._answer(link, membership, failure)
+            kind, more = link.receive()
+            if kind is Kind.RELEASE:
+                return
+            keys.extend(more)
+
+    def _answer(self, link: CloneLink, membership: Membership, failure: BaseException | None) -> None:
+        """Work on one key and send the result, or what was raised, whatever it is."""
+        fields: dict[str, Any] = {}
+        frames: list[Buffer]
+        try:
+            if failure is not None:
+                raise failure
+            frames = dumps(self._work.call(membership.key))
+            if self._work.collector is not None:
+                fields["files"], contents = self._work.collector.changed()
+                frames += contents
+            kind = Kind.RESULT
+        except BaseException as error:
+            fields = {}
+            fields["error"], frames = dump_error(error, membership.rank)
+            kind = Kind.ERROR
+        # What the rank printed shall be on its way before its answer is.
+        lowlevel.flush_output()
+        link.send(kind, frames, key=membership.key, **fields)
+
+
+def _bind(address: str) -> ParentLink:
+    try:
+        return ParentLink(address)
+    except zmq.ZMQError as error:
+        raise NetworkError(f"cannot listen for answers on {address}: {error}") from error
+
+
+def _free_port(address: str) -> int:
+    """A port that is free in this VM; since clones are copies of it, it is free in all of them."""
+    for port in COMMUNICATOR_PORTS:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((address, port))
+            return port
+    raise NetworkError(f"no free port on {address} for the communicator")
+
+
+def _die() -> NoReturn:
+    """End a clone in which the runtime itself failed; the supervisor reports it as lost, with the traceback on its console."""
+    traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+    os._exit(EXIT_SOFTWARE)

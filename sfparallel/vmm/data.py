@@ -1,0 +1,175 @@
+"""`--data DIR`: a folder as a read-only block image, for inputs too large to go through the file server.
+
+The image is a squashfs without compression: it is made as fast as the disk goes, and the guest, which may be an emulated one,
+does not have to unpack. It is kept in the cache folder under a name that says which folder it is of and what was in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import EnvironmentProblem, UsageError
+from sfparallel.vmm.subprocesses import require, run
+
+_UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
+# All files belong to root, as those that the file server shows. Without -exit-on-error, a file that cannot be read becomes an
+# empty one and mksquashfs ends with status 0.
+_OPTIONS = (*_UNCOMPRESSED, "-no-duplicates", "-no-xattrs", "-all-root", "-exit-on-error", "-quiet", "-no-progress",
+            "-mem", "512M")
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is in a folder: a digest of names, sizes and times, and how much of it there is."""
+
+    digest: str
+    files: int
+    size_bytes: int
+
+
+def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
+    """The image of a folder: the one in the cache while nothing in the folder changed, else a new one.
+
+    The image is not removed as long as the calling process lives, and older images of the folder that nobody uses are.
+
+    Args:
+        folder: the folder; it is resolved.
+        progress: called with a line for the user when it takes time.
+
+    Raises:
+        UsageError: not a folder.
+        EnvironmentProblem: it cannot be read, it changes all the time, the disk is full, or squashfs-tools is missing.
+    """
+    source = folder.resolve()
+    if not source.is_dir():
+        raise UsageError(f"--data {folder}: not a folder")
+    cache = cache_folder() / "data"
+    if source == cache or source in cache.parents:
+        raise UsageError(f"--data {folder}: the cache folder {cache_folder()} is in it", hint="set SF_CACHE to another place")
+    prefix = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job's image of {source}")):
+            image = _find_or_build(source, cache, prefix, progress)
+            _hold(image)
+            _remove_others(cache, prefix, image)
+    except OSError as error:
+        raise EnvironmentProblem(f"no image of {source} can be kept in {cache}: {error.strerror}",
+                                 hint="free some space or permit writing, or set SF_CACHE to another place") from error
+    return image
+
+
+def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[str], None]) -> Path:
+    """Under the folder's lock: the image of what is in it now."""
+    content = _content(source)
+    for _ in range(2):
+        image = cache / f"{prefix}-{content.digest[:32]}.sqfs"
+        if image.exists():
+            return image
+        progress(f"making an image of {source}: {content.files} files, {content.size_bytes / 1e6:.0f} MB")
+        unfinished = image.with_suffix(".part")
+        try:
+            _build(source, unfinished, content)
+            before, content = content, _content(source)
+            if content == before:
+                os.rename(unfinished, image)
+                return image
+        finally:
+            unfinished.unlink(missing_ok=True)
+    raise EnvironmentProblem(f"{source} changes while its image is made", hint="wait until what writes there has ended")
+
+
+def _build(source: Path, image: Path, content: _Content) -> None:
+    # A tenth of a KiB per file, roughly, for inodes and names; the blocks themselves are stored as they are.
+    needed = content.size_bytes + 128 * content.files
+    free = shutil.disk_usage(image.parent).free
+    hint = "free some space, or set SF_CACHE to a place with more"
+    if free < needed:
+        raise EnvironmentProblem(f"the image of {source} needs {needed / 1e6:.0f} MB in {image.parent}, "
+                                 f"where {free / 1e6:.0f} MB are free", hint=hint)
+    mksquashfs = require("mksquashfs", "squashfs-tools")
+    try:
+        run([mksquashfs, source, image, *_OPTIONS], what=f"make an image of {source}")
+    except EnvironmentProblem as error:
+        # Its exit status does not say why; that somebody else filled the disk meanwhile is worth a message of its own.
+        if shutil.disk_usage(image.parent).free < _SPARE_BYTES:
+            raise EnvironmentProblem(f"the disk with {image.parent} is full: no image of {source}", hint=hint) from error
+        raise
+
+
+def _content(source: Path) -> _Content:
+    """Walk a folder (links are not followed).
+
+    Raises:
+        EnvironmentProblem: something in it cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = size_bytes = 0
+    top = os.fsencode(source)
+    folders = [b""]
+    while folders:
+        folder = folders.pop()
+        try:
+            names = sorted(os.listdir(os.path.join(top, folder)))
+            for name in names:
+                path = os.path.join(folder, name)
+                status = os.lstat(os.path.join(top, path))
+                digest.update(b"%s\0%o %d %d\0" % (path, status.st_mode, status.st_size, status.st_mtime_ns))
+                files += 1
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(path)
+                elif stat.S_ISREG(status.st_mode):
+                    size_bytes += status.st_size
+        except OSError as error:
+            where = os.fsdecode(error.filename or folder)
+            raise EnvironmentProblem(f"{where!r} cannot be read for the image of {source}: {error.strerror}") from error
+    return _Content(digest.hexdigest(), files, size_bytes)
+
+
+@contextmanager
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold an exclusive lock; the file stays, as removing it would let two builders lock two different files."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(image: Path) -> None:
+    """Mark an image as in use until this process ends.
+
+    The descriptor is left open on purpose: shells of the pool open the image by its name at any time until the job ends, and
+    the kernel drops the lock however the process ends.
+    """
+    descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def _remove_others(cache: Path, prefix: str, image: Path) -> None:
+    """Under the folder's lock: remove its older images that nobody holds, and what killed builders left."""
+    for path in cache.glob(f"{prefix}-*"):
+        if path == image:
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        finally:
+            os.close(descriptor)

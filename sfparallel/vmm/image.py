@@ -1,0 +1,266 @@
+"""Guest images: a Debian root as squashfs, its kernel, and the modules that the initramfs loads.
+
+    <cache>/images/<name>-<key>/root.sqfs       the root, read-only; changes go to an overlay in RAM
+                                vmlinuz
+                                modules/        in loading order (`order`), for the initramfs
+                                manifest.json   what it was made of
+    <cache>/images/<name>.json                  which of the folders `name` means now
+    <cache>/images/.build-<name>-<key>          one in the making; renamed when it is whole
+
+`key` is a digest of everything that the image is made of, so an equal image is never built twice. Whoever builds holds a lock
+(flock(2), which ends with its process, however that ends); a `.build-` folder whose lock is free is litter, and is removed by
+the next build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
+from sfparallel.vmm import subprocesses
+from sfparallel.vmm.apt_sources import debian_sources
+from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, make_root
+from sfparallel.vmm.initramfs import write_initramfs
+
+BUILDER_VERSION = 1
+"""Part of every key: to be raised when the same recipe gives another image."""
+
+NEEDED_BYTES = 1500 << 20
+
+KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=-1 tsc=unstable"
+"""What guests are booted with."""
+
+Progress = Callable[[str, float | None], None]
+"""Called with the name of a stage and, where it is known, a percentage."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an image is made of.
+
+    Attributes:
+        name: what users call it.
+        suite: the Debian release.
+        packages: Debian packages beyond the base, sorted.
+        pip: Python packages, as `pip install` understands them, sorted.
+    """
+
+    name: str = "default"
+    suite: str = "bookworm"
+    packages: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
+
+    def key(self, sources: str) -> str:
+        """Digest of the recipe, this builder, and where packages come from."""
+        builder = {"version": BUILDER_VERSION, "base": BASE_PACKAGES, "modules": MODULES}
+        content = {"recipe": asdict(self), "builder": builder, "sources": sources}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished image."""
+
+    name: str
+    key: str
+    folder: Path
+    packages: tuple[str, ...]
+    pip: tuple[str, ...]
+    python_magic: str
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "root.sqfs"
+
+    @property
+    def kernel(self) -> Path:
+        return self.folder / "vmlinuz"
+
+    @property
+    def modules(self) -> Path:
+        return self.folder / "modules"
+
+    def describe(self) -> str:
+        """What it has beyond the base, in one line."""
+        added = [*self.packages, *(f"pip:{name}" for name in self.pip)]
+        return "with " + ", ".join(added) if added else "base system"
+
+
+def _images() -> Path:
+    return cache_folder() / "images"
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._]{0,63}", name):
+        raise UsageError(f"{name!r} is not a name for an image", hint="letters, digits, dots and underscores, at most 64")
+    return name
+
+
+def _load(folder: Path) -> Image | None:
+    """The image in a folder; None if there is none, or one of an older format."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        recipe = manifest["recipe"]
+        return Image(str(recipe["name"]), str(manifest["key"]), folder, tuple(recipe["packages"]), tuple(recipe["pip"]),
+                     str(manifest["python_magic"]))  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _named(name: str) -> Image | None:
+    try:
+        folder = json.loads((_images() / f"{name}.json").read_text())["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _load(_images() / str(folder))
+
+
+def find(name: str = "default") -> Image:
+    """The image that `name` means.
+
+    Raises:
+        ImageMissing: it was not built yet.
+    """
+    image = _named(_check_name(name))
+    if image is None:
+        words = "sf image build" if name == "default" else f"sf image build {name}"
+        raise ImageMissing(f"there is no guest image {name!r}", hint=words)
+    return image
+
+
+def list_images() -> list[Image]:
+    """All images that can be used by name, sorted by name."""
+    images = (_named(path.stem) for path in sorted(_images().glob("*.json")))
+    return [image for image in images if image]
+
+
+def remove(name: str) -> None:
+    """Delete an image, with what earlier builds under its name have left.
+
+    Raises:
+        ImageMissing: there is none.
+    """
+    find(name)
+    (_images() / f"{name}.json").unlink()
+    for folder in _images().glob(f"{name}-*"):
+        # First out of sight, so that nobody finds half an image.
+        doomed = folder.with_name(f".doomed-{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def guest_half(image: Image) -> Path:
+    """The initramfs for an image, with this package's guest half; made anew if that has changed.
+
+    Raises:
+        EnvironmentProblem: the agent cannot be built.
+    """
+    return write_initramfs(image.modules, image.python_magic)
+
+
+def build(recipe: Recipe, progress: Progress) -> Image:
+    """Build an image, or find that it was built already.
+
+    If another process is building the same image, this one waits for it.
+
+    Raises:
+        EnvironmentProblem: this host cannot build images; says what it lacks.
+        ImageBuildError: the build failed.
+    """
+    _check_name(recipe.name)
+    sources = debian_sources(recipe.suite)
+    key = recipe.key(sources)
+    folder = _images() / f"{recipe.name}-{key[:12]}"
+    try:
+        _images().mkdir(parents=True, exist_ok=True)
+        with _build_lock(folder.name, progress):
+            image = _load(folder)
+            if image is None:
+                _remove_litter()
+                image = _build(recipe, key, sources, folder, progress)
+            _point(recipe.name, folder)
+    except OSError as error:
+        raise _build_error(error) from error
+    return image
+
+
+def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progress) -> Image:
+    _check_host()
+    work = folder.with_name(f".build-{folder.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        magic = make_root(work, recipe.suite, recipe.packages, recipe.pip, sources, progress)
+        manifest = {"key": key, "recipe": asdict(recipe), "python_magic": magic, "sources": sources}
+        _write(work / "manifest.json", manifest)
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    image = _load(folder)
+    if image is None:
+        raise ImageBuildError(f"the image just built in {folder} cannot be read", hint="delete that folder and build again")
+    return image
+
+
+def _write(path: Path, content: object) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+    os.replace(temporary, path)
+
+
+def _point(name: str, folder: Path) -> None:
+    _write(_images() / f"{name}.json", {"folder": folder.name})
+
+
+@contextlib.contextmanager
+def _build_lock(name: str, progress: Progress) -> Iterator[None]:
+    descriptor = os.open(_images() / f".lock-{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that builds this image", None)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_litter() -> None:
+    """Remove what interrupted builds have left: folders in the making whose builder's lock is free."""
+    for folder in [*_images().glob(".build-*"), *_images().glob(".doomed-*")]:
+        lock = _images() / f".lock-{folder.name.removeprefix('.build-').removeprefix('.doomed-')}"
+        with open(lock, "w") as file, contextlib.suppress(BlockingIOError):
+            # Our own lock is held on another open file, so our own folder counts as busy here: _build clears it.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_host() -> None:
+    for program, package in (("mmdebstrap", "mmdebstrap"), ("mksquashfs", "squashfs-tools")):
+        subprocesses.require(program, package)
+    if os.geteuid() != 0:
+        raise EnvironmentProblem("guest images are built as root: they hold files of several owners", hint="sudo sf image build")
+    free = shutil.disk_usage(_images()).free
+    if free < NEEDED_BYTES:
+        raise ImageBuildError(
+            f"{_images()} has {free >> 20} MiB of free space; a build needs about {NEEDED_BYTES >> 20} MiB",
+            hint="free some space, or set SF_CACHE to a folder on another disk",
+        )
+
+
+def _build_error(error: OSError) -> ImageBuildError:
+    if error.errno == errno.ENOSPC:
+        return ImageBuildError("the disk is full", hint="free some space, or set SF_CACHE to a folder on another disk")
+    return ImageBuildError(f"cannot write the image: {error}", hint="set SF_CACHE to a folder that can be written")

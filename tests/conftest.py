@@ -1,0 +1,140 @@
+"""What all tests share: programs run by `sfrun` on real VMs, and the proof that nothing is left over after each of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.prefix) / "bin"
+LEAK_GRACE_S = 5.0
+"""What a test started must be gone this long after it, at the latest (issue 2: "within 5 s nothing is left")."""
+
+
+def _processes() -> set[str]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(b"qemu-system" in word or word.endswith(b"/sfrun") for word in words[:2]):
+                found.add(f"process {entry.name} {b' '.join(words[:2]).decode(errors='replace')}")
+    return found
+
+
+def _namespaces() -> set[str]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            for kind in ("net", "mnt"):
+                try:
+                    found.add(f"namespace {os.readlink(entry / 'ns' / kind)}")
+                except OSError:
+                    continue
+    return found
+
+
+def _mounts() -> set[str]:
+    return {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def left_overs() -> set[str]:
+    """Everything that a job could leave behind, as strings."""
+    found = _processes() | _namespaces() | _mounts()
+    found |= {f"shared memory {entry.name}" for entry in Path("/dev/shm").iterdir()}
+    found |= {f"interface {entry.name}" for entry in Path("/sys/class/net").iterdir()}
+    run = Path("/run/sfparallel")
+    if run.exists():
+        found |= {f"file {entry}" for entry in run.iterdir()}
+    return found
+
+
+def wait_for_nothing_new(before: set[str], grace_s: float = LEAK_GRACE_S) -> set[str]:
+    """What is there beyond `before` once things have settled; empty when nothing leaked."""
+    deadline = time.monotonic() + grace_s
+    while (new := left_overs() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return new
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test: no process, namespace, mount, interface or shared-memory file that was not there before."""
+    before = left_overs()
+    yield
+    if request.node.get_closest_marker("needs"):
+        leaked = wait_for_nothing_new(before)
+        assert not leaked, f"left over: {sorted(leaked)}"
+
+
+@dataclass
+class Ended:
+    """A program that ran under `sfrun`."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def ok(self) -> Ended:
+        assert self.code == 0, f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+        return self
+
+
+class Sfrun:
+    """Runs programs under `sfrun` in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, program: str, name: str = "program.py") -> Path:
+        path = self.folder / name
+        path.write_text(textwrap.dedent(program))
+        return path
+
+    def start(self, program: str, *options: str, args: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+        """Start `sfrun`; the caller waits for it."""
+        path = self.write(program)
+        return subprocess.Popen(
+            [str(BIN / "sfrun"), *options, str(path), *args], cwd=self.folder, stdin=stdin, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __call__(
+        self, program: str, *options: str, args: tuple[str, ...] = (), stdin: str | None = None, timeout: float = 300
+    ) -> Ended:
+        started = time.monotonic()
+        process = self.start(program, *options, args=args, stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL)
+        try:
+            out, err = process.communicate(stdin, timeout=timeout)
+        except BaseException:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            raise
+        return Ended(process.returncode, out, err, time.monotonic() - started)
+
+
+@pytest.fixture
+def sfrun(tmp_path: Path) -> Sfrun:
+    """`sfrun` in a temporary folder."""
+    return Sfrun(tmp_path)
+
+
+@pytest.fixture
+def sf() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command `sf`."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(BIN / "sf"), *arguments], capture_output=True, text=True, timeout=600)
+
+    return call

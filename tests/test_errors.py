@@ -1,0 +1,226 @@
+"""Every way in which a parallel region can fail says what happened, to which rank, and what to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Sfrun, wait_for_nothing_new
+
+pytestmark = pytest.mark.needs("qemu", "image", "root")
+
+
+def test_an_exception_keeps_its_type_and_says_its_rank(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+
+        @sf.parallel(n=3)
+        def f():
+            if sf.comm().rank == 1:
+                raise KeyError("the reason")
+            return sf.comm().rank
+
+        try:
+            f()
+        except KeyError as error:
+            print(repr(error))
+        f()
+        """
+    )
+    assert ended.out.strip() == "KeyError('the reason')"
+    assert ended.code == 1
+    assert "rank 1" in ended.err and 'raise KeyError("the reason")' in ended.err
+
+
+@pytest.mark.parametrize(
+    ("death", "cause"),
+    [
+        ("os._exit(3)", "status 3"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+        ("open('/proc/sysrq-trigger', 'w').write('c')", "kernel panic"),
+        ("hog = [bytearray(50 << 20) for _ in range(200)]", "memory"),
+    ],
+    ids=["os._exit", "kill -9", "kernel panic", "out of memory"],
+)
+def test_a_clone_that_dies_is_reported_with_its_cause(sfrun: Sfrun, death: str, cause: str) -> None:
+    ended = sfrun(
+        f"""
+        import os, time
+        import sfparallel as sf
+
+        @sf.parallel(n=3)
+        def f():
+            if sf.comm().rank == 2:
+                time.sleep(1)      # the others have answered by then
+                {death}
+                time.sleep(60)
+            return sf.comm().rank
+
+        try:
+            f()
+        except sf.CloneLost as error:
+            print(error.rank, sorted(error.results), error.cause)
+        print(sf.parallel(n=2)(lambda: "the next call works")()[0])
+        """,
+        "--memory", "512M",
+    ).ok()  # fmt: skip
+    first, second = ended.out.strip().split("\n")[-2:]
+    assert first.startswith("2 [0, 1] ") and cause in first
+    assert second == "the next call works"
+
+
+def test_kill_9_of_a_clones_qemu(sfrun: Sfrun) -> None:
+    process = sfrun.start(
+        """
+        import time
+        import sfparallel as sf
+
+        @sf.parallel(n=2)
+        def f():
+            print("alive", flush=True)
+            time.sleep(60)
+
+        try:
+            f()
+        except sf.CloneLost as error:
+            print("lost", error.rank, error.cause, flush=True)
+        """,
+        "--no-label", "--pool", "0",
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "alive\n"
+    assert process.stdout.readline() == "alive\n"
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    clones = [pid for pid in children if "-incoming" in Path(f"/proc/{pid}/cmdline").read_text() and _busy(pid)]
+    os.kill(clones[0], signal.SIGKILL)
+    started = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert "SIGKILL" in out and out.startswith("lost"), (out, err)
+    assert time.monotonic() - started < 30
+
+
+def _busy(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").exists()
+
+
+def test_timeout_names_the_missing_ranks(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import time
+        import sfparallel as sf
+
+        @sf.parallel(n=3, timeout=4)
+        def f():
+            if sf.comm().rank == 1:
+                time.sleep(1000)
+            return sf.comm().rank
+
+        try:
+            f()
+        except TimeoutError as error:
+            print(error.missing, error.results)
+        """
+    ).ok()
+    assert ended.out.strip() == "[1] {0: 0, 2: 2}"
+
+
+def test_ctrl_c_stops_the_clones_and_reaches_the_parent(sfrun: Sfrun) -> None:
+    process = sfrun.start(
+        """
+        import time
+        import sfparallel as sf
+
+        @sf.parallel(n=2)
+        def f():
+            print("alive", flush=True)
+            time.sleep(1000)
+
+        try:
+            f()
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        print(sf.parallel(n=1)(lambda: "the prompt is back")())
+        """,
+        "--no-label",
+    )
+    assert process.stdout
+    assert [process.stdout.readline(), process.stdout.readline()] == ["alive\n", "alive\n"]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out.splitlines() == ["interrupted", "['the prompt is back']"], err
+    assert process.returncode == 0
+
+
+def test_a_result_that_cannot_be_pickled(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import threading
+        import sfparallel as sf
+
+        try:
+            sf.parallel(n=2)(lambda: threading.Lock())()
+        except sf.ResultNotPicklable as error:
+            print(error)
+        """
+    ).ok()
+    assert "rank 0" in ended.out or "rank 1" in ended.out
+
+
+def test_more_clones_than_the_host_can_hold(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+        try:
+            sf.parallel(n=50_000)(lambda: 1)()
+        except sf.CapacityError as error:
+            print(error.fits > 0, str(error.fits) in str(error))
+        """
+    ).ok()
+    assert ended.out.strip() == "True True"
+
+
+def test_outside_a_vm(tmp_path: Path) -> None:
+    import sfparallel
+
+    with pytest.raises(sfparallel.OutsideVMError, match="sfrun"):
+        sfparallel.parallel(n=2)(lambda: 1)()
+    assert not sfparallel.in_clone()
+
+
+def test_a_missing_image_names_the_command_that_builds_it(sfrun: Sfrun) -> None:
+    ended = sfrun("print(1)", "--image", "nowhere")
+    assert ended.code == 70
+    assert "sf image build nowhere" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("option", [["-n", "0"], ["--memory", "lots"], ["--forward", "x"], ["--env", "=1"], ["--data", "/nowhere"]])
+def test_bad_options(sfrun: Sfrun, option: list[str]) -> None:
+    ended = sfrun("print(1)", *option)
+    assert ended.code == 2
+    assert "Traceback" not in ended.err and ended.err.strip()
+
+
+def test_kill_9_of_the_parents_qemu(sfrun: Sfrun) -> None:
+    from tests.conftest import left_overs
+
+    before = left_overs()
+    process = sfrun.start("import time; print('up', flush=True); time.sleep(1000)")
+    assert process.stdout
+    assert process.stdout.readline() == "up\n"
+    parents = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and f"guest=sf{process.pid}," in (entry / "cmdline").read_text(errors="replace")
+    ]
+    assert len(parents) == 1
+    os.kill(parents[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 70
+    assert "parent VM is lost" in err
+    assert not wait_for_nothing_new(before)

@@ -1,0 +1,148 @@
+"""The fork on real VMs: right answers from every clone, again and again."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Sfrun
+
+pytestmark = pytest.mark.needs("qemu", "image", "root")
+
+
+def test_eight_clones_return_their_ranks(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+
+        @sf.parallel
+        def rank():
+            return sf.comm().rank, sf.comm().size
+
+        print(rank())
+        """,
+        "-n", "8",
+    ).ok()  # fmt: skip
+    assert ended.out.strip() == str([(rank, 8) for rank in range(8)])
+
+
+def test_thirty_forks_in_one_program_and_the_parent_goes_on(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import numpy as np
+        import sfparallel as sf
+
+        state = np.zeros(100_000)
+
+        @sf.parallel(n=2)
+        def look(generation):
+            assert (state[:-1] == generation).all(), "a clone must see the parent's memory as it is at this fork"
+            state[:] = -1          # must reach neither the parent nor later clones
+            return generation * 10 + sf.comm().rank
+
+        for generation in range(30):
+            state[:] = generation
+            assert look(generation) == [generation * 10, generation * 10 + 1]
+        print("all", int(state[0]))
+        """
+    ).ok()
+    assert ended.out.strip() == "all 29"
+
+
+def test_forks_with_earlier_clones_alive(sfrun: Sfrun) -> None:
+    """Clones of each generation live on while the parent changes its memory and forks again; none sees a later state."""
+    ended = sfrun(
+        """
+        import threading, time
+        import sfparallel as sf
+
+        value = "generation 0"
+
+        @sf.parallel(n=2)
+        def slow(generation, seconds):
+            time.sleep(seconds)
+            return value == f"generation {generation}", value
+
+        futures = []
+        for generation in range(4):
+            value = f"generation {generation}"
+            futures.append(slow.submit(generation, 3.0 - generation * 0.5))
+        value = "changed later"
+        for future in futures:
+            assert all(right for right, _ in future.result()), future.result()
+        print("right")
+        """
+    ).ok()
+    assert ended.out.strip() == "right"
+
+
+def test_low_level_calls_have_the_meaning_of_fork(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+
+        ticket = sf.request_ticket(3)
+        me = sf.clone(ticket)
+        if me:
+            print("clone", me, flush=True)
+            sf.exit(me + 10)
+        print("parent", sf.join(ticket))
+        """,
+        "--no-label",
+    ).ok()  # fmt: skip
+    lines = ended.out.split("\n")
+    assert sorted(line for line in lines if line.startswith("clone")) == ["clone 1", "clone 2", "clone 3"]
+    assert "parent {1: 11, 2: 12, 3: 13}" in lines
+
+
+def test_fork_of_a_clone(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+
+        @sf.parallel(n=2)
+        def inner(outer):
+            return outer * 10 + sf.comm().rank
+
+        @sf.parallel(n=2)
+        def outer():
+            return inner(sf.comm().rank)
+
+        print(outer())
+        """
+    ).ok()
+    assert ended.out.strip() == "[[0, 1], [10, 11]]"
+
+
+def test_arrays_of_50_mb_gather_bit_exact(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import hashlib
+        import numpy as np
+        import sfparallel as sf
+
+        def make(rank):
+            return np.random.default_rng(rank).random(6_553_600)
+
+        @sf.parallel(n=2, seed=1)
+        def big():
+            return make(sf.comm().rank)
+
+        arrays = big()
+        for rank, array in enumerate(arrays):
+            assert array.nbytes == 52_428_800 and array.flags.writeable
+            assert hashlib.sha256(array).digest() == hashlib.sha256(make(rank)).digest()
+        print("exact")
+        """,
+        "--memory", "2G",
+    ).ok()  # fmt: skip
+    assert ended.out.strip() == "exact"
+
+
+def test_sixty_four_clones(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+        print(sum(sf.parallel(n=64)(lambda: sf.comm().rank)()))
+        """
+    ).ok()
+    assert ended.out.strip() == str(sum(range(64)))

@@ -1,0 +1,127 @@
+"""What must differ between clones does, and what must not be inherited is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import Sfrun
+
+pytestmark = pytest.mark.needs("qemu", "image", "root")
+
+PROGRAM = """
+    import json, os, random, socket, tempfile, time, uuid
+    import numpy as np
+    import sfparallel as sf
+
+    random.seed(1); np.random.seed(1); random.random(); tempfile.mkstemp()
+    peer = socket.socket(); peer.bind((socket.gethostbyname(socket.gethostname()) if False else "0.0.0.0", 0)); peer.listen()
+    before = time.time()
+
+    @sf.parallel(n=6)
+    def who():
+        net = "/sys/class/net/eth0/address"
+        return {
+            "mac": open(net).read().strip(),
+            "address": sf.comm().address if hasattr(sf.comm(), "address") else os.popen("ip -4 -o addr show eth0").read() or None,
+            "hostname": socket.gethostname(),
+            "machine_id": open("/etc/machine-id").read().strip(),
+            "kernel_random": os.urandom(16).hex(),
+            "random": [random.random() for _ in range(4)],
+            "numpy": np.random.random(4).tolist(),
+            "rng": sf.rng().random(4).tolist(),
+            "tempfile": tempfile.mktemp(),
+            "uuid1": str(uuid.uuid1()),
+            "uuid4": str(uuid.uuid4()),
+            "pid": os.getpid(),
+        }
+
+    answers = who()
+    now = {"mac": open("/sys/class/net/eth0/address").read().strip(), "hostname": socket.gethostname(),
+           "machine_id": open("/etc/machine-id").read().strip(), "pid": os.getpid()}
+    print(json.dumps({"clones": answers, "parent": now}))
+"""
+
+
+def test_no_two_ranks_share_an_identity(sfrun: Sfrun) -> None:
+    said = json.loads(sfrun(PROGRAM).ok().out)
+    clones, parent = said["clones"], said["parent"]
+    for key in ("mac", "hostname", "machine_id", "kernel_random", "random", "numpy", "rng", "tempfile", "uuid1", "uuid4"):
+        values = [json.dumps(clone[key]) for clone in clones]
+        assert len(set(values)) == len(values), f"{key} is shared: {values}"
+        if key in parent:
+            assert json.dumps(parent[key]) not in values, f"{key} is the parent's"
+    # getpid() is the same in all clones: nothing may be keyed on it (DESIGN, section 5).
+    assert {clone["pid"] for clone in clones} == {parent["pid"]}
+
+
+def test_seeded_streams_repeat_and_do_not_depend_on_n(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+
+        draw = sf.parallel(seed=7)(lambda: sf.rng().integers(1 << 62))
+        one, two = draw.options(n=2)(), draw.options(n=2)()
+        assert one == two and one[0] != one[1]
+        def item(i):
+            return int(sf.rng().integers(1 << 62))
+        assert sf.parallel_map(item, range(6), n=2, seed=7) == sf.parallel_map(item, range(6), n=3, seed=7)
+        print("same")
+        """
+    ).ok()
+    assert ended.out.strip() == "same"
+
+
+def test_wall_clock_and_hooks(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import time
+        import sfparallel as sf
+
+        seen = []
+        sf.on_clone(lambda rank: seen.append(rank))
+
+        @sf.parallel(n=2)
+        def now():
+            return time.time(), seen
+
+        parent = time.time()
+        for rank, (clone, hooks) in enumerate(now()):
+            assert abs(clone - parent) < 30, (clone, parent)
+            assert len(hooks) == 1
+        assert seen == []
+        print("in step")
+        """
+    ).ok()
+    assert ended.out.strip() == "in step"
+
+
+def test_sockets_of_the_parent_are_dead_in_clones(sfrun: Sfrun) -> None:
+    """A clone must not speak on a connection that the parent has to a peer."""
+    ended = sfrun(
+        """
+        import socket, threading
+        import sfparallel as sf
+
+        @sf.parallel(n=1)
+        def ghost(sock):
+            sock.settimeout(5)
+            try:
+                sock.sendall(b"from the clone")
+                return "sent"
+            except OSError as error:
+                return type(error).__name__
+
+        address = sf.comm().address
+        listener = socket.create_server((address, 0))
+        mine = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+        print(ghost(mine))
+        mine.sendall(b"from the parent")
+        print(theirs.recv(100).decode())
+        """
+    ).ok()
+    said = ended.out.split("\n")
+    assert said[0] in ("ConnectionAbortedError", "ConnectionResetError", "BrokenPipeError")
+    assert said[1] == "from the parent"

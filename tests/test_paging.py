@@ -1,0 +1,693 @@
+"""The paging layer over its real socket: in a harness that stands for QEMU (ASan and UBSan build), and in QEMU itself."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sfparallel.errors import Closed, PagingError, UsageError
+from sfparallel.vmm import paging
+from sfparallel.vmm.layers import EXTENT, PAGE_BYTES, STORED, ZERO, ZERO_LAYER, Extents, MemoryMap, Records
+from sfparallel.vmm.paging import CommitMode, MapPlan, PagingLayer, PagingRefused, PagingStep, ScanMethod
+
+ROOT = Path(__file__).parent.parent
+NATIVE = ROOT / "sfparallel/vmm/native"
+PAGES = 64
+BYTES = PAGES * PAGE_BYTES
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    """The harness with sanitizers; also makes sure that the library itself is built."""
+    subprocess.run(["make", "-s", "-C", str(NATIVE), "all", "asan"], check=True)
+    return ROOT / "build/native/harness"
+
+
+class Guest:
+    """A harness process: "guest memory" that does what it is told, and its paging layer."""
+
+    def __init__(self, process: subprocess.Popen[str], layer: PagingLayer, pages: int) -> None:
+        assert process.stdout
+        self.process = process
+        self.layer = layer
+        self.address = int(process.stdout.readline().split()[1])
+        self.map = MemoryMap.zero(pages)
+
+    def tell(self, *words: object) -> str:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def fill(self, page: int, pages: int, byte: int) -> None:
+        self.tell("fill", page, pages, byte)
+
+    def show(self, page: int = 0, pages: int = PAGES) -> list[int]:
+        return [int(word) for word in self.tell("show", page, pages).split()]
+
+    async def commit(self, target: int, number: int, mode: CommitMode = CommitMode.FRESH) -> paging.CommitResult:
+        result = await self.layer.commit(self.address, self.map, target, number, mode)
+        if not mode & CommitMode.NO_REMAP:
+            assert result.remapped
+            self.map = self.map.apply(result.runs, number)
+        return result
+
+    async def load(self, memory_map: MemoryMap, layers: dict[int, int]) -> None:
+        with MapPlan(memory_map, layers) as plan:
+            await self.layer.map(self.address, plan)
+            self.map = plan.memory_map
+
+
+Starter = Callable[..., Guest]
+
+
+class Rig:
+    """What a test starts: harness processes and layer files; all of it is gone afterwards."""
+
+    def __init__(self, program: Path, scan: ScanMethod, stack: ExitStack) -> None:
+        self.program, self.scan, self.stack = program, scan, stack
+        self.stderr = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+"))
+
+    def guest(self, pages: int = PAGES) -> Guest:
+        ours, theirs = paging.control_pair()
+        with theirs:
+            process = self.spawn({"SFPAGE_FD": str(theirs.fileno())}, pages, (theirs.fileno(),))
+        layer = PagingLayer(ours, "guest", scan=self.scan)
+        self.stack.callback(layer.close)
+        return Guest(process, layer, pages)
+
+    def spawn(self, variables: dict[str, str], pages: int = PAGES, fds: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+        environment = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1", **variables}
+        process = subprocess.Popen([str(self.program), str(pages)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=self.stderr, env=environment, pass_fds=fds, text=True)
+        self.stack.enter_context(process)
+        self.stack.callback(process.kill)
+        return process
+
+    def memfd(self, size_bytes: int = BYTES) -> int:
+        fd = os.memfd_create("layer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.stack.callback(os.close, fd)
+        os.ftruncate(fd, size_bytes)
+        return fd
+
+    def check_stderr(self) -> None:
+        self.stderr.seek(0)
+        assert self.stderr.read() == "", "a sanitizer complained"
+
+
+@pytest.fixture(params=list(ScanMethod), ids=lambda method: method.value)
+def rig(program: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with ExitStack() as stack:
+        rig = Rig(program, request.param, stack)
+        yield rig
+        rig.check_stderr()
+
+
+def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[Rig], None]:
+    def wrapper(rig: Rig) -> None:
+        asyncio.run(asyncio.wait_for(test(rig), 60))
+
+    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
+    return wrapper
+
+
+def rows(runs: Records) -> list[tuple[int, int, int]]:
+    return [tuple(row) for row in runs.tolist()]
+
+
+def stored_pages(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512 // PAGE_BYTES
+
+
+async def refused(call: Awaitable[object], number: int, step: PagingStep) -> PagingRefused:
+    with pytest.raises(PagingRefused) as caught:
+        await call
+    assert (caught.value.errno, caught.value.step) == (number, step), caught.value
+    return caught.value
+
+
+@run
+async def test_commit_stores_what_is_not_zero(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    guest.fill(3, 4, 7)
+    guest.fill(7, 2, 0)
+    guest.fill(20, 1, 9)
+    guest.tell("touch", 40, 4)  # read faults: the kernel's zero page, nothing to store
+    result = await guest.commit(target, 1)
+    assert [row for row in rows(result.runs) if row[2] == STORED] == [(3, 4, STORED), (20, 1, STORED)]
+    assert (7, 2, ZERO) in rows(result.runs)
+    assert result.stored_pages == 5 and result.zero_pages >= 2 and result.dirty_pages == 5 + result.zero_pages
+    assert stored_pages(target) == 5
+    assert os.pread(target, PAGE_BYTES, 20 * PAGE_BYTES) == b"\x09" * PAGE_BYTES
+    shown = [0] * PAGES
+    shown[3:7], shown[20] = [7] * 4, 9
+    assert guest.show() == shown
+    assert stored_pages(target) == 5, "nothing that was zero may have got a page by being read"
+    statistics = await guest.layer.statistics(guest.address, BYTES)
+    assert statistics.private_pages == 0 or rig.scan is ScanMethod.PAGEMAP
+    assert statistics.file_pages == 5
+    assert 0 < statistics.process_anonymous_bytes <= statistics.process_private_bytes
+    assert 10 < statistics.mappings < statistics.max_mappings
+
+
+@run
+async def test_next_commit_costs_only_what_was_dirtied_since(rig: Rig) -> None:
+    guest, first, second = rig.guest(), rig.memfd(), rig.memfd()
+    guest.fill(0, 50, 1)
+    assert (await guest.commit(first, 1)).stored_pages == 50
+    assert (await guest.commit(second, 2)).stored_pages == 0
+    guest.fill(10, 2, 2)
+    guest.fill(30, 1, 0)
+    result = await guest.commit(second, 2)
+    assert [row for row in rows(result.runs) if row[0] < 50] == [(10, 2, STORED), (30, 1, ZERO)]
+    assert guest.show(9, 4) == [1, 2, 2, 1] and guest.show(29, 3) == [1, 0, 1]
+    assert stored_pages(first) == 50 and stored_pages(second) == 2
+
+
+@run
+async def test_clone_does_not_see_later_writes_of_parent_or_sibling(rig: Rig) -> None:
+    parent, base = rig.guest(), rig.memfd()
+    parent.fill(0, 32, 1)
+    await parent.commit(base, 1)
+    clones = [rig.guest(), rig.guest()]
+    with MapPlan(parent.map, {1: base}) as plan:
+        await asyncio.gather(*(clone.layer.map(clone.address, plan) for clone in clones))
+    parent.fill(4, 4, 2)
+    parent.fill(40, 1, 2)
+    clones[0].fill(5, 1, 3)
+    assert parent.show(3, 6) == [1, 2, 2, 2, 2, 1]
+    assert clones[0].show(3, 6) == [1, 1, 3, 1, 1, 1]
+    assert clones[1].show() == [1] * 32 + [0] * 32
+    assert stored_pages(base) == 32
+    # A fork of the parent with clones alive, and one of a clone: both into fresh layers.
+    deltas = {2: rig.memfd(), 3: rig.memfd()}
+    await parent.commit(deltas[2], 2)
+    clones[0].map = plan.memory_map
+    assert (await clones[0].commit(deltas[3], 3)).stored_pages == 1
+    grandchild, second = rig.guest(), rig.guest()
+    await grandchild.load(clones[0].map, {1: base, 3: deltas[3]})
+    await second.load(parent.map, {1: base, 2: deltas[2]})
+    assert grandchild.show(3, 6) == [1, 1, 3, 1, 1, 1] and grandchild.show(40, 1) == [0]
+    assert second.show(3, 6) == [1, 2, 2, 2, 2, 1] and second.show(40, 1) == [2]
+    assert clones[1].show() == [1] * 32 + [0] * 32
+
+
+@run
+async def test_in_place_commit_reuses_and_frees_pages_of_its_layer(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    guest.fill(0, 20, 1)
+    await guest.commit(target, 1)
+    mappings = (await guest.layer.statistics(guest.address, BYTES)).mappings
+    for round_ in range(2, 6):
+        guest.fill(5, 3, round_)
+        result = await guest.commit(target, 1, CommitMode.IN_PLACE)
+        assert [row for row in rows(result.runs) if row[0] < 20] == [(5, 3, STORED)]
+    statistics = await guest.layer.statistics(guest.address, BYTES)
+    assert statistics.mappings <= mappings, "pages that come from the target already need no mapping"
+    assert guest.show(4, 5) == [1, 5, 5, 5, 1]
+    guest.fill(5, 3, 0)
+    guest.fill(25, 1, 8)
+    result = await guest.commit(target, 1, CommitMode.IN_PLACE)
+    assert [row for row in rows(result.runs) if row[0] < 26] == [(5, 3, ZERO), (25, 1, STORED)]
+    assert stored_pages(target) == 20 - 3 + 1
+    assert guest.show(4, 5) == [1, 0, 0, 0, 1] and guest.show(24, 3) == [0, 8, 0]
+    clone = rig.guest()
+    await clone.load(guest.map, {1: target})
+    assert clone.show() == guest.show()
+
+
+@run
+async def test_runs_with_clean_pages_between_are_mapped_at_once(rig: Rig) -> None:
+    """Pages 0..19 come from layer 1 (the target), the holes at odd pages of 20..39 from layer 2."""
+    guest, target, other = rig.guest(), rig.memfd(), rig.memfd()
+    guest.fill(0, 40, 1)
+    await guest.commit(other, 2)
+    for page in range(20, 40, 2):
+        guest.fill(page, 1, 3)
+    await guest.commit(target, 1)
+    before = (await guest.layer.statistics(guest.address, BYTES)).mappings
+    for page in range(21, 40, 2):
+        guest.fill(page, 1, 4)
+    result = await guest.commit(target, 1, CommitMode.IN_PLACE)
+    assert result.stored_pages == 10
+    assert guest.show(20, 20) == [3, 4] * 10
+    after = (await guest.layer.statistics(guest.address, BYTES)).mappings
+    assert after <= before - 17, "the image is in one piece again"
+
+
+@run
+async def test_scattered_pages_are_found_once_each(rig: Rig) -> None:
+    """More runs than the kernel's (512) and the library's (2048) buffers of PAGEMAP_SCAN hold, and just as many."""
+    for runs in (511, 512, 513, 1500, 2048, 2049, 5000):
+        guest, target = rig.guest(2 * runs), rig.memfd(2 * runs * PAGE_BYTES)
+        for page in range(0, 2 * runs, 2):
+            guest.fill(page, 1, 1)
+        result = await guest.commit(target, 1)
+        assert rows(result.runs) == [(page, 1, STORED) for page in range(0, 2 * runs, 2)]
+
+
+@run
+async def test_random_generations(rig: Rig) -> None:
+    """Random writes, commits of both kinds, clones and remaps against an array of what memory must hold."""
+    random = np.random.default_rng(1)
+    parent = rig.guest()
+    expected = np.zeros(PAGES, dtype=int)
+    layers: dict[int, int] = {}
+    exclusive = 0
+    frozen: list[tuple[Guest, list[int]]] = []
+    for round_ in range(60):
+        for _ in range(int(random.integers(0, 6))):
+            page = int(random.integers(0, PAGES))
+            pages = int(random.integers(1, min(9, PAGES - page) + 1))
+            byte = int(random.integers(0, 4))
+            parent.fill(page, pages, byte)
+            expected[page:page + pages] = byte
+        in_place = bool(exclusive and random.random() < 0.7)
+        if not in_place:
+            exclusive = len(layers) + 1
+            layers[exclusive] = rig.memfd()
+        await parent.commit(layers[exclusive], exclusive, CommitMode.IN_PLACE if in_place else CommitMode.FRESH)
+        assert parent.show() == expected.tolist(), round_
+        if random.random() < 0.15:
+            clone = rig.guest()
+            await clone.load(parent.map, layers)
+            frozen.append((clone, expected.tolist()))
+            exclusive = 0
+        if random.random() < 0.1:
+            number = len(layers) + 1
+            plan = parent.map.flatten(number)
+            layers[number] = rig.memfd()
+            paging.copy_pages(plan, layers, layers[number])
+            await parent.load(plan.memory_map, layers)
+            exclusive = number
+            assert parent.show() == expected.tolist(), round_
+    assert frozen
+    for clone, memory in frozen:
+        assert clone.show() == memory
+
+
+@run
+async def test_failed_write_leaves_memory_intact(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    guest.fill(0, 20, 1)
+    guest.tell("limit", 8 * PAGE_BYTES)
+    error = await refused(guest.commit(target, 1), errno.EFBIG, PagingStep.WRITE)
+    assert error.memory_intact
+    guest.fill(2, 1, 2)
+    assert guest.show(0, 21) == [1, 1, 2, *[1] * 17, 0]
+    guest.tell("limit", 1 << 40)
+    result = await guest.commit(target, 1)
+    assert result.stored_pages == 20
+    assert guest.show(0, 21) == [1, 1, 2, *[1] * 17, 0]
+
+
+@contextmanager
+def small_tmpfs(folder: Path, size_bytes: int) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_full_file_system_leaves_memory_intact(rig: Rig, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with small_tmpfs(tmp_path, 16 * PAGE_BYTES) as folder, open(folder / "layer", "w+b") as file:
+            file.truncate(BYTES)
+            guest = rig.guest()
+            guest.fill(0, 20, 1)
+            error = await refused(guest.commit(file.fileno(), 1), errno.ENOSPC, PagingStep.WRITE)
+            assert error.memory_intact and error.hint and "free" in error.hint
+            assert guest.show(0, 21) == [*[1] * 20, 0]
+            # What the failed commit left behind must not come back when the pages are zero in the next one.
+            guest.fill(12, 8, 0)
+            result = await guest.commit(file.fileno(), 1, CommitMode.IN_PLACE)
+            assert result.stored_pages == 12 and stored_pages(file.fileno()) == 12
+            assert guest.show(0, 21) == [*[1] * 12, *[0] * 9]
+            guest.layer.close()
+            guest.process.wait(10)
+
+    asyncio.run(scenario())
+
+
+@run
+async def test_sealed_target_is_refused_before_anything_happens(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    fcntl.fcntl(target, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    guest.fill(0, 3, 1)
+    await refused(guest.commit(target, 1), errno.EPERM, PagingStep.WRITE)
+    assert guest.show(0, 4) == [1, 1, 1, 0]
+
+
+@run
+async def test_commit_without_remap(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    guest.fill(0, 3, 1)
+    result = await guest.commit(target, 1, CommitMode.NO_REMAP)
+    assert not result.remapped and result.remap_step is PagingStep.NONE and result.stored_pages == 3
+    assert (await guest.layer.statistics(guest.address, BYTES)).private_pages >= 3
+    await guest.load(guest.map.apply(result.runs, 1), {1: target})
+    assert (await guest.layer.statistics(guest.address, BYTES)).private_pages == 0
+    assert guest.show(0, 4) == [1, 1, 1, 0]
+
+
+@run
+async def test_commit_arguments_are_checked(rig: Rig) -> None:
+    guest, target = rig.guest(), rig.memfd()
+    guest.fill(0, 3, 1)
+    zero = MemoryMap.zero(PAGES)
+
+    async def attempt(number: int, step: PagingStep, *, address: int = guest.address, memory_map: MemoryMap = zero,
+                      fd: int = target, layer: int = 1) -> None:
+        error = await refused(guest.layer.commit(address, memory_map, fd, layer), number, step)
+        assert error.memory_intact
+
+    await attempt(errno.EINVAL, PagingStep.ARGUMENTS, address=guest.address + 1)
+    await attempt(errno.EINVAL, PagingStep.ARGUMENTS, address=2**64 - PAGE_BYTES)
+    await attempt(errno.EINVAL, PagingStep.ARGUMENTS, layer=0)
+    await attempt(errno.EINVAL, PagingStep.ARGUMENTS, layer=65536)
+    await attempt(errno.ENOMEM, PagingStep.RANGE, address=PAGE_BYTES)
+    await attempt(errno.ENODATA, PagingStep.FILES, fd=rig.memfd(BYTES - 1))
+    await attempt(errno.EINVAL, PagingStep.SOURCES, memory_map=MemoryMap(np.ones(PAGES, dtype=np.uint16)))
+    with open("/dev/null", "r+b") as null:
+        await attempt(errno.EINVAL, PagingStep.FILES, fd=null.fileno())
+    with closing(os.fdopen(os.open(f"/proc/self/fd/{target}", os.O_RDONLY), "rb")) as read_only:
+        await attempt(errno.EBADF, PagingStep.FILES, fd=read_only.fileno())
+    assert guest.show(0, 4) == [1, 1, 1, 0]
+
+
+class RawPlan(MapPlan):
+    """A plan that says what the test wants, right or wrong."""
+
+    def __init__(self, extents: list[tuple[int, int, int, int]], layers: list[int], announced: int | None = None) -> None:
+        super().__init__(MemoryMap.zero(PAGES), {})
+        content = np.array(extents, dtype=EXTENT)
+        self.extents = Extents(np.zeros(len(content) if announced is None else announced, dtype=EXTENT), ())
+        os.close(self._fds.pop())
+        self._fds = [paging._memfd("extents", content.tobytes()), *map(os.dup, layers)]
+
+
+HALF = BYTES // 2
+Z = ZERO_LAYER
+BAD_EXTENTS: list[tuple[str, list[tuple[int, int, int, int]], int, PagingStep]] = [
+    ("a gap", [(0, PAGE_BYTES, 0, 0), (2 * PAGE_BYTES, BYTES - 2 * PAGE_BYTES, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("an overlap", [(0, HALF, 0, 0), (HALF - PAGE_BYTES, HALF + PAGE_BYTES, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("not sorted", [(HALF, HALF, 0, 0), (0, HALF, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("too short", [(0, HALF, 0, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("too long", [(0, HALF, 0, 0), (HALF, BYTES, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("length overflow", [(0, HALF, 0, 0), (HALF, 2**64 - PAGE_BYTES, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("nothing", [(0, 0, 0, 0), (0, BYTES, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("not aligned", [(0, HALF + 1, 0, 0), (HALF + 1, HALF - 1, Z, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("unknown layer", [(0, HALF, 0, 0), (HALF, HALF, 2, 0)], errno.EINVAL, PagingStep.EXTENTS),
+    ("reserved", [(0, BYTES, 0, 1)], errno.EINVAL, PagingStep.EXTENTS),
+    ("layer too short", [(0, HALF, 0, 0), (HALF, HALF, 1, 0)], errno.ENODATA, PagingStep.FILES),
+]
+
+
+@run
+async def test_bad_extents_do_not_touch_memory(rig: Rig) -> None:
+    guest, layer, short = rig.guest(), rig.memfd(), rig.memfd(BYTES - 1)
+    guest.fill(0, PAGES, 5)
+    for reason, extents, number, step in BAD_EXTENTS:
+        with RawPlan(extents, [layer, short]) as plan:
+            error = await refused(guest.layer.map(guest.address, plan), number, step)
+            assert error.memory_intact and guest.show() == [5] * PAGES, reason
+    good = [(0, BYTES, 0, 0)]
+    with RawPlan(good, [layer], announced=2) as plan:
+        await refused(guest.layer.map(guest.address, plan), errno.ENODATA, PagingStep.EXTENTS)
+    with RawPlan(good, [layer], announced=0) as plan:
+        await refused(guest.layer.map(guest.address, plan), errno.EINVAL, PagingStep.ARGUMENTS)
+    with RawPlan(good, [layer], announced=(1 << 20) + 1) as plan:
+        await refused(guest.layer.map(guest.address, plan), errno.E2BIG, PagingStep.ARGUMENTS)
+    with RawPlan(good, [layer] * 251) as plan:
+        await refused(guest.layer.map(guest.address, plan), errno.E2BIG, PagingStep.ARGUMENTS)
+    with open("/dev/zero", "rb") as device, RawPlan(good, [device.fileno()]) as plan:
+        await refused(guest.layer.map(guest.address, plan), errno.EINVAL, PagingStep.FILES)
+    with RawPlan(good, [layer]) as plan:
+        await refused(guest.layer.map(guest.address + BYTES * 1000, plan), errno.ENOMEM, PagingStep.RANGE)
+        assert guest.show() == [5] * PAGES
+        await guest.layer.map(guest.address, plan)
+        assert guest.show() == [0] * PAGES
+
+
+@run
+async def test_as_many_layers_as_a_message_carries(rig: Rig) -> None:
+    guest, parts = rig.guest(300), {}
+    source = np.zeros(300, dtype=np.uint16)
+    for number in range(1, 252):
+        parts[number] = rig.memfd(300 * PAGE_BYTES)
+        os.pwrite(parts[number], bytes([number % 200 + 1]) * PAGE_BYTES, number * PAGE_BYTES)
+        source[number] = number
+    with pytest.raises(PagingError, match="251 layers"):
+        MapPlan(MemoryMap(source), parts)
+    source[251] = 0
+    await guest.load(MemoryMap(source), parts)
+    assert guest.show(0, 252) == [0, *(number % 200 + 1 for number in range(1, 251)), 0]
+    guest.tell("files", 100)
+    with MapPlan(MemoryMap(source), parts) as plan:
+        error = await refused(guest.layer.map(guest.address, plan), errno.EMFILE, PagingStep.RECEIVE)
+    assert error.hint and "ulimit" in error.hint
+    await guest.layer.hello()
+    open_files = len(os.listdir(f"/proc/{guest.process.pid}/fd"))
+    assert open_files < 12, "descriptors of a refused message are closed"
+
+
+@run
+async def test_too_many_mappings_are_refused_beforehand(rig: Rig) -> None:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 300_000:
+        pytest.skip("vm.max_map_count is so high here that the test would take long")
+    pages = limit + 2000
+    guest, layer = rig.guest(pages), rig.memfd((limit + 2000) * PAGE_BYTES)
+    source = np.zeros(pages, dtype=np.uint16)
+    source[::2] = 1
+    extents = MemoryMap(source).extents()
+    with RawPlan(extents.array.tolist(), [layer]) as plan:
+        plan.memory_map = MemoryMap.zero(pages)
+        error = await refused(guest.layer.map(guest.address, plan), errno.ENOMEM, PagingStep.BUDGET)
+    assert error.memory_intact and error.hint and "max_map_count" in error.hint
+    # The same limit met by a commit: the image is complete, only not shared.
+    for page in range(0, pages, 2):
+        guest.tell("fill", page, 1, 1)
+    result = await guest.layer.commit(guest.address, guest.map, layer, 1)
+    assert not result.remapped and result.remap_step is PagingStep.BUDGET and result.stored_pages == pages // 2
+    assert guest.show(0, 4) == [1, 0, 1, 0]
+
+
+@run
+async def test_requests_that_nobody_should_send(rig: Rig) -> None:
+    guest = rig.guest()
+    control = guest.layer._open()
+    loop = asyncio.get_running_loop()
+
+    async def ask(packet: bytes) -> tuple[int, int]:
+        control.send(packet)
+        reply = paging._REPLY.unpack(await loop.sock_recv(control, 200))
+        return int(reply[4]), int(reply[5])
+
+    good = (paging._MAGIC, 1, 1, 77, 0, 0, 0, 0, 0)
+    assert await ask(paging._REQUEST.pack(*good)) == (0, 0)
+    assert await ask(paging._REQUEST.pack(*good)[:-1]) == (-errno.EPROTO, PagingStep.RECEIVE)
+    assert await ask(paging._REQUEST.pack(*good) + b"x") == (-errno.EPROTO, PagingStep.RECEIVE)
+    assert await ask(paging._REQUEST.pack(1, *good[1:])) == (-errno.EPROTO, PagingStep.RECEIVE)
+    assert await ask(paging._REQUEST.pack(good[0], 2, *good[2:])) == (-errno.EPROTONOSUPPORT, PagingStep.RECEIVE)
+    assert await ask(paging._REQUEST.pack(good[0], 1, 99, *good[3:])) == (-errno.ENOSYS, PagingStep.RECEIVE)
+    for operation in (2, 3):  # no descriptors
+        assert (await ask(paging._REQUEST.pack(good[0], 1, operation, *good[3:])))[0] == -errno.EINVAL
+    hello = await guest.layer.hello()
+    assert hello.pid == guest.process.pid and hello.page_bytes == PAGE_BYTES
+
+
+@run
+async def test_cancelled_request_does_not_confuse_the_next(rig: Rig) -> None:
+    guest = rig.guest()
+    guest.process.send_signal(signal.SIGSTOP)
+    task = asyncio.create_task(guest.layer.hello())
+    await asyncio.sleep(0)  # it runs up to the point where it waits for the answer
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    guest.process.send_signal(signal.SIGCONT)
+    statistics = await guest.layer.statistics(guest.address, BYTES)
+    assert statistics.max_mappings > 0
+    results = await asyncio.gather(*(guest.layer.hello() for _ in range(5)))
+    assert len(set(results)) == 1
+
+
+@run
+async def test_end_of_connection_ends_the_process(rig: Rig) -> None:
+    guest = rig.guest()
+    assert guest.tell("environment") == "0"
+    await guest.layer.hello()
+    guest.layer.close()
+    guest.layer.close()
+    assert guest.process.wait(10) == 0
+    with pytest.raises(Closed):
+        await guest.layer.hello()
+
+
+@run
+async def test_end_of_the_process_is_reported(rig: Rig) -> None:
+    guest = rig.guest()
+    guest.process.kill()
+    guest.process.wait(10)
+    with pytest.raises(PagingError, match="ended"):
+        await guest.layer.hello()
+
+
+def test_listening_library_accepts_one_peer(rig: Rig, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "page"
+        process = rig.spawn({"SFPAGE_PATH": str(path)})
+        assert process.stdout
+        process.stdout.readline()  # main has begun: the constructor has bound the socket
+        layer = await PagingLayer.connect(path, "guest")
+        await layer.hello()
+        assert not path.exists()
+        with pytest.raises(PagingError, match="no paging layer"):
+            await PagingLayer.connect(path, "guest")
+        layer.close()
+        assert process.wait(10) == 0
+
+    asyncio.run(scenario())
+
+
+def test_listening_library_gives_up(rig: Rig, tmp_path: Path) -> None:
+    process = rig.spawn({"SFPAGE_PATH": str(tmp_path / "page"), "SFPAGE_WAIT_MS": "50"})
+    assert process.wait(10) == 119
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("variables", [
+    {"SFPAGE_FD": "77"}, {"SFPAGE_FD": "x"}, {"SFPAGE_FD": "0"}, {"SFPAGE_PATH": "/" + "x" * 200}, {"SFPAGE_PATH": "/none/page"},
+], ids=str)
+def test_unusable_connection_ends_the_process(rig: Rig, variables: dict[str, str]) -> None:
+    assert rig.spawn(variables).wait(10) == 119
+
+
+def test_plan_wants_all_layers() -> None:
+    with pytest.raises(UsageError, match=r"\[4\]"):
+        MapPlan(MemoryMap(np.array([0, 4], dtype=np.uint16)), {})
+    plan = MapPlan(MemoryMap.zero(4), {})
+    plan.close()
+    with pytest.raises(Closed):
+        _ = plan.fds
+
+
+# -- the library in QEMU -----------------------------------------------------------------------------------------------
+
+QEMU = shutil.which("qemu-system-x86_64")
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"  # as libvirt sets it
+
+
+@asynccontextmanager
+async def qemu(control: int | Path, fds: tuple[int, ...] = ()) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A QEMU that has begun its main loop."""
+    assert QEMU
+    process = await asyncio.create_subprocess_exec(
+        QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg", "-m", "64", "-qmp", "stdio",
+        "-sandbox", SANDBOX,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=fds,
+        env={**os.environ, **paging.environment(control)})
+    try:
+        await qmp(process, None)
+        await qmp(process, b'{"execute": "qmp_capabilities"}')
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def qmp(process: asyncio.subprocess.Process, command: bytes | None) -> bytes:
+    assert process.stdin and process.stdout
+    if command:
+        process.stdin.write(command + b"\n")
+    return await asyncio.wait_for(process.stdout.readline(), 30)
+
+
+async def check_qemu(process: asyncio.subprocess.Process, layer: PagingLayer) -> None:
+    """Commit all of guest memory, map it anew, and see the same through QEMU itself."""
+    await layer.hello()
+    found = await qmp(process, b'{"execute": "human-monitor-command", "arguments": {"command-line": "gpa2hva 0"}}')
+    address = int(found.split(b" is ")[1].split(b"\\")[0], 16)
+    size = 64 << 20
+    target = os.memfd_create("layer")
+    try:
+        os.ftruncate(target, size)
+        memory_map = MemoryMap.zero(size // PAGE_BYTES)
+        result = await layer.commit(address, memory_map, target, 1)
+        assert result.remapped
+        os.pwrite(target, b"sfparallel", 4 << 20)
+        source = np.zeros(size // PAGE_BYTES, dtype=np.uint16)
+        source[(4 << 20) // PAGE_BYTES] = 1
+        with MapPlan(MemoryMap(source), {1: target}) as plan:
+            await layer.map(address, plan)
+    finally:
+        os.close(target)
+    seen = await qmp(process, b'{"execute": "human-monitor-command", "arguments": {"command-line": "xp /2cb 0x400000"}}')
+    assert b"'s' 'f'" in seen
+
+
+@pytest.mark.needs("qemu")
+@pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")
+@pytest.mark.parametrize("way", ["inherited", "listening"])
+def test_qemu_with_its_sandbox(program: Path, way: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with asynccontextmanager(start)() as (process, layer):
+            await check_qemu(process, layer)
+            layer.close()
+            assert await asyncio.wait_for(process.wait(), 10) == 0
+
+    async def start() -> AsyncIterator[tuple[asyncio.subprocess.Process, PagingLayer]]:
+        if way == "inherited":
+            ours, theirs = paging.control_pair()
+            async with qemu(theirs.fileno(), (theirs.fileno(),)) as process:
+                theirs.close()
+                yield process, PagingLayer(ours, "QEMU")
+        else:
+            async with qemu(tmp_path / "page") as process:
+                yield process, await PagingLayer.connect(tmp_path / "page", "QEMU")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.needs("qemu")
+@pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")
+def test_qemu_ends_when_its_supervisor_is_killed(program: Path) -> None:
+    """The supervisor is a process that holds the other end and starts QEMU; kill -9 leaves nothing."""
+    supervisor = (
+        "import os, subprocess, sys; from sfparallel.vmm import paging\n"
+        "ours, theirs = paging.control_pair()\n"
+        "q = subprocess.Popen([sys.argv[1], '-S', '-display', 'none', '-nodefaults', '-M', 'q35', '-accel', 'tcg', '-m', '64'],\n"
+        "    pass_fds=(theirs.fileno(),), env={**os.environ, **paging.environment(theirs.fileno())})\n"
+        "theirs.close(); ours.setblocking(True)\n"
+        "ours.send(paging._REQUEST.pack(paging._MAGIC, 1, 1, 1, 0, 0, 0, 0, 0)); ours.recv(200)\n"
+        "print(q.pid, flush=True); q.wait()\n"
+    )
+    assert QEMU
+    with subprocess.Popen([sys.executable, "-c", supervisor, QEMU], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        try:
+            pidfd = os.pidfd_open(int(process.stdout.readline()))
+        finally:
+            process.kill()
+    with closing(os.fdopen(pidfd, "rb", buffering=0)):
+        assert select.select([pidfd], [], [], 10)[0], "QEMU lives on"
+
