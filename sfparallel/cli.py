@@ -57,7 +57,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add("--label", action=argparse.BooleanOptionalAction, default=True, help="put the rank before each line that a clone prints")
     add("--timeout", type=float, metavar="S", help="stop the job after S seconds (exit code 124)")
     add("--env", action="append", default=[], metavar="K=V", help="set an environment variable of the program")
-    add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path, through a block image")
+    add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--stats", action="store_true", help="print what each fork cost")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)

@@ -10,7 +10,7 @@
     │   └── CapacityError       the host cannot hold so many clones (`.fits` says how many)
     ├── VMError                 a virtual machine, or the program that runs it, failed
     │   ├── QmpError            QEMU refused a monitor command
-    │   ├── PagingError         the paging layer inside QEMU refused an operation
+    │   ├── PagingError         the paging layer inside QEMU failed (vmm.paging.PagingRefused: it refused an operation)
     │   ├── GuestError          the guest agent failed or broke the protocol
     │   └── CloneLost           a clone died before it answered (`.rank`, `.cause`)
     ├── NetworkError            the clone network could not be set up or used

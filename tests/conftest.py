@@ -102,7 +102,9 @@ class Sfrun:
         path.write_text(textwrap.dedent(program))
         return path
 
-    def start(self, program: str, *options: str, args: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    def start(
+        self, program: str, *options: str, args: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[str]:
         """Start `sfrun`; the caller waits for it."""
         path = self.write(program)
         return subprocess.Popen(

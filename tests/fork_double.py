@@ -12,10 +12,14 @@ import select
 import signal
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import pytest
+
 from sfparallel.errors import CapacityError
+from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Fork, Grant, Hello, Lost, Sibling
 
 _NO_STATUS = 255
@@ -155,3 +159,51 @@ class ForkDouble:
         self._epoll.unregister(child.pidfd)
         os.close(child.pidfd)
         child.said_exit.flush()
+
+
+def start_afresh() -> None:
+    """Put the runtime into the state of a program that has just started, in the ZeroMQ context that there is."""
+    context = HERE._context
+    HERE.__init__()  # type: ignore[misc]
+    HERE._context = context
+
+
+class Doubles:
+    """All lines of one test, and how new ones shall be.
+
+    Attributes:
+        capacity, default_n, seed: see `ForkDouble`; None for its defaults.
+    """
+
+    def __init__(self) -> None:
+        self.capacity = 64
+        self.default_n: int | None = None
+        self.seed: int | None = None
+        self.lines: list[ForkDouble] = []
+        self._shared = Shared()
+
+    def connect(self) -> ForkDouble:
+        line = ForkDouble(self._shared, self.capacity, self.default_n, self.seed)
+        self.lines.append(line)
+        return line
+
+    @property
+    def alive(self) -> int:
+        return sum(line.alive for line in self.lines)
+
+
+@pytest.fixture(name="double")
+def double_fixture() -> Iterator[Doubles]:
+    """The runtime as in a parent VM, on the double; afterwards no clone is left."""
+    start_afresh()
+    doubles = Doubles()
+    HERE.connect = doubles.connect
+    pid = os.getpid()
+    yield doubles
+    if os.getpid() != pid:
+        os._exit(99)  # a clone escaped from its region: the test fails as lost, but the rest of the suite does not run twice
+    alive = doubles.alive
+    for line in doubles.lines:
+        line.close()
+    start_afresh()
+    assert not alive, f"{alive} clones were left"

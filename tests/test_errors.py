@@ -199,7 +199,9 @@ def test_a_missing_image_names_the_command_that_builds_it(sfrun: Sfrun) -> None:
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("option", [["-n", "0"], ["--memory", "lots"], ["--forward", "x"], ["--env", "=1"], ["--data", "/nowhere"]])
+@pytest.mark.parametrize(
+    "option", [["-n", "0"], ["--memory", "lots"], ["--forward", "x"], ["--env", "=1"], ["--data", "/nowhere"]]
+)
 def test_bad_options(sfrun: Sfrun, option: list[str]) -> None:
     ended = sfrun("print(1)", *option)
     assert ended.code == 2

@@ -108,10 +108,10 @@ class ParallelFunction(Generic[P, T]):
     """
 
     def __init__(self, function: Callable[P, Any], options: Options) -> None:
+        # First, because it also copies the attributes of `function`, which may be a ParallelFunction itself.
+        functools.update_wrapper(self, function)
         self._function = function
         self._options = options
-        self.__wrapped__ = function
-        functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         region = self._region(args, kwargs)

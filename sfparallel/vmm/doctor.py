@@ -277,7 +277,8 @@ def _memory() -> Finding:
 
 def _cache() -> Finding:
     name, folder = "cache folder", cache_folder()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # os.path, because Path.exists raises where a folder on the way can't be searched.
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not os.access(there, os.W_OK | os.X_OK):
         return Finding(name, Status.FORBIDDEN, f"{there} is not writable", "set SF_CACHE to a folder of yours")
     free = shutil.disk_usage(there).free

@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfparallel.errors import GuestError, VMError
+from sfparallel.errors import GuestError, PagingError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
-from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan
+from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan, PagingRefused, copy_pages
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
+
+MAX_LAYERS = 64
+"""An image of more layers is merged into one; each layer costs every clone mappings and a descriptor at its load."""
 
 WAKE_TIMEOUT_S = 60.0
 """A clone whose agent has not answered within this time is given up."""
@@ -55,32 +58,53 @@ class ForkReport:
     private_bytes: list[int] = field(default_factory=list)
 
 
-async def commit(vm: Vm, store: LayerStore, *, target: int | None = None) -> CommitResult:
+async def commit(vm: Vm, store: LayerStore) -> CommitResult:
     """Move a stopped VM's dirty pages into a layer and let it share that layer.
 
-    Pages are written into the VM's own layer in place while nobody else holds it; else into a new one, or into `target`.
+    Pages are written into the VM's own layer in place while nobody else holds it; else into a new one.
 
     Raises:
         PagingError: the pages could not be written (no memory, say); the VM may go on as it was.
     """
     assert vm.memory is not None
     own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
-    in_place = bool(own) and target is None
-    if target is None:
-        target = own[-1] if own else store.create(vm.ram_bytes, vm)
+    mode = CommitMode.IN_PLACE if own else CommitMode.FRESH
+    target = own[-1] if own else store.create(vm.ram_bytes, vm)
     try:
-        mode = CommitMode.IN_PLACE if in_place else CommitMode.FRESH
         fd = store.descriptors([target])[target]
-        result = await vm.paging.commit(vm.ram_address, vm.memory, fd, target, mode)
+        try:
+            result = await vm.paging.commit(vm.ram_address, vm.memory, fd, target, mode)
+        except PagingRefused:
+            if mode is CommitMode.IN_PLACE:
+                # Some pages may have been written where the map says zero.
+                vm.memory = vm.memory.distrusted()
+            raise
         vm.memory = vm.memory.apply(result.runs, target)
-        if not result.remapped:
-            # Too many mappings to share page by page: lay the whole image over the memory again.
-            with MapPlan(vm.memory, store.descriptors(vm.memory.layers)) as plan:
-                await vm.paging.map(vm.ram_address, plan)
+        if not result.remapped or len(vm.memory.layers) > MAX_LAYERS:
+            await _flatten(vm, store)
     finally:
         # A new layer that was not written holds nothing; one that was written is in the map by now.
         store.release(vm, keep=vm.memory.layers)
     return result
+
+
+async def _flatten(vm: Vm, store: LayerStore) -> None:
+    """Merge a stopped VM's layers into one and lay that over its memory: they, or their mappings, have become too many.
+
+    Raises:
+        PagingError: the VM's mappings do not match its image any more; it is ended.
+    """
+    assert vm.memory is not None
+    number = store.create(vm.ram_bytes, vm)
+    try:
+        plan = vm.memory.flatten(number)
+        copy_pages(plan, store.descriptors(vm.memory.layers), store.descriptors([number])[number])
+        with MapPlan(plan.memory_map, store.descriptors([number])) as mapping:
+            await vm.paging.map(vm.ram_address, mapping)
+            vm.memory = mapping.memory_map
+    except (VMError, OSError) as error:
+        vm.kill()
+        raise PagingError(f"{vm.name}: its memory layers could not be merged: {error}") from error
 
 
 async def save(vm: Vm, store: LayerStore) -> tuple[Checkpoint, SaveTimes, CommitResult, list[Frame]]:
@@ -136,7 +160,7 @@ async def launch(
         shell = birth.shell
         try:
             checkpoint.store.hold(shell, checkpoint.layers)
-            loaded = await shell.load(checkpoint.plan(), checkpoint.device_state, checkpoint.memory)
+            loaded = await shell.load(checkpoint.plan(), checkpoint.device_state)
             report.loads.append(loaded)
             report.loaded = max(report.loaded, time.monotonic() - report.started)
             shell.thaw(birth.thaw)

@@ -26,11 +26,12 @@ from sfparallel.net.addresses import address_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
 from sfparallel.vmm import statistics
+from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.data import data_image
-from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.engine import ForkReport
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
+from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.output import LabelledOutput, write_all
@@ -38,7 +39,6 @@ from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
-from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame, FrameType, pack, unpack
 
@@ -201,7 +201,7 @@ class Job:
         self._parent = parent
         self._watch(parent)
         store.hold(parent, checkpoint.layers)
-        await parent.load(checkpoint.plan(), checkpoint.device_state, checkpoint.memory)
+        await parent.load(checkpoint.plan(), checkpoint.device_state)
         mounts = [[tag, str(path)] for tag, path in self._exports]
         who = identity("parent", 0, self.name, spec.mtu, [])
         parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})

@@ -16,8 +16,7 @@ from sfparallel.errors import EnvironmentProblem, VMError
 # Read when libvirt is loaded: errors reach callers as exceptions, and its warnings (that a domain has arguments of its own,
 # each time) would only worry users.
 os.environ.setdefault("LIBVIRT_DEBUG", "4")
-import libvirt  # noqa: E402
-
+import libvirt
 
 _SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
 

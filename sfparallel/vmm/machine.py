@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 DATA_SLOTS = 4
@@ -127,11 +128,11 @@ def _root_ports() -> list[str]:
     return ports
 
 
-def data_disk(spec: MachineSpec, slot: int) -> tuple[dict[str, object], dict[str, object]]:
+def data_disk(spec: MachineSpec, slot: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of QMP `blockdev-add` and `device_add` for the data disk in a slot."""
     node = {"driver": "raw", "node-name": f"data-image{slot}", "read-only": True,
             "file": {"driver": "file", "filename": str(spec.data_images[slot]), "read-only": True}}  # fmt: skip
-    device: dict[str, object] = {"driver": "virtio-blk-pci", "id": f"data-disk{slot}", "bus": f"data{slot}",
+    device: dict[str, Any] = {"driver": "virtio-blk-pci", "id": f"data-disk{slot}", "bus": f"data{slot}",
                                  "drive": f"data-image{slot}", "serial": f"sfdata{slot}"}  # fmt: skip
     return dict(node), device
 

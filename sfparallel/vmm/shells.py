@@ -8,8 +8,9 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, VMError
@@ -139,7 +140,7 @@ class Pool:
     The pool is filled in the background up to `target`; a fork takes what is there and starts what is missing.
     """
 
-    def __init__(self, start: Callable[[], asyncio.Future[Vm] | asyncio.Task[Vm]]) -> None:
+    def __init__(self, start: Callable[[], Coroutine[Any, Any, Vm]]) -> None:
         self._start = start
         self._ready: deque[Vm] = deque()
         self._filler: asyncio.Task[None] | None = None

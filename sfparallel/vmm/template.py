@@ -23,9 +23,9 @@ from pathlib import Path
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ImageBuildError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
-from sfparallel.vmm.engine import commit
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Boot, MachineSpec
+from sfparallel.vmm.paging import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import VmState
 
@@ -103,7 +103,6 @@ async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Ca
 
 async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
     vm = await start_shell(spec, 0, None, boot=boot, name="template")
-    store = LayerStore()
     try:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
         await vm.qmp.execute("cont")
@@ -116,15 +115,15 @@ async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
         finally:
             os.close(devices)
         memory = os.open(folder / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(memory, spec.memory_bytes)
-        vm.memory = MemoryMap.zero(spec.memory_bytes // PAGE_BYTES)
-        store.add(memory, vm)
-        await commit(vm, store, target=1)
-        os.fsync(memory)
-        (folder / "memory.map").write_bytes(vm.memory.encode())
+        try:
+            os.ftruncate(memory, spec.memory_bytes)
+            empty = MemoryMap.zero(spec.memory_bytes // PAGE_BYTES)
+            result = await vm.paging.commit(vm.ram_address, empty, memory, 1, CommitMode.NO_REMAP)
+            (folder / "memory.map").write_bytes(empty.apply(result.runs, 1).encode())
+        finally:
+            os.close(memory)
     finally:
         vm.kill()
-        store.close()
 
 
 def open_template(folder: Path, store: LayerStore) -> Checkpoint:

@@ -206,13 +206,12 @@ class Vm:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
 
-    async def load(self, plan: MapPlan, device_state: int, memory: MemoryMap) -> float:
+    async def load(self, plan: MapPlan, device_state: int) -> float:
         """Give a shell a guest and resume it.
 
         Args:
             plan: the memory image, ready to be mapped.
             device_state: descriptor of the device state; only duplicated here.
-            memory: what `plan` was made of.
 
         Returns:
             Seconds from the first operation until QEMU had loaded the state.
@@ -224,7 +223,8 @@ class Vm:
         self.state = VmState.LOADING
         started = time.monotonic()
         await self.paging.map(self.ram_address, plan)
-        self.memory = memory
+        # The plan's map, not the checkpoint's: short gaps of zero pages are mapped from a layer too, which must be held.
+        self.memory = plan.memory_map
         done = self.qmp.expect(lambda event: event["event"] == "MIGRATION" and
                                event["data"]["status"] in ("completed", "failed"))  # fmt: skip
         with reopened(device_state, os.O_RDONLY) as state:

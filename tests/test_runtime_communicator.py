@@ -1,0 +1,120 @@
+"""barrier and bcast among clones of the double."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sfparallel as sf
+from tests.fork_double import Doubles
+from tests.fork_double import double_fixture as double_fixture
+
+
+def test_outside_a_region(double: Doubles) -> None:
+    comm = sf.comm()
+    assert (comm.rank, comm.size, comm.Get_rank(), comm.Get_size()) == (0, 1, 0, 1)
+    comm.barrier()
+    assert comm.bcast("x") == "x"
+    with pytest.raises(sf.UsageError):
+        comm.bcast("x", root=1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_bcast_from_every_root(double: Doubles, n: int) -> None:
+    @sf.parallel(n=n)
+    def work() -> list[Any]:
+        comm = sf.comm()
+        return [comm.bcast((comm.rank, "x") if comm.rank == root else None, root=root) for root in range(n)]
+
+    assert work() == [[(root, "x") for root in range(n)]] * n
+
+
+def test_bcast_of_arrays(double: Doubles) -> None:
+    @sf.parallel(n=4)
+    def work() -> bool:
+        comm = sf.comm()
+        array = comm.bcast(np.arange(500_000.0) if comm.rank == 2 else None, root=2)
+        array += 1
+        return bool((array == np.arange(1, 500_001)).all())
+
+    assert work() == [True] * 4
+
+
+def test_nobody_leaves_a_barrier_before_all_have_come(double: Doubles) -> None:
+    reader, writer = os.pipe()
+
+    @sf.parallel(n=4)
+    def work() -> bytes:
+        os.write(writer, b"%d" % sf.comm().rank)
+        sf.comm().barrier()
+        return os.read(reader, 1)
+
+    assert sorted(work()) == [b"0", b"1", b"2", b"3"]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_root_may_leave_before_others_receive(double: Doubles) -> None:
+    reader, writer = os.pipe()
+
+    @sf.parallel(n=3)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank == 0:
+            os.write(writer, b"xx")
+        else:
+            os.read(reader, 1)
+        return comm.bcast(np.ones(1_000_000) if comm.rank == 0 else None).sum()
+
+    assert work() == [1e6] * 3
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_barrier_that_times_out_names_the_missing(double: Doubles, absent: int) -> None:
+    @sf.parallel(n=3, on_error="return")
+    def work() -> Any:
+        if sf.comm().rank == absent:
+            sf.comm().bcast(None, root=(absent + 1) % 3, timeout=4)  # it waits for something else
+        sf.comm().barrier(timeout=0.5)
+
+    answers = work()
+    for rank in {0, 1, 2} - {absent}:
+        error = answers[rank]
+        assert isinstance(error, sf.RegionTimeout)
+        assert error.missing == [absent]
+        assert f"barrier took longer than 0.5 s; missing: rank {absent}" in str(error)
+
+
+def test_bcast_that_times_out_names_the_sender(double: Doubles) -> None:
+    @sf.parallel(n=2, on_error="return")
+    def work() -> Any:
+        if sf.comm().rank:
+            sf.comm().bcast(None, timeout=0.3)
+
+    error = work()[1]
+    assert isinstance(error, sf.RegionTimeout)
+    assert error.missing == [0]
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "raise"])
+def test_a_rank_that_is_gone_is_an_error_in_those_that_wait(double: Doubles, how: str) -> None:
+    @sf.parallel(n=3, on_error="return")
+    def work() -> None:
+        if sf.comm().rank == 1:
+            if how == "raise":
+                raise ValueError("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        sf.comm().barrier()
+
+    first, second, third = work()
+    assert isinstance(second, ValueError if how == "raise" else sf.CloneLost)
+    for error in (first, third):
+        assert isinstance(error, sf.CloneLost)
+        assert error.rank == 1
+        assert ("raised builtins.ValueError" if how == "raise" else "was lost") in str(error)

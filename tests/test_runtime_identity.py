@@ -1,0 +1,80 @@
+"""What is renewed in a clone's Python process, and that importing the package costs nothing."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tempfile
+import uuid
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sfparallel as sf
+from sfparallel.runtime.identity import refresh
+from tests.fork_double import Doubles
+from tests.fork_double import double_fixture as double_fixture
+
+
+def fingerprint() -> dict[str, Any]:
+    return {
+        "random": random.random(),
+        "numpy": float(np.random.random()),
+        "tempfile": tempfile.mktemp(),
+        "uuid1": uuid.uuid1().node,
+        "uuid4": uuid.uuid4(),
+    }
+
+
+def test_no_two_ranks_share_a_stream(double: Doubles) -> None:
+    fingerprint()  # everything is initialised in the parent, as it would be in a long program
+    prints = [*sf.parallel(n=6)(fingerprint)(), fingerprint()]
+    for what in prints[0]:
+        assert len({each[what] for each in prints}) == 7, what
+
+
+def test_refresh_depends_on_its_entropy_only() -> None:
+    seen = []
+    for entropy in (b"a" * 32, b"b" * 32, b"a" * 32):
+        refresh(entropy)
+        seen.append((random.random(), float(np.random.random()), uuid.getnode()))
+    assert seen[0] == seen[2] != seen[1]
+    assert uuid.getnode() & 1 << 40, "a random node id has the multicast bit"
+    refresh(random.SystemRandom().randbytes(32))
+
+
+def test_too_little_entropy_is_refused() -> None:
+    with pytest.raises(ValueError):
+        refresh(b"")
+
+
+def test_importing_is_light() -> None:
+    program = "import sfparallel as sf, sys; sf.parallel(n=2)(len); sf.in_clone(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "zmq", "libvirt", "cffi", "pyroute2", "rich", "cloudpickle"} & set(modules)
+
+
+def test_everything_public_is_there() -> None:
+    for name in sf.__all__:
+        assert getattr(sf, name).__doc__, name
+    assert set(sf.__all__) <= set(dir(sf))
+    with pytest.raises(AttributeError):
+        sf.no_such_thing  # noqa: B018
+
+
+def test_warm_up_leaves_nothing_behind() -> None:
+    program = """
+import os, threading
+from sfparallel.runtime import warm_up
+from sfparallel.runtime.here import HERE
+warm_up()
+before = len(os.listdir('/proc/self/fd'))
+warm_up()
+print(len(os.listdir('/proc/self/task')), len(os.listdir('/proc/self/fd')) - before, HERE._context, HERE.generation)
+"""
+    process = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    threads, leaked, context, generation = process.stdout.split()
+    assert (leaked, context, generation) == ("0", "None", "0")
+    assert threads == "1" or int(threads) > 1  # OpenBLAS may have its own
