@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from sfparallel.errors import SfError
+from sfparallel.vmm import image as images
 
 BIN = Path(sys.prefix) / "bin"
 LEAK_GRACE_S = 5.0
@@ -65,6 +69,43 @@ def wait_for_nothing_new(before: set[str], grace_s: float = LEAK_GRACE_S) -> set
     while (new := left_overs() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     return new
+
+
+def _have_program(name: str) -> Callable[[], bool]:
+    return lambda: shutil.which(name) is not None
+
+
+def _have_image(name: str) -> Callable[[], bool]:
+    def probe() -> bool:
+        try:
+            images.find(name)
+        except SfError:
+            return False
+        return True
+
+    return probe
+
+
+NEEDS: dict[str, Callable[[], bool]] = {
+    "root": lambda: os.geteuid() == 0,
+    "net": lambda: os.path.exists("/dev/net/tun"),
+    "fuse": lambda: os.path.exists("/dev/fuse"),
+    "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "qemu": _have_program("qemu-system-x86_64"),
+    "squashfs": _have_program("mksquashfs"),
+    "image": _have_image("default"),
+    "blast": _have_image("blast"),
+}
+MAY_BE_MISSING = {"kvm"}
+"""What a machine may lack: a test that needs it is skipped. Anything else that is missing is a failure: it hides a broken setup."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for need in marker.args:
+            if not NEEDS[need]():
+                report = pytest.skip if need in MAY_BE_MISSING else pytest.fail
+                report(f"this machine lacks {need!r}; see `sf doctor`")
 
 
 @pytest.fixture(autouse=True)

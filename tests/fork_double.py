@@ -149,7 +149,7 @@ class ForkDouble:
         parent, self.address, self.role = self.address, sibling.address, "clone"
         self._said_exit = said_exit
         self._tickets, self._children, self._epoll = {}, [], select.epoll()
-        return Fork(sibling.rank, sibling.address, parent, siblings, os.urandom(32))
+        return Fork(sibling.rank, sibling.address, parent, siblings, os.urandom(96))
 
     def _of(self, ticket: int) -> list[_Child]:
         return [child for child in self._children if child.ticket == ticket]

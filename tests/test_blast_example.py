@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import random
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +63,7 @@ def test_missing_data_is_named(blast: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("blast")
+@pytest.mark.skipif(shutil.which("blastp") is None, reason="ncbi-blast+ is not installed on this host")
 def test_batches_give_the_bytes_of_one_run(blast: ModuleType, tmp_path: Path) -> None:
     sequences = proteins(60)
     queries = [record.replace("protein", "query").replace("K", "R") for record in sequences[:20]]

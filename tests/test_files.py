@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfparallel import wire
@@ -326,15 +326,11 @@ def test_agent_that_goes_away_is_an_error(tmp_path: Path) -> None:
         sender.finish()
 
 
-def test_copy_back_finds_its_layers_by_tag(tmp_path: Path) -> None:
-    host = tmp_path / "host"
-    host.mkdir()
-    for name in (f"{TAG}/up", f"{TAG}/low", "not a tag"):
-        (tmp_path / "mnt" / name).mkdir(parents=True)
-    (tmp_path / f"mnt/{TAG}/up/file").write_text("content")
-    path = str(tmp_path / "agent")
+@contextmanager
+def agent(path: Path, host: Path) -> Iterator[None]:
+    """An agent's socket with the host behind it, for one client."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, CopyBack({TAG: host}) as target:
-        listener.bind(path)
+        listener.bind(str(path))
         listener.listen()
 
         def answer() -> None:
@@ -346,9 +342,23 @@ def test_copy_back_finds_its_layers_by_tag(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        report = copyback.copy_back(tmp_path / "mnt", path)
+        yield
         thread.join()
-    assert (report.files, report.problems, (host / "file").read_text()) == (1, [], "content")
+
+
+def test_copy_back_finds_its_layers_by_tag_and_says_what_failed(source: Path, tmp_path: Path) -> None:
+    for name in (f"{TAG}/up", f"{TAG}/low", "not a tag"):
+        (tmp_path / "mnt" / name).mkdir(parents=True)
+    (tmp_path / f"mnt/{TAG}/up/file").write_text("content")
+    with agent(tmp_path / "first", source):
+        report = copyback.copy_back(tmp_path / "mnt", str(tmp_path / "first"))
+    assert (report.files, report.problems, (source / "file").read_text()) == (1, [], "content")
+    (source / "file").unlink()
+    (source / "file").mkdir()
+    (tmp_path / f"mnt/{TAG}/up/later").touch()
+    with agent(tmp_path / "second", source), pytest.raises(GuestError, match=r"file could not be brought back.*Is a directory"):
+        copyback.copy_back(tmp_path / "mnt", str(tmp_path / "second"))
+    assert sorted(os.listdir(source)) == ["file", "later"]
 
 
 # -- the server without a kernel ------------------------------------------------------------------------------------------------
@@ -523,7 +533,7 @@ requests = st.builds(request, st.one_of(st.sampled_from(list(Opcode)).map(int), 
                      st.one_of(st.integers(0, 9), st.integers(0, (1 << 64) - 1)), bodies)
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, deadline=None)
 @given(st.one_of(st.binary(max_size=100), requests))
 def test_any_bytes_are_answered_and_nothing_outside_is_read(fuzzed: Client, data: bytes) -> None:
     try:

@@ -116,5 +116,5 @@ def test_an_agent_that_hangs_up(supervisor: Supervisor, line: Connection) -> Non
         raise OSError("gone")
 
     supervisor.answers["hello"] = hang_up
-    with pytest.raises(GuestError, match="closed the connection|broke"):
+    with pytest.raises(GuestError, match=r"closed the connection|broke"):
         line.hello()

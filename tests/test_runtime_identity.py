@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import sfparallel as sf
-from sfparallel.runtime.identity import refresh
+from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 
@@ -35,14 +36,53 @@ def test_no_two_ranks_share_a_stream(double: Doubles) -> None:
         assert len({each[what] for each in prints}) == 7, what
 
 
-def test_refresh_depends_on_its_entropy_only() -> None:
+def test_refresh_renews_every_generator() -> None:
     seen = []
-    for entropy in (b"a" * 32, b"b" * 32, b"a" * 32):
-        refresh(entropy)
-        seen.append((random.random(), float(np.random.random()), uuid.getnode()))
-    assert seen[0] == seen[2] != seen[1]
+    for _ in range(4):
+        state = np.random.get_state(), random.getstate()
+        refresh(os.urandom(ENTROPY_BYTES))
+        seen.append((random.random(), float(np.random.random()), uuid.getnode(), tempfile.mktemp()))
+        np.random.set_state(state[0])
+        random.setstate(state[1])
+    for values in zip(*seen, strict=True):
+        assert len(set(values)) == 4
     assert uuid.getnode() & 1 << 40, "a random node id has the multicast bit"
-    refresh(random.SystemRandom().randbytes(32))
+
+
+def test_numpys_generator_is_sound_after_a_renewal() -> None:
+    refresh(os.urandom(ENTROPY_BYTES))
+    state: Any = np.random.get_state(legacy=False)
+    assert state["state"]["pos"] == 624
+    copy = np.random.RandomState()
+    copy.set_state(state)
+    assert (np.random.random(2000) == copy.random(2000)).all()
+    assert abs(np.random.random(10_000).mean() - 0.5) < 0.05
+
+
+def test_half_a_pair_of_normal_deviates_is_thrown_away() -> None:
+    np.random.seed(1)
+    first, second = np.random.normal(), np.random.normal()
+    random.seed(1)
+    third, fourth = random.gauss(0, 1), random.gauss(0, 1)
+    np.random.seed(1)
+    random.seed(1)
+    assert (np.random.normal(), random.gauss(0, 1)) == (first, third)
+    refresh(os.urandom(ENTROPY_BYTES))
+    assert np.random.normal() != second
+    assert random.gauss(0, 1) != fourth
+
+
+def test_another_global_generator_is_seeded() -> None:
+    module: Any = np.random
+    before = module.get_bit_generator()
+    try:
+        module.set_bit_generator(np.random.MT19937(3))
+        expected = np.random.random()
+        module.set_bit_generator(np.random.MT19937(3))
+        refresh(os.urandom(ENTROPY_BYTES))
+        assert np.random.random() != expected
+    finally:
+        module.set_bit_generator(before)
 
 
 def test_too_little_entropy_is_refused() -> None:

@@ -134,8 +134,13 @@ def test_notes_and_attributes_of_exceptions_survive() -> None:
     assert (error.rank, error.cause, error.__notes__[0]) == (2, "panic", "mine")
 
 
-@pytest.mark.parametrize("error", [NeedsTwo(1, 2), ValueError(iter(())), KeyboardInterrupt(), Unprintable(), ValueError("\udcff")],
-                         ids=["does-not-unpickle", "holds-an-iterator", "not-an-exception", "unprintable", "surrogate"])
+@pytest.mark.parametrize("error", [
+    pytest.param(NeedsTwo(1, 2), id="does-not-unpickle"),
+    pytest.param(ValueError(_ for _ in range(3)), id="holds-a-generator"),
+    pytest.param(KeyboardInterrupt(), id="not-an-exception"),
+    pytest.param(Unprintable(), id="unprintable"),
+    pytest.param(ValueError("\udcff"), id="surrogate"),
+])
 def test_other_exceptions_arrive_as_text(error: BaseException) -> None:
     description, frames = dump_error(raised(error), 1)
     arrived = load_error(description, frames, "rank 1")

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, as_completed
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from tests.fork_double import Doubles, start_afresh
-from tests.fork_double import double_fixture as double_fixture
 
 import sfparallel as sf
 from sfparallel import wire
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.link import ParentLink
+from tests.fork_double import Doubles, start_afresh
+from tests.fork_double import double_fixture as double_fixture
 
 
 def forever() -> None:
@@ -212,7 +213,7 @@ def test_a_lost_clone_is_reported_at_once(double: Doubles, how: str) -> None:
             die(how)
         forever()
 
-    with pytest.raises(sf.CloneLost, match="rank 1 .* was lost: wait status") as caught:
+    with pytest.raises(sf.CloneLost, match=r"rank 1 .* was lost: wait status") as caught:
         work()
     assert (caught.value.rank, caught.value.host, caught.value.console) == (1, "host0", "last words")
 
@@ -233,13 +234,13 @@ def test_other_results_of_a_region_with_a_loss_stay_reachable(double: Doubles) -
 
 
 def test_timeout_names_the_missing_and_keeps_the_others(double: Doubles) -> None:
-    @sf.parallel(n=4, timeout=1.0)
+    @sf.parallel(n=4, timeout=4.0)
     def work() -> int:
         if sf.comm().rank in (1, 3):
             forever()
         return sf.comm().rank
 
-    with pytest.raises(sf.RegionTimeout, match="longer than 1.0 s; missing: rank 1, 3") as caught:
+    with pytest.raises(sf.RegionTimeout, match=r"longer than 4\.0 s; missing: rank 1, 3") as caught:
         work()
     assert caught.value.missing == [1, 3]
     assert caught.value.results == {0: 0, 2: 2}
@@ -370,7 +371,11 @@ def test_50_regions_leave_nothing_open(double: Doubles) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         assert rank() == [0, 1]
-    assert len(os.listdir("/proc/self/fd")) <= before
+    # ZeroMQ's reaper thread closes what it owned in the background.
+    deadline = time.monotonic() + 10
+    while (now := len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < deadline:
+        threading.Event().wait(0.05)
+    assert now <= before
 
 
 # What else is seen -----------------------------------------------------------------------------------------------------------
@@ -400,7 +405,7 @@ def test_a_failing_hook_is_an_error_of_the_rank(double: Doubles) -> None:
 
     ran: list[int] = []
     answers = sf.parallel(n=2, on_error="return")(lambda: ran.append(1))()
-    assert [type(answer) for answer in answers] == [PermissionError, PermissionError]
+    assert all(isinstance(answer, PermissionError) for answer in answers)
 
 
 def test_progress(double: Doubles, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ In nft's language:
                 iif . ether saddr . arp saddr ip @senders iif . arp saddr ether . arp saddr ip @senders accept
             counter
         }
-        chain input  { type filter hook input priority 0; policy drop; iif @hosts accept }
+        chain input  { type filter hook input priority 0; policy drop; iif @hosts meta pkttype != multicast accept }
         chain output { type filter hook output priority 0; policy drop; oif @hosts accept }
     }
 
 What is not IPv4 or ARP from its rightful owner is dropped where it enters, IPv6 and tagged frames included: nothing else
-has to be thought of. `input` also covers the link-local group addresses (01:80:c2:..), which a bridge hands to the host.
+has to be thought of. It relies on the bridge forwarding link-local groups too (see `links.create_bridge`), except
+01:80:c2:00:00:02, which comes to `input` as multicast.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _NEWTABLE, _NEWCHAIN, _NEWRULE, _GETRULE, _NEWSET, _NEWSETELEM, _DELSETELEM = 0,
 _REGISTER = 8  # NFT_REG32_00, the first of 16 registers of 4 bytes
 _VERDICT_REGISTER = 0
 _LINK, _PACKET = 0, 1  # NFT_PAYLOAD_LL_HEADER, NFT_PAYLOAD_NETWORK_HEADER
-_META_IIF, _META_OIF = 4, 5
+_META_IIF, _META_OIF, _META_PACKET_TYPE = 4, 5, 19
+_EQUAL, _UNEQUAL = 0, 1
+_MULTICAST = 2  # PACKET_MULTICAST in <linux/if_packet.h>
 _DROP, _ACCEPT = 0, 1
 _LIST_ELEMENT = 1
 # nft's own numbers for the types of set keys (its `enum datatypes`): the kernel stores them, `nft list` prints with them.
@@ -74,8 +77,12 @@ def _load(base: int, offset: int, length: int, register: int) -> bytes:
     return _expression("payload", be32(1, register), be32(2, base), be32(3, offset), be32(4, length))
 
 
+def _compare(register: int, operator: int, value: bytes) -> bytes:
+    return _expression("cmp", be32(1, register), be32(2, operator), nested(3, raw(1, value)))
+
+
 def _equals(register: int, value: bytes) -> bytes:
-    return _expression("cmp", be32(1, register), be32(2, 0), nested(3, raw(1, value)))
+    return _compare(register, _EQUAL, value)
 
 
 def _in_set(name: str) -> bytes:
@@ -131,7 +138,8 @@ def rules() -> list[Message]:
         _rule("prerouting", _ether_type(0x0800), _sender((_LINK, 6), 12), _accept()),
         _rule("prerouting", _ether_type(0x0806), arp_layout, arp_senders, _accept()),
         _rule("prerouting", _expression("counter")),
-        _rule("input", _meta(_META_IIF, _REGISTER), _in_set("hosts"), _accept()),
+        _rule("input", _meta(_META_IIF, _REGISTER), _in_set("hosts"),
+              _meta(_META_PACKET_TYPE, _REGISTER), _compare(_REGISTER, _UNEQUAL, bytes([_MULTICAST])), _accept()),
         _rule("output", _meta(_META_OIF, _REGISTER), _in_set("hosts"), _accept()),
     ])
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import socket
 import struct
 
-from sfparallel.net.netlink import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Message, attribute, nested, text, u8, u32
+from sfparallel.net.netlink import (
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    attribute,
+    nested,
+    text,
+    u8,
+    u16,
+    u32,
+)
 
 # <linux/rtnetlink.h>
 _RTM_NEWLINK = 16
@@ -26,6 +38,7 @@ _IFLA_INFO_DATA = 2
 _IFLA_INFO_SLAVE_KIND = 4
 _IFLA_INFO_SLAVE_DATA = 5
 _IFLA_BR_STP_STATE = 5
+_IFLA_BR_GROUP_FWD_MASK = 9
 _IFLA_BR_MCAST_SNOOPING = 23
 _IFLA_BRPORT_LEARNING = 8
 _IFLA_BRPORT_UNICAST_FLOOD = 9
@@ -54,7 +67,12 @@ def loopback_up() -> Message:
 def create_bridge(index: int, name: str, mac: bytes, mtu: int) -> Message:
     """A bridge, up. The fixed MAC keeps it from taking over its ports' lowest; the explicit MTU from following theirs."""
     # Snooping would have the bridge send queries of its own and hide multicast from clones that it thinks uninterested.
-    data = nested(_IFLA_INFO_DATA, u32(_IFLA_BR_STP_STATE, 0), u8(_IFLA_BR_MCAST_SNOOPING, 0))
+    #
+    # Frames to the link-local group addresses 01:80:c2:00:00:0X are not bridged: the port's own network stack gets them, and
+    # those for LLDP (0e) pass no filter on the way (br_handle_frame). Forwarding makes them frames like any other, which the
+    # filter sees. The kernel refuses bits 0 to 2: it forwards 00 without spanning tree, drops 01, and filters 02.
+    data = nested(_IFLA_INFO_DATA, u32(_IFLA_BR_STP_STATE, 0), u16(_IFLA_BR_GROUP_FWD_MASK, 0xFFF8),
+                  u8(_IFLA_BR_MCAST_SNOOPING, 0))
     body = _link(index, _IFF_UP, _IFF_UP, text(_IFLA_IFNAME, name), attribute(_IFLA_ADDRESS, mac), u32(_IFLA_MTU, mtu),
                  nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data))
     return Message(_RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, f"create the bridge {name}")

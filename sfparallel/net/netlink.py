@@ -71,6 +71,10 @@ def u8(kind: int, value: int) -> bytes:
     return attribute(kind, bytes([value]))
 
 
+def u16(kind: int, value: int) -> bytes:
+    return attribute(kind, struct.pack("=H", value))
+
+
 def u32(kind: int, value: int) -> bytes:
     """A 32-bit number in host order (rtnetlink)."""
     return attribute(kind, struct.pack("=I", value))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from sfparallel.errors import UsageError
 from sfparallel.runtime.collect import Collector, check_patterns
@@ -25,6 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 S = TypeVar("S")
+ErrorMode = Literal["raise", "return", "gather"]
+"""What `on_error=` takes; see `parallel`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Options:
 
     n: int | None = None
     timeout: float | None = None
-    on_error: str = "raise"
+    on_error: ErrorMode = "raise"
     merge: Callable[[list[Any]], Any] | None = None
     collect: str | Iterable[str] | None = None
     seed: int | None = None
@@ -106,6 +108,9 @@ class ParallelFunction(Generic[P, T]):
 
     Calling it returns the list of results in the order of ranks, or what `merge` makes of it.
     """
+
+    __name__: str
+    __wrapped__: Callable[P, Any]
 
     def __init__(self, function: Callable[P, Any], options: Options) -> None:
         # First, because it also copies the attributes of `function`, which may be a ParallelFunction itself.
@@ -195,19 +200,26 @@ def parallel(fn: Callable[P, R], /) -> ParallelFunction[P, list[R]]: ...
 
 
 @overload
-def parallel(fn: None = None, /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
-             merge: Callable[[list[Any]], S], collect: str | Iterable[str] | None = None, seed: int | None = None,
+def parallel(fn: None = None, /, *, merge: Callable[[list[Any]], S], n: int | None = None, timeout: float | None = None,
+             on_error: ErrorMode = "raise", collect: str | Iterable[str] | None = None, seed: int | None = None,
              progress: bool | None = None) -> Callable[[Callable[P, R]], ParallelFunction[P, S]]: ...
 
 
 @overload
-def parallel(fn: None = None, /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
+def parallel(fn: None = None, /, *, on_error: Literal["return"], n: int | None = None, timeout: float | None = None,
              merge: None = None, collect: str | Iterable[str] | None = None, seed: int | None = None,
+             progress: bool | None = None) -> Callable[[Callable[P, R]], ParallelFunction[P, list[R | Exception]]]: ...
+
+
+@overload
+def parallel(fn: None = None, /, *, n: int | None = None, timeout: float | None = None,
+             on_error: Literal["raise", "gather"] = "raise", merge: None = None,
+             collect: str | Iterable[str] | None = None, seed: int | None = None,
              progress: bool | None = None) -> Callable[[Callable[P, R]], ParallelFunction[P, list[R]]]: ...
 
 
 @overload
-def parallel(fn: Callable[P, R], /, *, n: int | None = None, timeout: float | None = None, on_error: str = "raise",
+def parallel(fn: Callable[P, R], /, *, n: int | None = None, timeout: float | None = None, on_error: ErrorMode = "raise",
              merge: Callable[[list[Any]], Any] | None = None, collect: str | Iterable[str] | None = None, seed: int | None = None,
              progress: bool | None = None) -> ParallelFunction[P, Any]: ...
 
@@ -244,9 +256,21 @@ def parallel(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     return ParallelFunction(fn, checked)
 
 
+@overload
+def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["return"], n: int | None = None,
+                 chunksize: int | None = None, timeout: float | None = None, seed: int | None = None,
+                 progress: bool | None = None) -> list[R | Exception]: ...
+
+
+@overload
+def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["raise", "gather"] = "raise",
+                 n: int | None = None, chunksize: int | None = None, timeout: float | None = None, seed: int | None = None,
+                 progress: bool | None = None) -> list[R]: ...
+
+
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
-                 timeout: float | None = None, on_error: str = "raise", seed: int | None = None,
-                 progress: bool | None = None) -> list[R]:
+                 timeout: float | None = None, on_error: ErrorMode = "raise", seed: int | None = None,
+                 progress: bool | None = None) -> list[R] | list[R | Exception]:
     """`list(map(fn, *iterables))` in clones. Items are in every clone's memory by the fork itself; what clones get, on demand,
     are item numbers.
 

@@ -9,7 +9,7 @@ Collective calls are numbered; a message carries the number of its call, so that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -25,6 +25,9 @@ Key = tuple[str, int, int]
 
 RECONNECT_MS = 20
 """A peer may not listen yet when it is called first."""
+
+GRACE_S = 0.5
+"""How long after a rank's loss its last message is waited for: the notice comes by another way, through the parent."""
 
 
 class Communicator:
@@ -81,15 +84,17 @@ class Communicator:
         if self._rank:
             self._send(0, ("here", call), [])
             # Rank 0 gives up first and says who is missing; only if it is silent too, it is rank 0 that is missing.
-            (frame,) = self._wait(("go", call, 0), deadline.later(), lambda: [0])
-            missing = wire.unpack(bytes(frame))["missing"]
+            (frame,) = self._wait(("go", call, 0), deadline.later(), {0}, blame=set(range(self._size)))
+            verdict = wire.unpack(bytes(frame))
         else:
-            missing = self._count_heads(call, deadline)
+            verdict = self._count_heads(call, deadline)
             for rank in range(1, self._size):
-                if rank not in missing:
-                    self._send(rank, ("go", call), [wire.pack({"missing": missing})])
-        if missing:
-            raise deadline.error(missing)
+                if rank not in verdict["missing"]:
+                    self._send(rank, ("go", call), [wire.pack(verdict)])
+        if verdict["cause"] is not None:
+            raise _lost("barrier", verdict["missing"][0], verdict["cause"])
+        if verdict["missing"]:
+            raise deadline.error(verdict["missing"])
 
     def bcast(self, obj: Any, root: int = 0, *, timeout: float | None = None) -> Any:
         """Send an object from one rank to all, along a binomial tree.
@@ -114,31 +119,35 @@ class Communicator:
         # Ranks relative to the root: r got the object from r without its lowest bit, and passes it on to r + 1, r + 2, r + 4, ...
         relative = (self._rank - root) % self._size
         lowest = relative & -relative if relative else 1 << (self._size - 1).bit_length()
+        steps = [1 << bit for bit in reversed(range(lowest.bit_length() - 1)) if relative + (1 << bit) < self._size]
         frames: Sequence[Buffer]
         if relative:
+            ancestors, above = set(), relative
+            while above:
+                above -= above & -above
+                ancestors.add((above + root) % self._size)
             source = (relative - lowest + root) % self._size
-            frames = self._wait(("bcast", call, source), deadline, lambda: [source])
+            frames = self._wait(("bcast", call, source), deadline, ancestors, missing=[source])
+            # What is passed on must not change while it is being sent, and what is returned belongs to the caller.
+            obj = loads([bytearray(frame) for frame in frames] if steps else frames)
         else:
-            frames = dumps(obj)
-        step = lowest >> 1
-        while step:
-            if relative + step < self._size:
-                self._send((relative + step + root) % self._size, ("bcast", call), frames)
-            step >>= 1
-        return loads(frames) if relative else obj
+            frames = [bytes(frame) for frame in dumps(obj)]
+        for step in steps:
+            self._send((relative + step + root) % self._size, ("bcast", call), frames)
+        return obj
 
-    def _count_heads(self, call: int, deadline: _Deadline) -> list[int]:
-        """In rank 0 of a barrier: wait for the others; those that did not come in time."""
+    def _count_heads(self, call: int, deadline: _Deadline) -> dict[str, Any]:
+        """In rank 0 of a barrier: wait for the others. Who is missing, and the cause if that is a loss."""
         missing = set(range(1, self._size))
         try:
             for rank in range(1, self._size):
-                self._wait(("here", call, rank), deadline, list)
+                self._wait(("here", call, rank), deadline, missing)
                 missing.discard(rank)
         except RegionTimeout:
-            missing = {rank for rank in missing if ("here", call, rank) not in self._arrived}
-        else:
-            missing.clear()
-        return sorted(missing)
+            return {"missing": sorted(rank for rank in missing if ("here", call, rank) not in self._arrived), "cause": None}
+        except CloneLost as error:
+            return {"missing": [error.rank], "cause": error.cause}
+        return {"missing": [], "cause": None}
 
     def _begin(self) -> int:
         if self._inbox is None:
@@ -165,22 +174,36 @@ class Communicator:
             peer.connect(f"tcp://{self._addresses[self._rank]}:0;{self._addresses[rank]}:{self._port}")
         peer.send_multipart([wire.pack({"call": call[0], "number": call[1], "rank": self._rank}), *frames], copy=False)
 
-    def _wait(self, key: Key, deadline: _Deadline, missing: Callable[[], list[int]]) -> list[memoryview]:
-        """Wait for the message `key`; messages of later calls are kept for them."""
+    def _wait(self, key: Key, deadline: _Deadline, needed: set[int], *, missing: list[int] | None = None,
+              blame: set[int] | None = None) -> list[memoryview]:
+        """Wait for the message `key`; messages of later calls are kept for them.
+
+        Args:
+            needed: ranks without which it cannot come.
+            missing: ranks to name when time runs out; by default those needed.
+            blame: ranks to name when one that is needed is lost; by default those needed.
+        """
         assert self._inbox is not None
         assert self._link is not None
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
         poller.register(self._link.dealer, zmq.POLLIN)
-        while key not in self._arrived:
-            if not poller.poll(deadline.remaining_ms()) and deadline.remaining_ms() == 0:
-                raise deadline.error(missing())
-            self._take_arrived()
+        lost = self._link.lost
+        grace: _Deadline | None = None
+        while True:
             self._link.look()
-            if self._link.lost and key not in self._arrived:
-                rank, cause = next(iter(self._link.lost.items()))
-                raise CloneLost(f"{deadline.call} cannot complete: rank {rank} {cause}", rank=rank, cause=cause)
-        return self._arrived.pop(key)
+            self._take_arrived()
+            if key in self._arrived:
+                return self._arrived.pop(key)
+            if grace is None and needed & lost.keys():
+                grace = _Deadline(deadline.call, GRACE_S)
+            if grace is not None and grace.remaining_ms() == 0:
+                # The first of those to blame that was reported: others may have failed because of it.
+                rank = next(rank for rank in lost if rank in (blame or needed))
+                raise _lost(deadline.call, rank, lost[rank])
+            if deadline.remaining_ms() == 0:
+                raise deadline.error(sorted(needed) if missing is None else missing)
+            poller.poll((grace or deadline).remaining_ms())
 
     def _take_arrived(self) -> None:
         assert self._inbox is not None
@@ -194,6 +217,10 @@ class Communicator:
             if not isinstance(rank, int) or not 0 <= rank < self._size or parts[0].get("Peer-Address") != self._addresses[rank]:
                 raise RegionError(f"a message of {parts[0].get('Peer-Address')} claims to come from rank {rank!r}")
             self._arrived[header["call"], header["number"], rank] = [part.buffer for part in parts[1:]]
+
+
+def _lost(call: str, rank: int, cause: str) -> CloneLost:
+    return CloneLost(f"{call} cannot complete: rank {rank} {cause}", rank=rank, cause=cause)
 
 
 class _Deadline:

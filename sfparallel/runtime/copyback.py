@@ -78,10 +78,9 @@ class Report:
 def copy_back(mounts: Path = MOUNTS, agent_socket: str = wire.AGENT_SOCKET) -> Report:
     """Send every change of every export to the host.
 
-    A file that cannot be sent or written is a line in the report's `problems`; the others are brought back nevertheless.
-
     Raises:
-        GuestError: the agent is gone, or does not speak the protocol.
+        GuestError: the agent is gone or does not speak the protocol; or some changes could not be brought back, which the message
+            lists (all others were).
     """
     folders = list(mounts.iterdir()) if mounts.is_dir() else []
     layers = sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal())
@@ -90,7 +89,10 @@ def copy_back(mounts: Path = MOUNTS, agent_socket: str = wire.AGENT_SOCKET) -> R
         sender = Sender(connection)
         for tag, folder in layers:
             sender.send_changes(tag, folder / "up", changes(folder / "up", folder / "low"))
-        return sender.finish()
+        report = sender.finish()
+    if report.problems:
+        raise GuestError("\n".join(report.problems), hint="the guest is gone with these; free the way and run the program again")
+    return report
 
 
 def changes(upper: Path, lower: Path) -> Iterator[Change]:

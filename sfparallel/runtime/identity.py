@@ -1,48 +1,106 @@
 """What must change in a clone's Python process before user code runs: everything that would repeat in all clones.
 
 The agent has renewed the machine (addresses, names, kernel random numbers, clock; DESIGN.md section 5). What is left are random
-generators that live in this process's memory and are therefore the same in every clone. Modules that nobody imported are not
-imported here: they start with fresh state of their own, and imports are dear in a clone under emulation.
+generators that live in this process's memory and are therefore the same in every clone. Modules that nobody imported are left
+alone: they start with fresh state of their own.
+
+Whatever can be done before the fork is done then, by `prepare`, because under emulation code that runs for the first time in a
+clone is dear: `numpy.random.seed` alone took 120 to 150 ms there (measured), and the way it is done here takes 1 to 6.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENTROPY_BYTES = 32
+"""The least that makes a clone unique."""
+
+_MT_WORDS = 624
+_MT_KEY_BYTES = 4 * _MT_WORDS
 
 
-def _expand(entropy: bytes, purpose: str, length: int) -> bytes:
-    """Independent bytes for each purpose, so that no two generators of one clone are related."""
-    return hashlib.blake2b(purpose.encode(), key=entropy[:64], digest_size=length).digest()
+class Renewal:
+    """What to renew in this process; made before a fork, applied in the clones."""
+
+    def __init__(self) -> None:
+        modules: dict[str, Any] = sys.modules
+        self._random = modules.get("random")
+        self._tempfile = modules.get("tempfile")
+        self._uuid = modules.get("uuid")
+        self._ssl = modules.get("ssl")
+        numpy_random = modules.get("numpy.random")
+        self._renew_numpy = _renewer(numpy_random) if numpy_random is not None else None
+
+    def apply(self, entropy: bytes) -> None:
+        """Give this process an identity of its own.
+
+        Args:
+            entropy: bytes from the host that no other VM got. More is taken from the kernel, whose generator has been renewed.
+
+        Raises:
+            ValueError: too little entropy. The clone must not go on then.
+        """
+        if len(entropy) < ENTROPY_BYTES:
+            raise ValueError(f"{len(entropy)} bytes of entropy cannot make a clone unique")
+        if self._random is not None:
+            # What random.seed(int) does, without its many cases.
+            generator = self._random._inst
+            self._random._random.Random.seed(generator, int.from_bytes(entropy, "little"))
+            generator.gauss_next = None
+        if self._renew_numpy is not None:
+            self._renew_numpy()
+        if self._tempfile is not None:
+            # The generator of names guards itself by process id, which is the same in every clone.
+            self._tempfile._name_sequence = None
+        if self._uuid is not None:
+            # libuuid keeps the parent's MAC address in a static variable, so that uuid1() would repeat: bypass it, and use a
+            # random node id with the multicast bit set (RFC 4122 section 4.5).
+            self._uuid._generate_time_safe = None
+            self._uuid._node = int.from_bytes(os.urandom(6), "big") | 1 << 40
+            self._uuid._last_timestamp = None
+        if self._ssl is not None:
+            # OpenSSL notices a fork by the process id only.
+            self._ssl.RAND_add(os.urandom(32), 32.0)
+
+
+def _renewer(numpy_random: Any) -> Callable[[], None]:
+    """How to renew numpy's global generator: in a clone, the result is called."""
+
+    def by_seeding() -> None:
+        seed = os.urandom(32)
+        numpy_random.seed([int.from_bytes(seed[i:i + 4], "little") for i in range(0, len(seed), 4)])
+
+    state = numpy_random.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937" or state["has_gauss"]:
+        # Not what numpy starts with; or half of a pair of normal deviates is waiting, which only seeding throws away.
+        return by_seeding
+    import ctypes
+
+    generator = numpy_random.mtrand._rand._bit_generator
+    # numpy publishes the address of the state, for C code. It is `uint32_t key[624]; int pos` (mt19937.h, since numpy 1.17).
+    memory = memoryview((ctypes.c_uint8 * (_MT_KEY_BYTES + 4)).from_address(generator.ctypes.state_address)).cast("B")
+    if bytes(memory[:_MT_KEY_BYTES]) != state["state"]["key"].tobytes():
+        return by_seeding
+    used_up = _MT_WORDS.to_bytes(4, sys.byteorder)
+    lock = generator.lock
+
+    def in_place() -> None:
+        with lock:
+            memory[:_MT_KEY_BYTES] = os.urandom(_MT_KEY_BYTES)
+            memory[_MT_KEY_BYTES:] = used_up
+
+    return in_place
 
 
 def refresh(entropy: bytes) -> None:
-    """Renew the identity of this process.
+    """Renew the identity of this process, all at once: for a program that has just been started from a template.
 
     Args:
-        entropy: at least 16 bytes from the host that no other VM got.
-
-    Raises:
-        ValueError: too little entropy. The clone must not go on then.
+        entropy: see `Renewal.apply`.
     """
-    if len(entropy) < 16:
-        raise ValueError(f"{len(entropy)} bytes of entropy cannot make a clone unique")
-    modules: dict[str, Any] = sys.modules
-    if (random := modules.get("random")) is not None:
-        random.seed(_expand(entropy, "random", 32))
-    if (numpy_random := modules.get("numpy.random")) is not None:
-        seed = _expand(entropy, "numpy.random", 32)
-        numpy_random.seed([int.from_bytes(seed[i:i + 4], "little") for i in range(0, len(seed), 4)])
-    if (tempfile := modules.get("tempfile")) is not None:
-        # The generator of names guards itself by process id, which is the same in every clone.
-        tempfile._name_sequence = None
-    if (uuid := modules.get("uuid")) is not None:
-        # libuuid keeps the parent's MAC address in a static variable, so that uuid1() would repeat: bypass it, and use a random
-        # node id with the multicast bit set (RFC 4122 section 4.5).
-        uuid._generate_time_safe = None
-        uuid._node = int.from_bytes(_expand(entropy, "uuid", 6), "big") | 1 << 40
-        uuid._last_timestamp = None
-    if (ssl := modules.get("ssl")) is not None:
-        # OpenSSL notices a fork by the process id only.
-        ssl.RAND_add(_expand(entropy, "ssl", 32), 32.0)
+    Renewal().apply(entropy)

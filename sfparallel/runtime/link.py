@@ -133,7 +133,7 @@ class CloneLink:
     Args:
         dealer: what `ParentLink` laid ready, not connected yet.
         rank: this clone's rank in the region.
-        address: this clone's own address: messages must come from there.
+        address: the address to send from, or empty: the VM's own.
         endpoint: where the parent listens.
     """
 
@@ -143,7 +143,9 @@ class CloneLink:
         self.lost: dict[int, str] = {}
         """Ranks that will not take part any more, and why."""
         self._inbox: list[dict[str, Any]] = []
-        dealer.connect(f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}")
+        # A VM has one address. To name it would have ZeroMQ list all interfaces, which is dear in a clone; only processes on one
+        # host (the tests' stand-in for a fork) need to.
+        dealer.connect(f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}" if address else endpoint)
 
     def send(self, kind: Kind, frames: Sequence[Buffer] = (), **fields: Any) -> None:
         header = wire.pack({"kind": kind.value, "rank": self.rank, **fields})

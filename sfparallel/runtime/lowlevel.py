@@ -10,9 +10,9 @@ import sys
 from typing import NoReturn
 
 from sfparallel.errors import Closed, StateError, UsageError
-from sfparallel.runtime import identity
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
+from sfparallel.runtime.identity import Renewal
 
 
 class TicketState(enum.Enum):
@@ -36,6 +36,7 @@ class Ticket:
         self.number = number
         self.granted = granted
         self.state = TicketState.GRANTED
+        self.renewal: Renewal | None = None
         self._generation = HERE.generation
 
     def __repr__(self) -> str:
@@ -106,6 +107,7 @@ def fork(ticket: Ticket, context: str = "") -> Fork:
         context: what the fork is for, for people who look at the running job.
     """
     ticket.require(TicketState.GRANTED)
+    ticket.renewal = Renewal()
     # What is still buffered would otherwise be printed by the parent and by every clone.
     flush_output()
     HERE.forks += 1
@@ -128,13 +130,14 @@ def clone(ticket: Ticket) -> int:
     with HERE.interrupts_deferred():
         result = fork(ticket)
         if result.rank:
-            assume_identity(result.entropy, result.rank)
+            assume_identity(ticket, result.entropy, result.rank)
     return result.rank
 
 
-def assume_identity(entropy: bytes, rank: int) -> None:
+def assume_identity(ticket: Ticket, entropy: bytes, rank: int) -> None:
     """In a clone: renew this process's identity, then call the hooks of `sf.on_clone` with `rank`."""
-    identity.refresh(entropy)
+    assert ticket.renewal is not None, "the ticket was used to fork"
+    ticket.renewal.apply(entropy)
     for hook in HERE.hooks:
         hook(rank)
 

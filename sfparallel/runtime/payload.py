@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import cloudpickle
-
 from sfparallel.errors import RankExit, RemoteError, ResultNotPicklable
 
 Buffer = bytes | bytearray | memoryview
@@ -35,6 +33,8 @@ def dumps(value: Any) -> list[Buffer]:
     except Exception:  # a class's own __reduce__ may raise anything
         pass
     try:
+        # Seldom needed, and no part of what `import sfparallel` costs; in a guest the zygote has imported it.
+        import cloudpickle
         return _dumps(cloudpickle.dumps, value)
     except Exception as error:
         hint = "return plain data (numbers, arrays, containers), or write a file and use collect="

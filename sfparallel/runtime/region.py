@@ -408,14 +408,15 @@ class Region:
         # Every new code path is dear in a clone under emulation: nothing is imported, asked or looked up here that the fork or
         # the parent's memory has not brought along.
         rank = fork.rank - 1
-        dealer = self._link.dealer if self._ticket.hypervisor.keeps_threads else HERE.zmq_context().socket(zmq.DEALER)
-        link = CloneLink(dealer, rank, fork.address, self._link.endpoint)
+        whole_vm = self._ticket.hypervisor.keeps_threads
+        dealer = self._link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
+        link = CloneLink(dealer, rank, "" if whole_vm else fork.address, self._link.endpoint)
         communicator = Communicator(rank, [clone.address for clone in fork.clones], self._port, link)
         keys = deque(self._schedule.in_hand(rank))
         HERE.membership = membership = Membership(rank, len(fork.clones), communicator, self._work.streams, keys[0])
         failure: BaseException | None = None
         try:
-            lowlevel.assume_identity(fork.entropy, rank)
+            lowlevel.assume_identity(self._ticket, fork.entropy, rank)
         except BaseException as error:
             failure = error
         while True:

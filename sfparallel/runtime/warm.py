@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 
+import cloudpickle  # noqa: F401
 import numpy as np
 import zmq
 
 from sfparallel import wire
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
-from sfparallel.runtime.identity import refresh
+from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.link import set_up_dealer
 from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_error, loads
 
@@ -21,7 +22,7 @@ def warm_up() -> None:
         router.bind("tcp://127.0.0.1:*")
         set_up_dealer(dealer)
         endpoint = router.getsockopt_string(zmq.LAST_ENDPOINT)
-        dealer.connect(f"tcp://127.0.0.1:0;{endpoint.removeprefix('tcp://')}")
+        dealer.connect(endpoint)
         poller = zmq.Poller()
         poller.register(router, zmq.POLLIN)
         for value in (0, [1.0, "x"], np.zeros(IN_BAND_BYTES, dtype=np.uint8)):
@@ -37,4 +38,4 @@ def warm_up() -> None:
     except ValueError as error:
         load_error(*dump_error(error, 0), "rank 0")
     rng.Streams(0).generator(0).random()
-    refresh(os.urandom(32))
+    refresh(os.urandom(ENTROPY_BYTES))

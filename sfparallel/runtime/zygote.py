@@ -26,8 +26,10 @@ from typing import Any, NoReturn, TextIO, cast
 
 import msgpack
 
+import sfparallel.runtime
 from sfparallel.errors import SfError
 from sfparallel.runtime.data_disks import mount_data_disks
+from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 
 ROLE_FILE = "/run/sfparallel/role"
 """Written by the agent with the VM's identity: "parent" or "clone"."""
@@ -80,6 +82,7 @@ def _warm_up() -> None:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
+    sfparallel.runtime.warm_up()
     compile("import sys\nprint(len(sys.argv))\n", "<warm-up>", "exec")
 
 
@@ -169,6 +172,8 @@ def _become(payload: bytes, fds: list[int]) -> Program:
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("0")
     _set_up_streams()
+    # The generators were seeded before the template was taken: without this, every program would draw the same numbers.
+    refresh(os.urandom(ENTROPY_BYTES))
     return Program.decode(payload)
 
 

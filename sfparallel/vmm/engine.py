@@ -56,6 +56,7 @@ class ForkReport:
     first_answer: float | None = None
     last_answer: float | None = None
     private_bytes: list[int] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
 
 async def commit(vm: Vm, store: LayerStore) -> CommitResult:

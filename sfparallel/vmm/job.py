@@ -22,7 +22,7 @@ from pathlib import Path
 from sfparallel import native
 from sfparallel.config import QEMU
 from sfparallel.errors import EnvironmentProblem, ProtocolError, SfError, UsageError
-from sfparallel.net.addresses import address_of
+from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
 from sfparallel.vmm import statistics
@@ -48,6 +48,9 @@ EXIT_TIMEOUT = 124
 """Exit code after `--timeout`, as timeout(1) has it."""
 EXIT_PARENT_LOST = 70
 """Exit code when the parent VM died (EX_SOFTWARE of sysexits.h)."""
+
+KNOWN_NEIGHBOURS = 100
+"""Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
 
 _STDIN_PIECE_BYTES = 32 << 10
 _END_GRACE_S = 5.0
@@ -182,6 +185,8 @@ class Job:
         stack.callback(store.close)
         network = CloneNetwork(mtu=spec.mtu, vnet_header=False)
         stack.callback(network.close)
+        stack.callback(self._files.close)
+        stack.callback(self._close_copy_back)
         stack.push_async_callback(self._end)
         for host_port, guest_port in options.forwards:
             await network.forward(host_port, address_of(0), guest_port)
@@ -203,7 +208,9 @@ class Job:
         store.hold(parent, checkpoint.layers)
         await parent.load(checkpoint.plan(), checkpoint.device_state)
         mounts = [[tag, str(path)] for tag, path in self._exports]
-        who = identity("parent", 0, self.name, spec.mtu, [])
+        # The parent knows its clones' addresses before there are any: no clone has to answer an ARP request for it.
+        neighbours = [[address_of(number), mac_of(number)] for number in range(1, KNOWN_NEIGHBOURS + 1)]
+        who = identity("parent", 0, self.name, spec.mtu, neighbours)
         parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})
         await parent.woken
         await plug_data_disks(parent, spec)
@@ -224,7 +231,6 @@ class Job:
             await self._regions.close()
         if self._pool:
             self._pool.close()
-        self._copy_back.abort()
         for vm in list(self._vms):
             vm.kill()
         deadline = time.monotonic() + _END_GRACE_S
@@ -237,6 +243,12 @@ class Job:
         return JobStatus(
             os.getpid(), " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
         )
+
+    def _close_copy_back(self) -> None:
+        for problem in self._copy_back.problems:
+            self._say(f"sfrun: not written back: {problem}")
+        self._copy_back.abort()
+        self._copy_back.close()
 
     # -- VMs -------------------------------------------------------------------------------------------------------
 

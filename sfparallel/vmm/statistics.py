@@ -31,5 +31,6 @@ def describe(number: int, report: ForkReport) -> str:
         parts.append(f"woken {_ms(min(report.wakes))} first, {_ms(max(report.wakes))} last, {_ms(cpu)} guest CPU each")
     parts.append(f"answers {_ms(report.first_answer)} first, {_ms(report.last_answer)} last")
     if private:
+        parts.append(f"host CPU {_ms(statistics.median(report.cpu))} per clone (from QEMU's start)")
         parts.append(f"private memory {statistics.median(private) / 2**20:.1f} MiB median, {max(private) / 2**20:.1f} MiB max")
     return "\n  ".join(parts)
