@@ -6,10 +6,12 @@ addresses 127.1.x.y, so that the check of a message's origin is the real one.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
 import signal
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ from typing import NoReturn
 
 import pytest
 
+from sfparallel import wire
 from sfparallel.errors import CapacityError
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.hypervisor import Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, Fork, Grant, Hello, Lost, Sibling
 
 _NO_STATUS = 255
 
@@ -65,15 +68,22 @@ class ForkDouble:
     role: str = "parent"
     reports: list[tuple[float, float]] = field(default_factory=list)
     keeps_threads: bool = False
+    answer_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._tickets: dict[int, int] = {}
         self._children: list[_Child] = []
         self._epoll = select.epoll()
         self._said_exit: mmap.mmap | None = None
+        # A packet is [ticket, rank, answer]; both ends are in all processes of the family.
+        self._answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._upwards = self._answers[1]
+        self._ticket_rank = (0, 0)
+        self._epoll.register(self._answers[0], select.EPOLLIN)
 
     def hello(self) -> Hello:
-        return Hello(role=self.role, address=self.address, default_n=self.default_n, seed=self.seed, job="double")
+        return Hello(role=self.role, address=self.address, default_n=self.default_n, seed=self.seed, job="double",
+                     answer_bytes=self.answer_bytes)
 
     def request_ticket(self, n: int) -> Grant:
         if not self.capacity:
@@ -90,14 +100,17 @@ class ForkDouble:
             said_exit[0] = _NO_STATUS
             pid = os.fork()
             if pid == 0:
-                return self._become(sibling, siblings, said_exit)
+                return self._become(ticket, sibling, siblings, said_exit)
             child = _Child(ticket, sibling.rank, pid, os.pidfd_open(pid), said_exit)
             self._children.append(child)
             self._epoll.register(child.pidfd, select.EPOLLIN)
         return Fork(0, self.address, "", siblings)
 
-    def exit(self, status: int) -> NoReturn:
+    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
         assert self._said_exit is not None
+        assert len(answer) <= self.answer_bytes
+        if answer:
+            self._upwards.send(wire.pack({"from": self._ticket_rank, "data": answer}))
         self._said_exit[0] = status
         os._exit(status)
 
@@ -124,31 +137,41 @@ class ForkDouble:
     def fileno(self) -> int:
         return self._epoll.fileno()
 
-    def events(self) -> list[Lost]:
-        lost = []
+    def events(self) -> list[Lost | Answer]:
+        events: list[Lost | Answer] = []
         ready = {fd for fd, _ in self._epoll.poll(0)}
+        with contextlib.suppress(BlockingIOError):
+            while packet := self._answers[0].recv(1 << 20, socket.MSG_DONTWAIT):
+                message = wire.unpack(packet)
+                events.append(Answer(*message["from"], message["data"]))
         for child in self._children:
             if child.status is None and child.pidfd in ready:
                 self._reap(child)
                 if child.said_exit[0] == _NO_STATUS:
                     cause = f"wait status {child.status}"
-                    lost.append(Lost(child.ticket, child.rank, cause, f"host{child.rank % 2}", "last words"))
-        return lost
+                    events.append(Lost(child.ticket, child.rank, cause, f"host{child.rank % 2}", "last words"))
+        return events
 
     def close(self) -> None:
         for ticket in self._tickets:
             self.kill(ticket, None)
         self._epoll.close()
+        for end in self._answers:
+            end.close()
 
     @property
     def alive(self) -> int:
         """Clones that are still there."""
         return sum(child.status is None for child in self._children)
 
-    def _become(self, sibling: Sibling, siblings: tuple[Sibling, ...], said_exit: mmap.mmap) -> Fork:
+    def _become(self, ticket: int, sibling: Sibling, siblings: tuple[Sibling, ...], said_exit: mmap.mmap) -> Fork:
         parent, self.address, self.role = self.address, sibling.address, "clone"
         self._said_exit = said_exit
         self._tickets, self._children, self._epoll = {}, [], select.epoll()
+        # Its own clones answer to it; it answers to its parent.
+        self._ticket_rank, self._upwards = (ticket, sibling.rank), self._answers[1]
+        self._answers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._epoll.register(self._answers[0], select.EPOLLIN)
         return Fork(sibling.rank, sibling.address, parent, siblings, os.urandom(96))
 
     def _of(self, ticket: int) -> list[_Child]:
@@ -175,7 +198,8 @@ class Doubles:
         capacity, default_n, seed: see `ForkDouble`; None for its defaults.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer_bytes: int) -> None:
+        self.answer_bytes = answer_bytes
         self.capacity = 64
         self.default_n: int | None = None
         self.seed: int | None = None
@@ -183,7 +207,7 @@ class Doubles:
         self._shared = Shared()
 
     def connect(self) -> ForkDouble:
-        line = ForkDouble(self._shared, self.capacity, self.default_n, self.seed)
+        line = ForkDouble(self._shared, self.capacity, self.default_n, self.seed, answer_bytes=self.answer_bytes)
         self.lines.append(line)
         return line
 
@@ -192,11 +216,12 @@ class Doubles:
         return sum(line.alive for line in self.lines)
 
 
-@pytest.fixture(name="double")
-def double_fixture() -> Iterator[Doubles]:
-    """The runtime as in a parent VM, on the double; afterwards no clone is left."""
+@pytest.fixture(name="double", params=[0, 64 << 10], ids=["network", "relayed"])
+def double_fixture(request: pytest.FixtureRequest) -> Iterator[Doubles]:
+    """The runtime as in a parent VM, on the double: once with all answers over the network, once with small ones handed over at
+    exit. Afterwards no clone is left."""
     start_afresh()
-    doubles = Doubles()
+    doubles = Doubles(request.param)
     HERE.connect = doubles.connect
     pid = os.getpid()
     yield doubles

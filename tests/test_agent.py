@@ -64,13 +64,18 @@ class Monitor:
         self._file.close()
         self._connection.close()
 
-    def event(self, name: str) -> dict[str, Any]:
-        """Wait for an event."""
-        while True:
-            for event in self.events:
-                if event["event"] == name:
-                    return event
+    def event(self, name: str, **data: object) -> None:
+        """Wait for an event with this data."""
+        while not any(event["event"] == name and data.items() <= event["data"].items() for event in self.events):
             self._read()
+
+    def migrate(self, command: str, descriptor: int) -> None:
+        """Write the VM's state to a file, or read it from there, to the end."""
+        self("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+        self("getfd", descriptor, fdname="state")
+        self(command, uri="fd:state")
+        self.event("MIGRATION", status="completed")
 
 
 class Guest:
@@ -100,12 +105,15 @@ class Guest:
             argv += ["-kernel", str(chosen.kernel), "-initrd", str(image.guest_half(chosen))]
             argv += ["-append", image.KERNEL_COMMAND_LINE]
         else:
-            argv += ["-incoming", f"fd:{state}"]
-            passed.append(state)
+            argv += ["-incoming", "defer"]
         self.process = subprocess.Popen(argv, pass_fds=passed, stderr=subprocess.DEVNULL)
         their_port.close()
         their_monitor.close()
         self.monitor = Monitor(monitor)
+        if state is not None:
+            os.lseek(state, 0, os.SEEK_SET)
+            self.monitor.migrate("migrate-incoming", state)
+        self.monitor("cont")
 
     def close(self) -> None:
         self.process.kill()
@@ -237,16 +245,10 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[image.Ima
     guest = Guest(chosen, folder / "console")
     state = os.open(folder / "state", os.O_RDWR | os.O_CREAT)
     try:
-        guest.monitor("cont")
         assert unpack(guest.expect(FrameType.FROZEN).payload) == {"oom_kills": 0, "agent": "1"}
         guest.assert_silent()
         guest.monitor("stop")
-        guest.monitor("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-        guest.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
-        guest.monitor("getfd", state, fdname="state")
-        guest.monitor("migrate", uri="fd:state")
-        while guest.monitor.event("MIGRATION")["data"]["status"] != "completed":
-            guest.monitor.events.clear()
+        guest.monitor.migrate("migrate", state)
         assert "sfagent" not in (folder / "console").read_text(errors="replace")
         guest.close()
         yield chosen, state
@@ -259,10 +261,8 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[image.Ima
 def frozen(booted: tuple[image.Image, int], tmp_path: Path) -> Iterator[Guest]:
     """A VM resumed from there: it waits for THAW."""
     chosen, state = booted
-    os.lseek(state, 0, os.SEEK_SET)
     guest = Guest(chosen, tmp_path / "console", state)
     try:
-        guest.monitor("cont")  # takes effect as soon as the state is loaded
         yield guest
     finally:
         guest.close()
@@ -494,10 +494,8 @@ def test_clone_takes_its_own_identity(guest: Guest) -> None:
 def test_kernel_random_numbers_follow_the_entropy(frozen: Guest, booted: tuple[image.Image, int], tmp_path: Path) -> None:
     """Two VMs from one state draw different numbers: the kernel's generator was reseeded in between."""
     chosen, state = booted
-    os.lseek(state, 0, os.SEEK_SET)
     twin = Guest(chosen, tmp_path / "twin", state)
     try:
-        twin.monitor("cont")
         numbers = []
         for vm in (frozen, twin):
             vm.thaw(identity(time_ns=10**18))
@@ -538,7 +536,7 @@ def test_thaw_of_a_running_guest_fails(guest: Guest) -> None:
 
 def test_kernel_panic_is_seen(guest: Guest) -> None:
     guest.run("open('/proc/sysrq-trigger', 'w').write('c')")
-    assert guest.monitor.event("GUEST_PANICKED")
+    guest.monitor.event("GUEST_PANICKED")
     assert guest.process.wait(PATIENCE_S) is not None
 
 

@@ -123,7 +123,7 @@ def test_timeout_names_the_missing_ranks(sfrun: Sfrun) -> None:
         try:
             f()
         except TimeoutError as error:
-            print(error.missing, error.results)
+            print(error.missing, dict(sorted(error.results.items())))
         """
     ).ok()
     assert ended.out.strip() == "[1] {0: 0, 2: 2}"
@@ -165,7 +165,7 @@ def test_a_result_that_cannot_be_pickled(sfrun: Sfrun) -> None:
         try:
             sf.parallel(n=2)(lambda: threading.Lock())()
         except sf.ResultNotPicklable as error:
-            print(error)
+            print(error, *error.__notes__)
         """
     ).ok()
     assert "rank 0" in ended.out or "rank 1" in ended.out

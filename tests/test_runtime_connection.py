@@ -15,17 +15,17 @@ import sfparallel as sf
 from sfparallel import wire
 from sfparallel.errors import GuestError, ProtocolError, VMError
 from sfparallel.runtime.connection import Connection, connect
-from sfparallel.runtime.hypervisor import Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, Fork, Grant, Hello, Lost, Sibling
 
-Answer = dict[str, Any]
+Reply = dict[str, Any]
 
 
 class Supervisor:
     """Answers each request with what the test says; remembers the requests."""
 
     def __init__(self, path: Path) -> None:
-        self.requests: list[Answer] = []
-        self.answers: dict[str, Callable[[], list[Answer]]] = {}
+        self.requests: list[Reply] = []
+        self.answers: dict[str, Callable[[], list[Reply]]] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -40,7 +40,7 @@ class Supervisor:
                     request = wire.unpack(data)
                     self.requests.append(request)
                     for answer in self.answers[request["op"]]():
-                        peer.send(wire.pack({"id": request["id"], **answer} if "event" not in answer else answer))
+                        peer.send(wire.pack({"id": request.get("id"), **answer} if "event" not in answer else answer))
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -89,9 +89,10 @@ def test_requests_and_replies(supervisor: Supervisor, line: Connection) -> None:
 
 def test_events_among_replies(supervisor: Supervisor, line: Connection) -> None:
     lost = {"event": "lost", "ticket": 1, "rank": 2, "cause": "panic", "host": "h", "console": "oops"}
-    supervisor.answers = {"kill": lambda: [lost, {"id": 10_000}, {"event": "from a later version"}, {}]}
+    answer = {"event": "answer", "ticket": 1, "rank": 1, "data": b"x"}
+    supervisor.answers = {"kill": lambda: [answer, lost, {"id": 10_000}, {"event": "from a later version"}, {}]}
     line.kill(1, None)
-    assert line.events() == [Lost(1, 2, "panic", "h", "oops")]
+    assert line.events() == [Answer(1, 1, b"x"), Lost(1, 2, "panic", "h", "oops")]
     assert line.events() == []
 
 
@@ -112,7 +113,7 @@ def test_errors(supervisor: Supervisor, line: Connection, kind: str, error: type
 def test_an_agent_that_hangs_up(supervisor: Supervisor, line: Connection) -> None:
     supervisor.answers = {}  # an unknown request: the thread ends with the KeyError and closes the socket
 
-    def hang_up() -> list[Answer]:
+    def hang_up() -> list[Reply]:
         raise OSError("gone")
 
     supervisor.answers["hello"] = hang_up

@@ -161,7 +161,8 @@ class ParallelFunction(Generic[P, T]):
         return merged
 
     def _region(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Region:
-        from sfparallel.runtime.region import OnError, Region, Work
+        from sfparallel.runtime.region import Region
+        from sfparallel.runtime.work import OnError, Work
         options = self._options
         hello = HERE.require_vm()
         n = options.n or hello.default_n or os.cpu_count() or 1
@@ -291,7 +292,8 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
     Raises:
         as calls of a parallel function.
     """
-    from sfparallel.runtime.region import OnError, Region, Work
+    from sfparallel.runtime.region import Region
+    from sfparallel.runtime.work import OnError, Work
     if not iterables:
         raise UsageError("sf.parallel_map needs at least one iterable")
     for name, value in (("n", n), ("chunksize", chunksize)):

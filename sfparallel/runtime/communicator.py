@@ -56,6 +56,11 @@ class Communicator:
         return self._rank
 
     @property
+    def is_open(self) -> bool:
+        """Whether this rank has taken part in a collective call."""
+        return self._inbox is not None
+
+    @property
     def size(self) -> int:
         return self._size
 

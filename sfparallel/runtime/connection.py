@@ -26,7 +26,7 @@ from sfparallel.errors import (
     UsageError,
     VMError,
 )
-from sfparallel.runtime.hypervisor import Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, Fork, Grant, Hello, Lost, Sibling
 
 AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
 
@@ -62,12 +62,12 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._ids = itertools.count(1)
-        self._events: list[Lost] = []
+        self._events: list[Lost | Answer] = []
 
     def hello(self) -> Hello:
         reply = self._request("hello")
         return Hello(role=reply["role"], address=reply["address"], default_n=reply.get("default_n"), seed=reply.get("seed"),
-                     job=reply.get("job") or "")
+                     job=reply.get("job") or "", answer_bytes=reply.get("answer_bytes") or 0)
 
     def request_ticket(self, n: int) -> Grant:
         reply = self._request("ticket", n=n)
@@ -79,8 +79,8 @@ class Connection:
         return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
                     entropy=reply.get("entropy") or b"")
 
-    def exit(self, status: int) -> NoReturn:
-        self._post("exit", status=status)
+    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
+        self._post("exit", status=status, **({"answer": answer} if answer else {}))
         # The supervisor discards the VM without an answer. Going on would run the parent's program a second time.
         park()
 
@@ -98,7 +98,7 @@ class Connection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def events(self) -> list[Lost]:
+    def events(self) -> list[Lost | Answer]:
         while self._readable(0.0):
             self._receive()
         events, self._events = self._events, []
@@ -107,18 +107,19 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def _post(self, op: str, **fields: Any) -> int:
-        number = next(self._ids)
-        message = wire.pack({"op": op, "id": number, **fields})
+    def _post(self, op: str, **fields: Any) -> None:
+        """Send something; it has a reply only if it has an id. (The agent remembers ids, to tell clones that the parent got the
+        answer.)"""
+        message = wire.pack({"op": op, **fields})
         try:
             self._socket.send(message)
         except OSError as error:
             raise GuestError(f"the guest agent does not take the request {op!r}: {error}") from error
-        return number
 
     def _request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
         """Send a request and wait for its reply; None only when a time limit was given and ran out."""
-        number = self._post(op, **fields)
+        number = next(self._ids)
+        self._post(op, id=number, **fields)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while deadline is None or self._readable(max(0.0, deadline - time.monotonic())):
             message = self._receive()
@@ -145,7 +146,9 @@ class Connection:
         message = wire.unpack(data)
         if "event" not in message:
             return message
-        if message["event"] == "lost":
+        if message["event"] == "answer":
+            self._events.append(Answer(ticket=message["ticket"], rank=message["rank"], data=message["data"]))
+        elif message["event"] == "lost":
             self._events.append(Lost(ticket=message["ticket"], rank=message["rank"], cause=message["cause"],
                                      host=message.get("host") or "", console=message.get("console") or ""))
         return None

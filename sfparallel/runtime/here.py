@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -73,8 +72,9 @@ class Here:
         self.seed_path: tuple[int, ...] = ()
         """This VM's place in the tree of forks, by which streams of random numbers branch off the job's seed."""
         self.own_streams: Streams | None = None
-        self.waiting: weakref.WeakSet[Orphanable] = weakref.WeakSet()
-        self._parents_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._waiting: list[Orphanable] = []
+        self._parents_threads: tuple[threading.Thread, ...] = ()
+        self._other_threads: tuple[threading.Thread, ...] = ()
         self._idle: list[Hypervisor] = []
         self._hello: Hello | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -120,6 +120,21 @@ class Here:
             self._context = zmq.Context()
         return self._context
 
+    @contextlib.contextmanager
+    def wakes(self, orphan: Orphanable) -> Iterator[None]:
+        """While this is open, `orphan` is woken in clones that other threads make."""
+        self._waiting.append(orphan)
+        try:
+            yield
+        finally:
+            self._waiting.remove(orphan)
+
+    def about_to_fork(self) -> None:
+        """Note in the parent what clones would otherwise have to look for."""
+        self.forks += 1
+        own = threading.current_thread()
+        self._other_threads = tuple(thread for thread in threading.enumerate() if thread is not own)
+
     def became_clone(self, fork: Fork, hypervisor: Hypervisor) -> None:
         """First thing in a clone: from here on this process is not the parent any more."""
         self.generation += 1
@@ -138,10 +153,10 @@ class Here:
             self._ghosts.append(self._context)
             self._context = None
             return
-        own = threading.current_thread()
-        self._parents_threads.update(thread for thread in threading.enumerate() if thread is not own)
-        for region in list(self.waiting):
-            region.wake()
+        self._parents_threads = self._other_threads
+        if self._parents_threads:
+            for orphan in self._waiting:
+                orphan.wake()
 
     def park_if_ghost(self) -> None:
         """Stop a thread that came along from the parent when it is about to start a region in a region's clone.
@@ -149,14 +164,15 @@ class Here:
         Two threads of the parent may start regions at the same time. Each fork also clones the other thread, which would go on
         to fork the clones: n * n VMs that nobody asked for, and whose results nobody sees.
         """
-        if self.membership is not None and threading.current_thread() in self._parents_threads:
+        if self.membership is not None and self._parents_threads and threading.current_thread() in self._parents_threads:
             connection.park()
 
     @contextlib.contextmanager
     def interrupts_deferred(self) -> Iterator[None]:
         """Hold Ctrl-C back while a fork is under way, so that a KeyboardInterrupt cannot strike between the fork and the moment
         at which the program knows which side it is on. It is raised at the end in the parent, and dropped in a clone, because it
-        was meant for the parent.
+        was meant for the parent. (A clone keeps the changed handler, which then does what the original does: to put that back
+        would be one more thing on the way to the user's function.)
         """
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(handler):
@@ -166,15 +182,19 @@ class Here:
         caught: list[tuple[int, FrameType | None]] = []
 
         def remember(number: int, frame: FrameType | None) -> Any:
+            if self.generation != generation:
+                return handler(number, frame)
             caught.append((number, frame))
+            return None
 
         signal.signal(signal.SIGINT, remember)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, handler)
-            if caught and self.generation == generation:
-                handler(*caught[0])
+            if self.generation == generation:
+                signal.signal(signal.SIGINT, handler)
+                if caught:
+                    handler(*caught[0])
 
 
 HERE = Here()

@@ -7,7 +7,7 @@ place; a fork made with `os.fork` differs in one respect, which is why it is par
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Hello:
     default_n: int | None = None
     seed: int | None = None
     job: str = ""
+    answer_bytes: int = 0
+    """Largest answer that a clone may hand over with its exit; 0 if none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,7 @@ class Grant:
     granted: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sibling:
+class Sibling(NamedTuple):  # rather than a dataclass: clones make n of these on the way to the user's function
     """One clone of a fork: low-level rank (1..m), address on the clone network, and the host that runs it."""
 
     rank: int
@@ -46,8 +47,7 @@ class Sibling:
     host: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
+class Fork(NamedTuple):
     """How the call that forked returns, once in the parent (rank 0) and once in each clone (ranks 1..m).
 
     Attributes:
@@ -76,6 +76,15 @@ class Lost:
     console: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A clone handed over its answer and ended; `rank` is its low-level rank, as the supervisor knows it."""
+
+    ticket: int
+    rank: int
+    data: bytes
+
+
 class Hypervisor(Protocol):
     """One line to whatever forks this VM. Used by one thread at a time."""
 
@@ -93,8 +102,8 @@ class Hypervisor(Protocol):
     def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
         """Fork; returns in the parent and in every clone."""
 
-    def exit(self, status: int) -> NoReturn:
-        """End this clone."""
+    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
+        """End this clone, with an answer for the parent if there is one (of at most `Hello.answer_bytes`)."""
 
     def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
         """Wait until all clones of the ticket are gone: exit status by low-level rank, or None when time ran out."""
@@ -108,8 +117,8 @@ class Hypervisor(Protocol):
     def fileno(self) -> int:
         """A descriptor that is readable when `events` may have something new."""
 
-    def events(self) -> list[Lost]:
-        """Clones that were lost since the last call; never blocks."""
+    def events(self) -> list[Lost | Answer]:
+        """What has become of clones since the last call, in that order; never blocks."""
 
     def close(self) -> None:
         """Hang up; clones of open tickets are discarded."""

@@ -5,6 +5,9 @@ the context and its I/O thread go on (they are memory of the VM like everything 
 there. The clone's copy of the ROUTER listens on an address that it does not have any more: nobody can reach it, so it is left
 alone (closing it would wake two more threads on the way to the user's function).
 
+The answer of a rank that is small goes another way, if the supervisor takes it: with the clone's exit, over the line by which it
+was made (`pack_answer`). A TCP connection and its handshake are most of what a clone does for a trivial function otherwise.
+
 A message is [header (msgpack map), payload frames...]. Who sent it is not believed but checked: ZeroMQ tells the address of the
 peer, and the clone network lets nobody send from another's.
 """
@@ -49,6 +52,25 @@ class Message:
     rank: int
     header: dict[str, Any]
     frames: list[memoryview]
+
+
+def pack_answer(kind: Kind, pickled: bytes, fields: dict[str, Any]) -> bytes:
+    """A whole answer as one piece, for the way through the supervisor."""
+    return wire.pack({"kind": kind.value, "pickle": pickled, **fields})
+
+
+def unpack_answer(rank: int, data: bytes) -> Message:
+    """What `pack_answer` packed.
+
+    Raises:
+        ProtocolError: it is something else.
+    """
+    header = wire.unpack(data)
+    try:
+        kind, pickled = Kind(header["kind"]), header["pickle"]
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"the answer of rank {rank} is none: {error!r}") from error
+    return Message(kind, rank, header, [memoryview(pickled)] if pickled else [])
 
 
 class ParentLink:
@@ -145,9 +167,17 @@ class CloneLink:
         self._inbox: list[dict[str, Any]] = []
         # A VM has one address. To name it would have ZeroMQ list all interfaces, which is dear in a clone; only processes on one
         # host (the tests' stand-in for a fork) need to.
-        dealer.connect(f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}" if address else endpoint)
+        self._endpoint = f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}" if address else endpoint
+        self._connected = False
+
+    def connect(self) -> None:
+        """Connect now; otherwise the first message does. Nothing is received before."""
+        if not self._connected:
+            self._connected = True
+            self.dealer.connect(self._endpoint)
 
     def send(self, kind: Kind, frames: Sequence[Buffer] = (), **fields: Any) -> None:
+        self.connect()
         header = wire.pack({"kind": kind.value, "rank": self.rank, **fields})
         self.dealer.send_multipart([header, *frames], copy=False)
 

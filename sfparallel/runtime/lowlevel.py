@@ -110,7 +110,7 @@ def fork(ticket: Ticket, context: str = "") -> Fork:
     ticket.renewal = Renewal()
     # What is still buffered would otherwise be printed by the parent and by every clone.
     flush_output()
-    HERE.forks += 1
+    HERE.about_to_fork()
     result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
     ticket.state = TicketState.CLONED
     if result.rank:

@@ -11,14 +11,9 @@ import contextlib
 import enum
 import os
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import zmq
 
@@ -34,35 +29,20 @@ from sfparallel.errors import (
     StateError,
 )
 from sfparallel.runtime import lowlevel
-from sfparallel.runtime.collect import Collector
-from sfparallel.runtime.communicator import Communicator
 from sfparallel.runtime.connection import park
-from sfparallel.runtime.here import HERE, Membership
-from sfparallel.runtime.hypervisor import Fork, Lost, Sibling
-from sfparallel.runtime.link import CloneLink, Kind, Message, ParentLink
-from sfparallel.runtime.payload import Buffer, dump_error, dumps, load_error, loads
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Answer, Lost, Sibling
+from sfparallel.runtime.link import Kind, Message, ParentLink, unpack_answer
+from sfparallel.runtime.payload import load_error, loads
 from sfparallel.runtime.progress import Progress
-from sfparallel.runtime.rng import Streams
-from sfparallel.runtime.schedule import Schedule
+from sfparallel.runtime.work import OnError, Work
+from sfparallel.runtime.worker import Place, die, live
 
 JOIN_LIMIT_S = 10.0
 """A clone that has been released ends at once; one that does not in this time is killed."""
 
 COMMUNICATOR_PORTS = range(10_083, 32_768)
 """Below Linux's ephemeral ports, so that no clone's outgoing connection can sit on the one that is chosen."""
-
-EXIT_SOFTWARE = 70  # sysexits.h
-
-
-class OnError(enum.StrEnum):
-    """What a failing rank (or item) means for the region."""
-
-    RAISE = "raise"
-    """Its exception is raised at once and the other clones are killed."""
-    RETURN = "return"
-    """Its exception stands in the list in place of its result."""
-    GATHER = "gather"
-    """All others are waited for; then RankError is raised, with `.errors` and `.results`."""
 
 
 class State(enum.Enum):
@@ -104,37 +84,6 @@ class Cancelled(Exception):
     """The region was cancelled from another thread (internal: becomes the future's cancellation)."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a region is to do.
-
-    Attributes:
-        name: of the function, for people.
-        call: key -> result; runs in the clones.
-        plan: number of ranks -> who does what.
-        per_item: keys are items of a map, not ranks.
-        ranks: how many clones.
-        all_ranks: whether fewer will not do.
-        streams: random streams, one per key.
-        on_error: what a failing key means.
-        timeout_s: limit for the whole region.
-        progress: whether to show it; None for what the environment says.
-        collector: takes files back, if any are to be collected.
-    """
-
-    name: str
-    call: Callable[[int], Any]
-    plan: Callable[[int], Schedule]
-    per_item: bool
-    ranks: int
-    all_ranks: bool
-    streams: Streams
-    on_error: OnError = OnError.RAISE
-    timeout_s: float | None = None
-    progress: bool | None = None
-    collector: Collector | None = None
-
-
 class Region:
     """Runs some `Work` once: `fork`, then `gather`. `cancel` may come from any thread."""
 
@@ -153,8 +102,6 @@ class Region:
         self._clones: tuple[Sibling, ...] = ()
         self._resources = contextlib.ExitStack()
 
-    # The parent's side -------------------------------------------------------------------------------------------------------
-
     def fork(self) -> None:
         """Fork. Returns in the parent only; clones work and end in here. When it raises, nothing is left.
 
@@ -171,21 +118,21 @@ class Region:
                 stack.callback(self._kill_all)
                 ranks = self._admitted(self._ticket.granted)
                 self._schedule = self._work.plan(ranks)
-                address = HERE.hello(self._ticket.hypervisor).address
-                self._link = _bind(address)
+                hello = HERE.hello(self._ticket.hypervisor)
+                self._link = _bind(hello.address)
                 stack.callback(self._link.close)
-                self._port = _free_port(address)
+                self._port = _free_port(hello.address)
                 self._alarm = stack.enter_context(Alarm())
-                HERE.waiting.add(self)
-                stack.callback(HERE.waiting.discard, self)
+                stack.enter_context(HERE.wakes(self))
                 try:
                     fork = lowlevel.fork(self._ticket, self._work.name)
                 except BaseException:
                     if HERE.generation != self._generation:
-                        _die()
+                        die()
                     raise
             if fork.rank:
-                self._live(fork)
+                keys = self._schedule.in_hand(fork.rank - 1)
+                live(self._work, self._ticket, self._link, Place(fork, self._port, hello.answer_bytes, keys))
             self._clones = fork.clones
             self._link.expect([clone.address for clone in fork.clones])
             self._state = State.FORKED
@@ -247,7 +194,7 @@ class Region:
             while (message := self._link.receive()) is not None:
                 self._on_message(message)
             for event in events:
-                self._on_lost(event)
+                self._on_event(event)
             while done < len(self._results) + len(self._errors):
                 done += 1
                 progress.advance()
@@ -267,6 +214,14 @@ class Region:
         self._alarm.reset()
         if self._cancelled:
             raise Cancelled
+
+    def _on_event(self, event: Lost | Answer) -> None:
+        if event.ticket != self._ticket.number or not 0 < event.rank <= len(self._clones):
+            return  # of an earlier region on the same line
+        if isinstance(event, Answer):
+            self._on_message(unpack_answer(event.rank - 1, event.data))
+        else:
+            self._on_lost(event)
 
     def _on_message(self, message: Message) -> None:
         rank = message.rank
@@ -307,7 +262,7 @@ class Region:
 
     def _on_lost(self, event: Lost) -> None:
         rank = event.rank - 1
-        if event.ticket != self._ticket.number or not 0 <= rank < len(self._clones) or not self._schedule.is_alive(rank):
+        if not self._schedule.is_alive(rank):
             return
         key = self._schedule.lose(rank)
         if key is None and not self._work.per_item:
@@ -392,62 +347,6 @@ class Region:
         if self._state is not state:
             raise StateError(f"the region is {self._state.value}; this call needs one that is {state.value}")
 
-    # A clone's side ----------------------------------------------------------------------------------------------------------
-
-    def _live(self, fork: Fork) -> NoReturn:
-        """A clone's whole life after the fork. Nothing may escape from here: it would run the parent's program a second time."""
-        try:
-            self._work_as_clone(fork)
-            HERE.membership = None
-            lowlevel.flush_output()
-            self._ticket.hypervisor.exit(0)
-        except BaseException:
-            _die()
-
-    def _work_as_clone(self, fork: Fork) -> None:
-        # Every new code path is dear in a clone under emulation: nothing is imported, asked or looked up here that the fork or
-        # the parent's memory has not brought along.
-        rank = fork.rank - 1
-        whole_vm = self._ticket.hypervisor.keeps_threads
-        dealer = self._link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
-        link = CloneLink(dealer, rank, "" if whole_vm else fork.address, self._link.endpoint)
-        communicator = Communicator(rank, [clone.address for clone in fork.clones], self._port, link)
-        keys = deque(self._schedule.in_hand(rank))
-        HERE.membership = membership = Membership(rank, len(fork.clones), communicator, self._work.streams, keys[0])
-        failure: BaseException | None = None
-        try:
-            lowlevel.assume_identity(self._ticket, fork.entropy, rank)
-        except BaseException as error:
-            failure = error
-        while True:
-            while keys:
-                membership.key = keys.popleft()
-                self._answer(link, membership, failure)
-            kind, more = link.receive()
-            if kind is Kind.RELEASE:
-                return
-            keys.extend(more)
-
-    def _answer(self, link: CloneLink, membership: Membership, failure: BaseException | None) -> None:
-        """Work on one key and send the result, or what was raised, whatever it is."""
-        fields: dict[str, Any] = {}
-        frames: list[Buffer]
-        try:
-            if failure is not None:
-                raise failure
-            frames = dumps(self._work.call(membership.key))
-            if self._work.collector is not None:
-                fields["files"], contents = self._work.collector.changed()
-                frames += contents
-            kind = Kind.RESULT
-        except BaseException as error:
-            fields = {}
-            fields["error"], frames = dump_error(error, membership.rank)
-            kind = Kind.ERROR
-        # What the rank printed shall be on its way before its answer is.
-        lowlevel.flush_output()
-        link.send(kind, frames, key=membership.key, **fields)
-
 
 def _bind(address: str) -> ParentLink:
     try:
@@ -463,11 +362,3 @@ def _free_port(address: str) -> int:
             sock.bind((address, port))
             return port
     raise NetworkError(f"no free port on {address} for the communicator")
-
-
-def _die() -> NoReturn:
-    """End a clone in which the runtime itself failed; the supervisor reports it as lost, with the traceback on its console."""
-    traceback.print_exc()
-    with contextlib.suppress(Exception):
-        sys.stderr.flush()
-    os._exit(EXIT_SOFTWARE)

@@ -1,0 +1,126 @@
+"""A clone's side of a region: works on its keys, sends the answers, ends.
+
+Under emulation every code path that is new in a clone is dear, so nothing is imported, asked or looked up here that the fork or
+the parent's memory has not brought along, and no connection is made that is not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import zmq
+
+from sfparallel.runtime import lowlevel
+from sfparallel.runtime.communicator import Communicator
+from sfparallel.runtime.here import HERE, Membership
+from sfparallel.runtime.hypervisor import Fork
+from sfparallel.runtime.link import CloneLink, Kind, ParentLink, pack_answer
+from sfparallel.runtime.payload import Buffer, dump_error, dumps
+from sfparallel.runtime.work import Work
+
+EXIT_SOFTWARE = 70  # sysexits.h
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a clone must know beyond what all of them do.
+
+    Attributes:
+        fork: how the fork returned here.
+        port: of the communicator.
+        answer_bytes: largest answer that the supervisor takes with the exit.
+        keys: the first share of this rank.
+    """
+
+    fork: Fork
+    port: int
+    answer_bytes: int
+    keys: list[int]
+
+
+def live(work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> NoReturn:
+    """A clone's whole life after the fork. Nothing may escape from here: it would run the parent's program a second time."""
+    try:
+        _Worker(work, ticket, link, place).run()
+        HERE.membership = None
+        lowlevel.flush_output()
+        ticket.hypervisor.exit(0)
+    except BaseException:
+        die()
+
+
+def die() -> NoReturn:
+    """End a clone in which the runtime itself failed; the supervisor reports it as lost, with the traceback on its console."""
+    traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+    os._exit(EXIT_SOFTWARE)
+
+
+class _Worker:
+    """One rank of a region."""
+
+    def __init__(self, work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> None:
+        fork = place.fork
+        self._work = work
+        self._ticket = ticket
+        self._fork = fork
+        self._keys = deque(place.keys)
+        # Items of a map are asked for one after the other: only a rank of a region answers once and is done.
+        self._answer_bytes = 0 if work.per_item else place.answer_bytes
+        whole_vm = ticket.hypervisor.keeps_threads
+        dealer = link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
+        rank = fork.rank - 1
+        self._link = CloneLink(dealer, rank, "" if whole_vm else fork.address, link.endpoint)
+        self._communicator = Communicator(rank, [clone.address for clone in fork.clones], place.port, self._link)
+        self._membership = Membership(rank, len(fork.clones), self._communicator, work.streams, place.keys[0])
+
+    def run(self) -> None:
+        """Work until the parent says that this was all."""
+        if self._answer_bytes <= 0:
+            self._link.connect()  # the handshake goes on while the user's function runs
+        HERE.membership = self._membership
+        failure: BaseException | None = None
+        try:
+            lowlevel.assume_identity(self._ticket, self._fork.entropy, self._membership.rank)
+        except BaseException as error:
+            failure = error
+        while True:
+            while self._keys:
+                self._membership.key = self._keys.popleft()
+                self._answer(failure)
+            kind, more = self._link.receive()
+            if kind is Kind.RELEASE:
+                return
+            self._keys.extend(more)
+
+    def _answer(self, failure: BaseException | None) -> None:
+        """Work on one key and send the result, or what was raised, whatever it is."""
+        key = self._membership.key
+        fields: dict[str, Any] = {"key": key}
+        frames: list[Buffer]
+        try:
+            if failure is not None:
+                raise failure
+            frames = dumps(self._work.call(key))
+            if self._work.collector is not None:
+                fields["files"], contents = self._work.collector.changed()
+                frames += contents
+            kind = Kind.RESULT
+        except BaseException as error:
+            fields = {"key": key}
+            fields["error"], frames = dump_error(error, self._membership.rank)
+            kind = Kind.ERROR
+        # What the rank printed shall be on its way before its answer is.
+        lowlevel.flush_output()
+        if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._communicator.is_open:
+            answer = pack_answer(kind, bytes(frames[0]) if frames else b"", fields)
+            if len(answer) <= self._answer_bytes:
+                self._ticket.hypervisor.exit(0, answer)
+        self._link.send(kind, frames, **fields)
