@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import sys
@@ -13,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
-from sfparallel.errors import EnvironmentProblem, SfError, UsageError
+from sfparallel.errors import SfError, UsageError
+from sfparallel.vmm.confinement import confine
+from sfparallel.vmm.options import JobOptions, Program
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -128,9 +131,20 @@ def _sfrun(arguments: Sequence[str]) -> int:
     if options.cpus < 1:
         raise UsageError(f"--cpus {options.cpus}: at least 1")
     _start_log()
-    # Late: these import libvirt and more, which `sfrun --help` and usage errors need not wait for.
-    from sfparallel.vmm.job import JobOptions, Program, run
+    job_options = _job_options(options, mode, words)
+    return confine(functools.partial(_run_job, job_options))
 
+
+def _run_job(options: JobOptions, folder: Path, pid: int) -> int:
+    """The job itself, in the process and the namespaces that are its own."""
+    with _errors_told("sfrun"):
+        # Late: it imports libvirt and more, which `sfrun --help` and usage errors need not wait for.
+        from sfparallel.vmm.job import run
+
+        return run(options, folder, pid, _say)
+
+
+def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> JobOptions:
     cwd = Path(os.path.realpath(os.getcwd()))
     folder, path0 = None, "" if mode == "command" else str(cwd)
     if mode == "script":
@@ -145,14 +159,11 @@ def _sfrun(arguments: Sequence[str]) -> int:
         if not path.is_dir():
             raise UsageError(f"--data {path}: not a folder")
     program = Program(mode, tuple(words), cwd, folder, path0, _environment(options.env))
-    return run(
-        JobOptions(
-            program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
-            labels=options.label, timeout_s=options.timeout, data=data,
-            forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats, connect=options.connect,
-            pool=options.pool,
-        ),
-        _say,
+    return JobOptions(
+        program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
+        labels=options.label, timeout_s=options.timeout, data=data,
+        forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats, connect=options.connect,
+        pool=options.pool,
     )  # fmt: skip
 
 
@@ -240,4 +251,4 @@ def _settings(options: argparse.Namespace) -> int:
 
 _COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "clean": _clean, "settings": _settings}
 
-__all__ = ["EnvironmentProblem", "sf", "sfrun"]
+__all__ = ["sf", "sfrun"]

@@ -20,6 +20,7 @@ from sfparallel.errors import EnvironmentProblem, UsageError
 # <linux/sched.h>
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
+CLONE_NEWPID = 0x20000000
 
 # <linux/mount.h>
 MS_NOSUID = 2

@@ -23,6 +23,33 @@ LEAK_GRACE_S = 5.0
 """What a test started must be gone this long after it, at the latest (issue 2: "within 5 s nothing is left")."""
 
 
+def command_of(pid: int) -> str:
+    """Command line of a process, words separated by spaces; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    return [found for child in children_of(pid) for found in (child, *descendants(child))]
+
+
 def _processes() -> set[str]:
     found = set()
     for entry in Path("/proc").iterdir():

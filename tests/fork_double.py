@@ -143,7 +143,8 @@ class ForkDouble:
         with contextlib.suppress(BlockingIOError):
             while packet := self._answers[0].recv(1 << 20, socket.MSG_DONTWAIT):
                 message = wire.unpack(packet)
-                events.append(Answer(*message["from"], message["data"]))
+                ticket, rank = message["from"]
+                events.append(Answer(ticket, rank, message["data"]))
         for child in self._children:
             if child.status is None and child.pidfd in ready:
                 self._reap(child)

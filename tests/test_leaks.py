@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sfrun, left_overs, wait_for_nothing_new
+from tests.conftest import Sfrun, children_of, command_of, descendants, left_overs, wait_for_nothing_new
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -71,25 +71,18 @@ def test_fifty_forks_stay_flat(sfrun: Sfrun) -> None:
 def _settled(pid: int) -> tuple[int, int, int]:
     """Open files, private memory and QEMUs of a supervisor whose pool is full again and whose clones are gone."""
     last = None
+    (supervisor,) = children_of(pid)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        vms = sum(1 for child in children if b"qemu" in _command(child))
-        now = (len(os.listdir(f"/proc/{pid}/fd")), vms)
+        vms = sum(1 for child in descendants(pid) if "qemu" in command_of(child))
+        now = (len(os.listdir(f"/proc/{supervisor}/fd")), vms)
         if now == last:
             break
         last = now
         time.sleep(1.0)  # not readiness: two equal looks a second apart mean that nothing is going on
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    text = Path(f"/proc/{supervisor}/smaps_rollup").read_text()
     memory = sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Private_Dirty"))
     return now[0], memory, now[1]
-
-
-def _command(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -15,13 +15,11 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-from sfparallel import native
 from sfparallel.config import QEMU
-from sfparallel.errors import EnvironmentProblem, ProtocolError, SfError, UsageError
+from sfparallel.errors import ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
@@ -34,6 +32,7 @@ from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
+from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import LabelledOutput, write_all
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
@@ -56,71 +55,20 @@ _STDIN_PIECE_BYTES = 32 << 10
 _END_GRACE_S = 5.0
 
 
-@dataclass(frozen=True)
-class Program:
-    """What to run in the parent: a script, a module or a command, as Python's own command line has them."""
-
-    mode: str
-    argv: tuple[str, ...]
-    cwd: Path
-    folder: Path | None
-    path0: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """Everything `sfrun` was told."""
-
-    program: Program
-    n: int | None = None
-    memory_bytes: int = 1 << 30
-    cpus: int = 1
-    image: str = "default"
-    labels: bool = True
-    timeout_s: float | None = None
-    data: tuple[Path, ...] = ()
-    forwards: tuple[tuple[int, int], ...] = ()
-    statistics: bool = False
-    connect: str | None = None
-    pool: int | None = None
-
-
-def run_folder() -> Path:
-    """The mount point of a job's private tmpfs; it stays empty for everybody else."""
-    if os.geteuid() == 0:
-        return Path("/run/sfparallel")
-    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/sfparallel-{os.geteuid()}")) / "sfparallel"
-
-
-def enter_private_folder() -> Path:
-    """Give this process a mount namespace with a tmpfs of its own. Call before any thread starts.
-
-    Raises:
-        EnvironmentProblem: not permitted.
-    """
-    folder = run_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        native.mount_private_tmpfs(folder, size_bytes=64 << 20)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot make a private folder for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
-        ) from error
-    return folder
-
-
 class Job:
     """A job; `run` does all of it.
 
     Args:
+        folder: private folder of the job.
+        pid: the process id by which the world knows it.
         say: shows a line of progress to the user.
     """
 
-    def __init__(self, options: JobOptions, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, options: JobOptions, folder: Path, pid: int, say: Callable[[str], None]) -> None:
         if len(options.data) > DATA_SLOTS:
             raise UsageError(f"--data can be given {DATA_SLOTS} times at most, not {len(options.data)}")
-        self.name = f"sf{os.getpid()}"
+        self.name = f"sf{pid}"
+        self._pid = pid
         self._options = options
         self._folder = folder
         self._say = say
@@ -173,7 +121,7 @@ class Job:
         options = self._options
         require_library()
         self._watch_signals(stack)
-        stack.callback((await announce(self.status)).close)
+        stack.callback((await announce(self._pid, self.status)).close)
         image = images.find(options.image)
         spec = MachineSpec(
             accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
@@ -241,7 +189,7 @@ class Job:
         """What `sf ps` shows."""
         words = ["-m" if self._options.program.mode == "module" else "", *self._options.program.argv]
         return JobStatus(
-            os.getpid(), " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
+            self._pid, " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
         )
 
     def _close_copy_back(self) -> None:
@@ -395,7 +343,6 @@ def exit_code(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def run(options: JobOptions, say: Callable[[str], None]) -> int:
-    """Run a job to its end; the calling process gets a mount namespace of its own."""
-    folder = enter_private_folder()
-    return asyncio.run(Job(options, folder, say).run())
+def run(options: JobOptions, folder: Path, pid: int, say: Callable[[str], None]) -> int:
+    """Run a job to its end, in the namespaces that `confinement.confine` made."""
+    return asyncio.run(Job(options, folder, pid, say).run())

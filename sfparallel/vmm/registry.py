@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,8 +34,8 @@ class JobStatus:
     seconds: float
 
 
-async def announce(status: Callable[[], JobStatus]) -> asyncio.Server:
-    """Answer `sf ps` for this process until the server is closed."""
+async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
+    """Answer `sf ps` for the job of process `pid` until the server is closed."""
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
@@ -44,7 +43,7 @@ async def announce(status: Callable[[], JobStatus]) -> asyncio.Server:
             with contextlib.suppress(OSError):
                 await writer.drain()
 
-    return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{os.getpid()}")
+    return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{pid}")
 
 
 def _job_pids() -> list[int]:

@@ -112,7 +112,8 @@ async def start_parent(spec: MachineSpec, connection: Connection, network: Clone
         # The library inside QEMU made this socket itself, so that its peer is QEMU and not libvirt.
         pid, _, _ = struct.unpack("3i", paging.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         console = os.open(paths.console, os.O_RDONLY | os.O_CLOEXEC)
-        vm = Vm("parent", pid, Sockets(qmp, agent, paging, console), child=False)
+        # The embedded driver's QEMU is an orphan, and so a child of the job's init: this process (see vmm.confinement).
+        vm = Vm("parent", pid, Sockets(qmp, agent, paging, console), child=connection.embedded)
         undo.pop_all()
     try:
         await vm.prepare(spec.memory_bytes)

@@ -298,7 +298,7 @@ static void handle_events(struct agent *agent, nfds_t count)
     if (p[1].revents)
         on_children(agent);
     if (p[2].revents)
-        must(program_zygote_event(&agent->program, &agent->port, agent->vmstat), "zygote");
+        must(program_zygote_event(&agent->program, &agent->port, agent->vmstat), "the zygote ended");
     if (p[0].revents)
         on_port(agent);
 }

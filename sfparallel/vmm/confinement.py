@@ -1,0 +1,94 @@
+"""Where a job lives: a process, mount and PID namespace of its own, so that the kernel cleans up after it.
+
+`sfrun` forks. The child is the first process ("init") of a new PID namespace and runs the job; everything that the job starts,
+libvirt's daemonised QEMUs and probes included, is in that namespace. When the init ends, in whatever way, the kernel kills all
+that is left in it (pid_namespaces(7)); and the init gets SIGKILL when `sfrun` itself is killed. The job's folder is a tmpfs in
+its mount namespace, and goes with the last process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from sfparallel import native
+from sfparallel.errors import EnvironmentProblem
+
+_FOLDER_BYTES = 64 << 20
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal
+
+
+def run_folder() -> Path:
+    """The mount point of a job's private tmpfs; it stays empty for everybody else."""
+    if os.geteuid() == 0:
+        return Path("/run/sfparallel")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/sfparallel-{os.geteuid()}")) / "sfparallel"
+
+
+def confine(job: Callable[[Path, int], int]) -> int:
+    """Run a job in namespaces of its own.
+
+    Call it before any thread starts: it forks.
+
+    Args:
+        job: called in the new namespaces with the private folder and the process id by which the world knows the job.
+
+    Returns:
+        What `job` returned, or 128 + the signal that ended it.
+
+    Raises:
+        EnvironmentProblem: not permitted.
+    """
+    pid = os.getpid()
+    folder = run_folder()
+    # Before the fork: a signal that comes between must not be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        native.unshare(native.CLONE_NEWPID)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
+        ) from error
+    child = os.fork()
+    if child == 0:
+        _become_init(job, folder, pid)
+    return _wait(child)
+
+
+def _become_init(job: Callable[[Path, int], int], folder: Path, pid: int) -> NoReturn:
+    """The init's whole life. It ends with os._exit: what the parent registered to happen at its exit happens there."""
+    code = 1
+    try:
+        native.set_death_signal(signal.SIGKILL)
+        native.mount_private_tmpfs(folder, size_bytes=_FOLDER_BYTES)
+        # libvirt and we look processes up by their numbers in this namespace.
+        native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGCHLD))
+        code = job(folder, pid)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(child: int) -> int:
+    """Wait for the init; signals that were sent to this process alone are passed on (the terminal sends to both)."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return 128 - code if code < 0 else code
+        info = signal.sigwaitinfo((*_FORWARDED, signal.SIGCHLD))
+        if info.si_signo != signal.SIGCHLD and info.si_code == _SI_USER:
+            os.kill(child, info.si_signo)
