@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
-from sfparallel.errors import SfError, UsageError
+from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.vmm.confinement import confine
 from sfparallel.vmm.options import JobOptions, Program
 
@@ -62,6 +62,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add("--env", action="append", default=[], metavar="K=V", help="set an environment variable of the program")
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
+    add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
     add("--stats", action="store_true", help="print what each fork cost")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
     add("--connect", metavar="URI", help="libvirt connection; default: the daemon that is there, else the embedded driver")
@@ -74,7 +75,7 @@ def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]
     Returns:
         Own options, mode ("script", "module" or "command"), and the program with its arguments.
     """
-    takes_value = {"-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool"}
+    takes_value = {"-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool", "--seed"}
     own: list[str] = []
     rest = list(arguments)
     while rest:
@@ -128,6 +129,8 @@ def _sfrun(arguments: Sequence[str]) -> int:
         parser.error("say which script (or -m module, or -c command) to run")
     if options.n is not None and options.n < 1:
         raise UsageError(f"-n {options.n}: at least 1 clone")
+    if options.seed is not None and options.seed < 0:
+        raise UsageError(f"--seed {options.seed}: at least 0")
     if options.cpus < 1:
         raise UsageError(f"--cpus {options.cpus}: at least 1")
     _start_log()
@@ -163,7 +166,7 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
         labels=options.label, timeout_s=options.timeout, data=data,
         forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats, connect=options.connect,
-        pool=options.pool,
+        pool=options.pool, seed=options.seed,
     )  # fmt: skip
 
 
@@ -205,12 +208,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
     findings = diagnose()
     print(render(findings))
-    return 0 if all(finding.status is Status.OK for finding in findings) else 1
+    return 0 if all(finding.status is Status.OK or not finding.needed for finding in findings) else 1
 
 
 def _image(options: argparse.Namespace) -> int:
     from sfparallel.vmm import image as images
     from sfparallel.vmm.progress import StageDisplay
+    from sfparallel.vmm.registry import running_jobs
 
     if options.action == "build":
         recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)))
@@ -221,6 +225,8 @@ def _image(options: argparse.Namespace) -> int:
         for image in images.list_images():
             print(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
+        if asyncio.run(running_jobs()):
+            raise StateError("a job runs now, and may need the image", hint="wait for it; `sf ps` lists the jobs")
         images.remove(options.name)
     return 0
 
@@ -235,8 +241,10 @@ def _ps(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from sfparallel.vmm.registry import clean
+    from sfparallel.vmm.registry import clean, running_jobs
 
+    if jobs := asyncio.run(running_jobs()):
+        raise StateError(f"{len(jobs)} jobs run now, and need what is in the cache folder", hint="wait for them; `sf ps` lists them")
     for line in clean(everything=options.all):
         print(line)
     return 0

@@ -341,8 +341,8 @@ def test_script_and_module(guest: Guest) -> None:
 
 
 def test_interrupt_ends_it_like_python(guest: Guest) -> None:
-    guest.run("import atexit, time\natexit.register(print, 'tidied up')\nprint('ready')\ntime.sleep(1000)")
-    assert guest.output_until("ready\n") == "ready\n"
+    guest.run("import atexit, time\natexit.register(print, 'tidied up')\nprint('ready')\nwhile True: time.sleep(.1)")
+    guest.output_until("ready\n")
     guest.signal(signal.SIGINT)
     ended = guest.ended()
     assert ended.status == -signal.SIGINT
@@ -440,8 +440,6 @@ import zmq
 server = socket.create_server(('10.83.0.1', 5000))
 near = socket.create_connection(('10.83.0.1', 5000))
 far, _ = server.accept()
-mapped = socket.create_server(('::', 5002), family=socket.AF_INET6, dualstack_ipv6=True)
-six = socket.create_connection(('10.83.0.1', 5002)); six_far, _ = mapped.accept()
 local = socket.create_server(('127.0.0.1', 5001)); here = socket.create_connection(('127.0.0.1', 5001)); there, _ = local.accept()
 datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); datagram.connect(('10.83.0.1', 7))
 context = zmq.Context()
@@ -457,7 +455,7 @@ read = lambda path: open(path).read().strip()
 ask(op='other', id=7); ask(op='clone', id=8)
 answers = sorted((hear() for _ in range(2)), key=lambda answer: answer['id'])
 say(answers)
-say(*[state(s) for s in (near, far, six, six_far, here, datagram)])
+say(*[state(s) for s in (near, far, here, datagram)])
 say(socket.gethostname(), read('/etc/hostname'), read('/etc/machine-id'), socket.gethostbyname(socket.gethostname()))
 neighbour = [line for line in open('/proc/net/arp') if '10.83.0.88' in line][0].split()[3]
 say(read('/sys/class/net/eth0/address'), read('/sys/class/net/eth0/mtu'), neighbour)
@@ -482,7 +480,7 @@ def test_clone_takes_its_own_identity(guest: Guest) -> None:
     ended = guest.ended()
     lines = ended.out.splitlines()
     assert "'id': 7, 'error': 'cancelled'" in lines[0] and lines[0].endswith("{'id': 8, 'rank': 1}]")
-    assert lines[1] == "dead dead dead dead alive dead"
+    assert lines[1] == "dead dead alive dead"
     assert lines[2] == f"sf-9 sf-9 {who['machine_id']} 10.83.0.9"
     assert lines[3] == "0a:53:46:00:00:09 9000 0a:53:46:00:00:58"
     assert lines[4] == "False True clone"
@@ -509,7 +507,7 @@ def test_kernel_random_numbers_follow_the_entropy(frozen: Guest, booted: tuple[i
     ("change", "message"),
     [
         ({"entropy": bytes(5)}, "cannot read the field entropy of THAW"),
-        ({"mac": bytes([1, 0, 0, 0, 0, 1])}, "cannot set the hardware address of eth0: Cannot assign requested address"),
+        ({"mac": bytes([1, 0, 0, 0, 0, 1])}, "cannot set the addresses of eth0: Cannot assign requested address"),
         ({"neighbours": [["10.83.0.2"]]}, "cannot set the neighbours: Protocol error"),
         ({"time_ns": -1}, "cannot read the field time_ns of THAW"),
     ],

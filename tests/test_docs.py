@@ -169,6 +169,23 @@ def test_python_in_examples_compiles_and_uses_what_is_there(name: str) -> None:
                 assert node.attr in sfparallel.__all__, f"sf.{node.attr}"
 
 
+def _sources() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for suffix in ("py", "c", "h")
+                     for path in (ROOT / "sfparallel").rglob(f"*.{suffix}"))  # fmt: skip
+
+
+def test_the_architecture_names_files_and_functions_that_are_there() -> None:
+    spans = set(re.findall(r"`([^`\n]+)`", _FENCE.sub("", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))))
+    files = [span for span in spans if re.fullmatch(r"[\w/]+\.(py|c|h)", span)]
+    there = [path.as_posix() for folder in ("sfparallel", "tests") for path in (ROOT / folder).rglob("*")]
+    assert not [name for name in files if not any(path.endswith(f"/{name}") for path in there)]
+    sources = _sources()
+    # File names, the port's name, packages of others, and what the compiler makes are no names in the source.
+    dotted = [span.rpartition(".")[2] for span in spans if re.fullmatch(r"[A-Za-z_]+(\.[A-Za-z_]+)+", span)]
+    names = [name for name in dotted if name not in ("py", "c", "h", "so", "agent", "qmp", "_native")]
+    assert not [name for name in names if not re.search(rf"(def|class) {name}\b|^\s*{name}\b.*[=:]", sources, re.MULTILINE)]
+
+
 def _anchors(path: Path) -> set[str]:
     """Anchors of a document's headings, as the usual renderers make them."""
     text = _without_blocks(path.read_text(encoding="utf-8"))

@@ -6,12 +6,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from sfparallel.config import Setting
+from sfparallel.config import PROGRESS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-PROGRESS = Setting("SF_PROGRESS", "0", "1 shows the progress of every region that does not say progress= itself")
 LINE_EVERY_S = 1.0
 
 

@@ -115,8 +115,10 @@ def _qemu() -> Finding:
 def _libvirt_binding() -> Finding:
     name = "libvirt for Python"
     try:
-        # Not imported by name: sfparallel.vmm.libvirt_domain alone uses it; this only asks whether it loads, and its version.
-        number = int(importlib.import_module("libvirt").getVersion())
+        # Late: it loads libvirt, which may not be there.
+        from sfparallel.vmm.libvirt_domain import library_version
+
+        number = library_version()
         binding = version("libvirt-python")
     except (ImportError, PackageNotFoundError) as error:
         return Finding(name, Status.ABSENT, str(error), "apt install libvirt0, then pip install libvirt-python")

@@ -48,6 +48,12 @@ EXIT_TIMEOUT = 124
 EXIT_PARENT_LOST = 70
 """Exit code when the parent VM died (EX_SOFTWARE of sysexits.h)."""
 
+GUEST_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "USER": "root", "LOGNAME": "root",
+    "SHELL": "/bin/sh", "LANG": "C.UTF-8",
+}  # fmt: skip
+"""What a program finds in its environment; nothing of the host's comes in unless --env says so."""
+
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
 
@@ -144,8 +150,9 @@ class Job:
         stack.push_async_callback(asyncio.to_thread, connection.close)
         self._pool = Pool(lambda: self._start_clone_shell(spec, network))
         settings = RegionSettings(
-            job=self.name, default_n=options.n, labels=options.labels, statistics=options.statistics
-        )
+            job=self.name, default_n=options.n or os.cpu_count(), labels=options.labels, statistics=options.statistics,
+            seed=options.seed,
+        )  # fmt: skip
         self._regions = Regions(
             settings, spec, self._pool, store,
             on_clone=self._clone_starts, on_report=self._report, answer_file_request=self._serve_files,
@@ -168,7 +175,7 @@ class Job:
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program
         parent.send(FrameType.RUN, pack({
-            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": dict(program.environment),
+            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
             "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
         }))  # fmt: skip
         self._feed_stdin(parent)

@@ -61,6 +61,11 @@ def default_uri() -> str | None:
     return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
 
 
+def library_version() -> int:
+    """Version of the libvirt library: 1,000,000 * major + 1,000 * minor + release."""
+    return int(libvirt.getVersion())
+
+
 class Connection:
     """A libvirt connection that can start parents.
 

@@ -35,3 +35,4 @@ class JobOptions:
     statistics: bool = False
     connect: str | None = None
     pool: int | None = None
+    seed: int | None = None

@@ -32,6 +32,10 @@ log = logging.getLogger("sfparallel")
 PREFIX_LENGTH = 16
 """All VMs of a job are in one subnet (net.addresses)."""
 
+ANSWER_BYTES = 64 << 10
+"""A result up to this size may travel with the clone's last request, which has to be made anyway: a TCP connection to the parent
+costs a clone more than a third of its whole life under emulation (measured). Larger ones go over the clone network."""
+
 Handler = Callable[[Vm, int, dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
 
@@ -125,6 +129,7 @@ class Regions:
             "job": self._settings.job,
             "labels": self._settings.labels,
             "seed": self._settings.seed,
+            "answer_bytes": ANSWER_BYTES,
         }
 
     async def _ticket(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +146,9 @@ class Regions:
     async def _exit(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         ticket, member = self._members[vm]
         member.status = int(message.get("status", 0))
+        if message.get("answer") and ticket.owner.state is not VmState.GONE:
+            event = {"event": "answer", "ticket": ticket.number, "rank": member.rank, "data": message["answer"]}
+            ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
         self._sample(ticket, member)
         vm.kill()
 
@@ -148,7 +156,7 @@ class Regions:
         ticket = self._find(vm, message)
         ticket.require(TicketState.RUNNING, TicketState.ENDED)
         await ticket.wait_ended()
-        self._tickets.pop(ticket.number, None)
+        self._finish(ticket)
         return {"status": ticket.statuses()}
 
     async def _kill(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +167,7 @@ class Regions:
         ticket.discard([int(rank) for rank in ranks] if ranks is not None else None)
         if ranks is None:
             await ticket.wait_ended()
-            self._tickets.pop(ticket.number, None)
+            self._finish(ticket)
         return {}
 
     async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
@@ -227,7 +235,7 @@ class Regions:
     ) -> dict[str, Any]:
         answer = {
             "id": number, "rank": member.rank, "role": "clone", "parent": address_of(source.number),
-            "address": member.address, "clones": clones, "entropy": unique_entropy(ticket.nonce, member.rank),
+            "address": member.address, "clones": clones, "entropy": os.urandom(32),
         }  # fmt: skip
         parent = [address_of(source.number), mac_of(source.number)]
         return _thaw(ticket.channel, answer, identity("clone", member.vm.number, self._settings.job, self._spec.mtu, [parent]))
@@ -265,6 +273,7 @@ class Regions:
         self._pool.discard(vm)
         for ticket in [ticket for ticket in self._tickets.values() if ticket.owner is vm]:
             ticket.discard()
+            self._finish(ticket)
         if vm not in self._members:
             return
         ticket, member = self._members.pop(vm)
@@ -272,15 +281,18 @@ class Regions:
         if member.status is None and member.lost is None and not member.discarded:
             self._lost(ticket, member, cause)
         ticket.check()
-        if ticket.state is TicketState.ENDED and ticket.report:
-            self._capacity.learn(ticket.report.private_bytes)
-            self._on_report(ticket.report)
 
     def client_gone(self, vm: Vm, channel: int) -> None:
         """A program closed its connection: its clones have nobody left to answer to."""
         for ticket in [t for t in self._tickets.values() if t.owner is vm and t.channel == channel]:
             ticket.discard()
-            del self._tickets[ticket.number]
+            self._finish(ticket)
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Its owner is done with the ticket, and has said by now when the answers came."""
+        if self._tickets.pop(ticket.number, None) and ticket.report:
+            self._capacity.learn(ticket.report.private_bytes)
+            self._on_report(ticket.report)
 
     def _lost(self, ticket: Ticket, member: Member, cause: str) -> None:
         member.lost = cause
@@ -305,12 +317,6 @@ class Regions:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def unique_entropy(nonce: int, rank: int) -> bytes:
-    """Random bytes for a clone's programs (see runtime.identity.refresh); the first four differ between all ranks of a fork."""
-    first = (nonce + rank * 0x9E3779B1) & 0xFFFFFFFF  # an odd factor: a bijection of 32-bit numbers
-    return first.to_bytes(4, "little") + os.urandom(124)
 
 
 def private_bytes(pid: int) -> int:

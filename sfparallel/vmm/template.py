@@ -138,10 +138,10 @@ def open_template(folder: Path, store: LayerStore) -> Checkpoint:
         number = store.add(memory, holder, fixed=True)
         memory_map = MemoryMap.decode((folder / "memory.map").read_bytes())
         if memory_map.layers != (1,) or number != 1:
-            raise EnvironmentProblem(f"template {folder.name} is damaged", hint="run `sf clean --templates`")
+            raise EnvironmentProblem(f"template {folder.name} is damaged", hint="run `sf clean`")
         devices = os.open(folder / "devices", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise EnvironmentProblem(f"template {folder.name}: {error}", hint="run `sf clean --templates`") from error
+        raise EnvironmentProblem(f"template {folder.name}: {error}", hint="run `sf clean`") from error
     checkpoint = Checkpoint(memory_map, devices, store)
     store.release(holder)
     return checkpoint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import secrets
 from dataclasses import dataclass, field
 
 from sfparallel.errors import StateError
@@ -49,7 +48,6 @@ class Ticket:
     channel: int
     granted: int
     label_base: int = 1
-    nonce: int = field(default_factory=lambda: secrets.randbits(32))
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None

@@ -138,10 +138,9 @@ static int print_batch(void)
     struct in_addr address;
     inet_pton(AF_INET, "10.83.0.9", &address);
     inet_pton(AF_INET, "10.83.0.2", &neighbour.address);
-    int result = batch_set_mac(&batch, 2, mac);
-    result |= batch_delete_address(&batch, 2, address, 16);
+    int result = batch_delete_address(&batch, 2, address, 16);
+    result |= batch_set_link(&batch, 2, mac, 9000);
     result |= batch_add_address(&batch, 2, address, 16);
-    result |= batch_set_up(&batch, 2, 9000);
     result |= batch_add_neighbour(&batch, 2, &neighbour);
     batch_acknowledge_last(&batch);
     printf("%d %u ", result, batch.count);

@@ -210,8 +210,11 @@ static void set_kernel(void)
         { "/proc/sys/net/core/wmem_default", "1048576" },
         { "/proc/sys/net/core/wmem_max", "8388608" },
         { "/proc/sys/net/core/rmem_max", "8388608" },
-        /* A clone that runs out of memory must lose the user's program, not time. */
-        { "/proc/sys/vm/oom_kill_allocating_task", "0" },
+        /* A guest out of memory must lose the user's program, not time: without swap, the kernel evicts the code that it
+           is running, reads it again from the root, and goes on so for minutes before it kills anybody. This makes it
+           kill when it cannot keep what was used within the last second (Documentation/admin-guide/mm/multigen_lru.rst). */
+        { "/sys/kernel/mm/lru_gen/enabled", "y" },
+        { "/sys/kernel/mm/lru_gen/min_ttl_ms", "1000" },
         { "/proc/self/oom_score_adj", "-1000" },
     };
     for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++)

@@ -229,17 +229,14 @@ static int set_network(struct host *host, const struct identity *identity, const
     if (host->interface == 0)
         return -ENODEV;
     struct batch batch = new_batch(host);
-    *step = "set the hardware address of eth0";
-    int result = batch_set_mac(&batch, host->interface, identity->mac);
-    if (result < 0 || (result = commit(host, host->route, &batch, 0)) < 0)
-        return result;
-    *step = "replace the address of eth0";
-    batch = new_batch(host);
-    if ((result = collect_addresses(host, &batch)) < 0)
+    *step = "read the addresses of eth0";
+    int result = collect_addresses(host, &batch);
+    if (result < 0)
         return result;
     batch.sequence = host->sequence + batch.count; /* the dump has used numbers, too; only the last one matters */
-    if ((result = batch_add_address(&batch, host->interface, identity->address, identity->prefix)) < 0 ||
-        (result = batch_set_up(&batch, host->interface, identity->mtu)) < 0)
+    *step = "set the addresses of eth0";
+    if ((result = batch_set_link(&batch, host->interface, identity->mac, identity->mtu)) < 0 ||
+        (result = batch_add_address(&batch, host->interface, identity->address, identity->prefix)) < 0)
         return result;
     return commit(host, host->route, &batch, 0);
 }

@@ -56,17 +56,11 @@ static int finish(struct batch *batch, size_t end)
     return 0;
 }
 
-int batch_set_mac(struct batch *batch, int interface, const uint8_t *mac)
-{
-    struct ifinfomsg body = { .ifi_family = AF_UNSPEC, .ifi_index = interface };
-    size_t end = begin(batch, RTM_SETLINK, 0, &body, sizeof body);
-    return finish(batch, attribute(batch, end, IFLA_ADDRESS, mac, MAC_SIZE));
-}
-
-int batch_set_up(struct batch *batch, int interface, uint32_t mtu)
+int batch_set_link(struct batch *batch, int interface, const uint8_t *mac, uint32_t mtu)
 {
     struct ifinfomsg body = { .ifi_family = AF_UNSPEC, .ifi_index = interface, .ifi_flags = IFF_UP, .ifi_change = IFF_UP };
     size_t end = begin(batch, RTM_SETLINK, 0, &body, sizeof body);
+    end = attribute(batch, end, IFLA_ADDRESS, mac, MAC_SIZE);
     return finish(batch, attribute(batch, end, IFLA_MTU, &mtu, sizeof mtu));
 }
 

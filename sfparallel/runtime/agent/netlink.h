@@ -22,8 +22,7 @@ struct batch {
 };
 
 /* Each appends one message; returns 0, or -ENOBUFS if the batch is full (it is then unchanged). */
-int batch_set_mac(struct batch *batch, int interface, const uint8_t *mac);
-int batch_set_up(struct batch *batch, int interface, uint32_t mtu);
+int batch_set_link(struct batch *batch, int interface, const uint8_t *mac, uint32_t mtu); /* and bring it up */
 int batch_add_address(struct batch *batch, int interface, struct in_addr address, uint8_t prefix);
 int batch_delete_address(struct batch *batch, int interface, struct in_addr address, uint8_t prefix);
 int batch_add_neighbour(struct batch *batch, int interface, const struct neighbour *neighbour);
