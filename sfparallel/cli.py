@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
-from sfparallel.vmm.confinement import confine
-from sfparallel.vmm.options import JobOptions, Program
+from sfparallel.vmm.confinement import Places, confine
+from sfparallel.vmm.options import JobOptions, Program, default_uri
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -75,7 +75,9 @@ def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]
     Returns:
         Own options, mode ("script", "module" or "command"), and the program with its arguments.
     """
-    takes_value = {"-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool", "--seed"}
+    takes_value = {
+        "-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool", "--seed",
+    }  # fmt: skip
     own: list[str] = []
     rest = list(arguments)
     while rest:
@@ -135,16 +137,16 @@ def _sfrun(arguments: Sequence[str]) -> int:
         raise UsageError(f"--cpus {options.cpus}: at least 1")
     _start_log()
     job_options = _job_options(options, mode, words)
-    return confine(functools.partial(_run_job, job_options))
+    return confine(functools.partial(_run_job, job_options), public_folder=job_options.by_daemon)
 
 
-def _run_job(options: JobOptions, folder: Path, pid: int) -> int:
+def _run_job(options: JobOptions, places: Places, pid: int) -> int:
     """The job itself, in the process and the namespaces that are its own."""
     with _errors_told("sfrun"):
         # Late: it imports libvirt and more, which `sfrun --help` and usage errors need not wait for.
         from sfparallel.vmm.job import run
 
-        return run(options, folder, pid, _say)
+        return run(options, places, pid, _say)
 
 
 def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> JobOptions:
@@ -165,7 +167,8 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
     return JobOptions(
         program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
         labels=options.label, timeout_s=options.timeout, data=data,
-        forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats, connect=options.connect,
+        forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats,
+        connect=options.connect or default_uri(),
         pool=options.pool, seed=options.seed,
     )  # fmt: skip
 
@@ -244,7 +247,7 @@ def _clean(options: argparse.Namespace) -> int:
     from sfparallel.vmm.registry import clean, running_jobs
 
     if jobs := asyncio.run(running_jobs()):
-        raise StateError(f"{len(jobs)} jobs run now, and need what is in the cache folder", hint="wait for them; `sf ps` lists them")
+        raise StateError(f"{len(jobs)} jobs run now, and need the cache folder", hint="wait for them; `sf ps` lists them")
     for line in clean(everything=options.all):
         print(line)
     return 0

@@ -9,10 +9,13 @@ its mount namespace, and goes with the last process.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,20 +27,34 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal
 
 
-def run_folder() -> Path:
-    """The mount point of a job's private tmpfs; it stays empty for everybody else."""
+@dataclass(frozen=True)
+class Places:
+    """Folders of a job.
+
+    Attributes:
+        private: a tmpfs in the job's mount namespace.
+        public: made only on request: where a libvirt daemon's QEMU, which is in other namespaces, may make its sockets. A
+            process that outlives the job removes it.
+    """
+
+    private: Path
+    public: Path
+
+
+def _run_folder() -> Path:
     if os.geteuid() == 0:
-        return Path("/run/sfparallel")
-    return Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/sfparallel-{os.geteuid()}")) / "sfparallel"
+        return Path("/run")
+    return Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp"))
 
 
-def confine(job: Callable[[Path, int], int]) -> int:
+def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     """Run a job in namespaces of its own.
 
     Call it before any thread starts: it forks.
 
     Args:
-        job: called in the new namespaces with the private folder and the process id by which the world knows the job.
+        job: called in the new namespaces with its folders and the process id by which the world knows it.
+        public_folder: whether the public folder is to be made (see Places).
 
     Returns:
         What `job` returned, or 128 + the signal that ended it.
@@ -46,11 +63,14 @@ def confine(job: Callable[[Path, int], int]) -> int:
         EnvironmentProblem: not permitted.
     """
     pid = os.getpid()
-    folder = run_folder()
+    places = Places(_run_folder() / "sfparallel", _run_folder() / f"sfparallel-{pid}")
     # Before the fork: a signal that comes between must not be lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        places.private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if public_folder:
+            places.public.mkdir(mode=0o755)
+            _start_janitor(places.public)
         native.unshare(native.CLONE_NEWPID)
     except OSError as error:
         raise EnvironmentProblem(
@@ -58,20 +78,20 @@ def confine(job: Callable[[Path, int], int]) -> int:
         ) from error
     child = os.fork()
     if child == 0:
-        _become_init(job, folder, pid)
+        _become_init(job, places, pid)
     return _wait(child)
 
 
-def _become_init(job: Callable[[Path, int], int], folder: Path, pid: int) -> NoReturn:
+def _become_init(job: Callable[[Places, int], int], places: Places, pid: int) -> NoReturn:
     """The init's whole life. It ends with os._exit: what the parent registered to happen at its exit happens there."""
     code = 1
     try:
         native.set_death_signal(signal.SIGKILL)
-        native.mount_private_tmpfs(folder, size_bytes=_FOLDER_BYTES)
+        native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
         # libvirt and we look processes up by their numbers in this namespace.
         native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGCHLD))
-        code = job(folder, pid)
+        code = job(places, pid)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -80,6 +100,26 @@ def _become_init(job: Callable[[Path, int], int], folder: Path, pid: int) -> NoR
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _start_janitor(folder: Path) -> None:
+    """Start a process that removes `folder` when this one, and the job, are gone. It holds nothing but the end of a pipe."""
+    ours, theirs = os.pipe()  # not inherited by programs, but by forks: this process and the init hold it
+    if os.fork():
+        os.close(ours)
+        return
+    os.setsid()
+    os.close(theirs)
+    for fd in range(3):
+        os.close(fd)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    os.read(ours, 1)
+    # QEMU ends with the job, but a moment later, and may have just made its sockets.
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.2)
+    os._exit(0)
 
 
 def _wait(child: int) -> int:

@@ -16,7 +16,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from sfparallel.config import QEMU
 from sfparallel.errors import ProtocolError, SfError, UsageError
@@ -25,6 +24,7 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
 from sfparallel.vmm import statistics
 from sfparallel.vmm.checkpoint import LayerStore
+from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
 from sfparallel.vmm.engine import ForkReport
 from sfparallel.vmm.exports import exports_for
@@ -65,18 +65,18 @@ class Job:
     """A job; `run` does all of it.
 
     Args:
-        folder: private folder of the job.
+        places: folders of the job.
         pid: the process id by which the world knows it.
         say: shows a line of progress to the user.
     """
 
-    def __init__(self, options: JobOptions, folder: Path, pid: int, say: Callable[[str], None]) -> None:
+    def __init__(self, options: JobOptions, places: Places, pid: int, say: Callable[[str], None]) -> None:
         if len(options.data) > DATA_SLOTS:
             raise UsageError(f"--data can be given {DATA_SLOTS} times at most, not {len(options.data)}")
         self.name = f"sf{pid}"
         self._pid = pid
         self._options = options
-        self._folder = folder
+        self._places = places
         self._say = say
         self._exports = exports_for(options.program.cwd, options.program.folder)
         self._files = FileServer(dict(self._exports))
@@ -146,7 +146,7 @@ class Job:
             await network.forward(host_port, address_of(0), guest_port)
         checkpoint = open_template(template, store)
         stack.callback(checkpoint.close)
-        connection = await asyncio.to_thread(Connection, options.connect, self._folder)
+        connection = await asyncio.to_thread(Connection, options.connect, self._places.private, self._places.public)
         stack.push_async_callback(asyncio.to_thread, connection.close)
         self._pool = Pool(lambda: self._start_clone_shell(spec, network))
         settings = RegionSettings(
@@ -157,7 +157,7 @@ class Job:
             settings, spec, self._pool, store,
             on_clone=self._clone_starts, on_report=self._report, answer_file_request=self._serve_files,
         )  # fmt: skip
-        parent = await start_parent(spec, connection, network, self._folder, self.name)
+        parent = await start_parent(spec, connection, network, self.name)
         self._parent = parent
         self._watch(parent)
         store.hold(parent, checkpoint.layers)
@@ -175,7 +175,8 @@ class Job:
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program
         parent.send(FrameType.RUN, pack({
-            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
+            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
+            "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
             "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
         }))  # fmt: skip
         self._feed_stdin(parent)
@@ -350,6 +351,6 @@ def exit_code(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def run(options: JobOptions, folder: Path, pid: int, say: Callable[[str], None]) -> int:
+def run(options: JobOptions, places: Places, pid: int, say: Callable[[str], None]) -> int:
     """Run a job to its end, in the namespaces that `confinement.confine` made."""
-    return asyncio.run(Job(options, folder, pid, say).run())
+    return asyncio.run(Job(options, places, pid, say).run())

@@ -18,8 +18,6 @@ from sfparallel.errors import EnvironmentProblem, VMError
 os.environ.setdefault("LIBVIRT_DEBUG", "4")
 import libvirt
 
-_SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
-
 # The parent runs as the user who started the job, in the job's own mount namespace, so that libvirt's per-domain namespaces
 # and security labels would only stand between it and the job's sockets. QEMU's seccomp sandbox stays on.
 _EMBEDDED_SETTINGS = """\
@@ -53,14 +51,6 @@ class EventLoop:
             cls._started = True
 
 
-def default_uri() -> str | None:
-    """The system or session daemon that is there, or None: use the embedded driver."""
-    if os.geteuid() == 0:
-        return "qemu:///system" if any(os.path.exists(path) for path in _SYSTEM_SOCKETS) else None
-    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
-    return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
-
-
 def library_version() -> int:
     """Version of the libvirt library: 1,000,000 * major + 1,000 * minor + release."""
     return int(libvirt.getVersion())
@@ -70,17 +60,23 @@ class Connection:
     """A libvirt connection that can start parents.
 
     Args:
-        uri: a `qemu:` URI, or None for the default (see `default_uri`).
-        folder: the job's private folder, for the embedded driver.
+        uri: a `qemu:` URI, or None for the embedded driver.
+        folder: the job's private folder.
+        public: a folder outside the job's mount namespace: a daemon's QEMU makes its sockets there.
+
+    Attributes:
+        embedded: the driver is in this process, and QEMU in this process's namespaces.
+        folder: where the parent's sockets are to be.
 
     Raises:
         EnvironmentProblem: libvirt cannot be reached.
     """
 
-    def __init__(self, uri: str | None, folder: Path) -> None:
+    def __init__(self, uri: str | None, folder: Path, public: Path) -> None:
         EventLoop.ensure()
-        self.uri = uri or default_uri() or self._embedded(folder)
+        self.uri = uri or self._embedded(folder)
         self.embedded = self.uri.startswith("qemu:///embed")
+        self.folder = folder if self.embedded else public
         try:
             self._connection = libvirt.open(self.uri)
         except libvirt.libvirtError as error:

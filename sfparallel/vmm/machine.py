@@ -179,8 +179,11 @@ class DomainPaths:
     console: Path
 
 
-def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path) -> str:
+def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path, owner: tuple[int, int] | None = None) -> str:
     """The libvirt domain of a parent (https://libvirt.org/formatdomain.html).
+
+    Args:
+        owner: user and group to run QEMU as, for a daemon that would choose its own: they must be able to read the images.
 
     What libvirt has no element for (incoming state, the NIC on a hub, a second monitor) is passed through its QEMU
     namespace, at the addresses of `arguments`.
@@ -207,6 +210,9 @@ def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path) 
     add(add(domain, "clock", offset="utc"), "timer", name="hpet", present="no")
     for event, action in (("on_poweroff", "destroy"), ("on_reboot", "destroy"), ("on_crash", "destroy")):
         add(domain, event, action)
+    if owner:
+        label = add(domain, "seclabel", type="static", model="dac", relabel="no")
+        add(label, "label", f"+{owner[0]}:+{owner[1]}")
     devices = add(domain, "devices")
     add(devices, "controller", type="usb", model="none")
     add(devices, "memballoon", model="none")

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+_SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
+
+
+def default_uri() -> str | None:
+    """The system or session daemon that is there, or None: use the embedded driver."""
+    if os.geteuid() == 0:
+        return "qemu:///system" if any(os.path.exists(path) for path in _SYSTEM_SOCKETS) else None
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+    return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,11 @@ class JobOptions:
     data: tuple[Path, ...] = ()
     forwards: tuple[tuple[int, int], ...] = ()
     statistics: bool = False
-    connect: str | None = None
+    connect: str | None = field(default_factory=default_uri)
     pool: int | None = None
     seed: int | None = None
+
+    @property
+    def by_daemon(self) -> bool:
+        """Whether a libvirt daemon, and not this job, starts the parent's QEMU."""
+        return self.connect is not None and not self.connect.startswith("qemu:///embed")

@@ -92,14 +92,15 @@ def _connect(path: Path, kind: int) -> socket.socket:
     return sock
 
 
-async def start_parent(spec: MachineSpec, connection: Connection, network: CloneNetwork, folder: Path, name: str) -> Vm:
+async def start_parent(spec: MachineSpec, connection: Connection, network: CloneNetwork, name: str) -> Vm:
     """Start the parent's domain, empty and paused, as a shell.
 
     Raises:
         VMError: libvirt or QEMU refused; nothing is left.
     """
+    folder = connection.folder
     paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
-    xml = domain_xml(spec, name, paths, LIBRARY)
+    xml = domain_xml(spec, name, paths, LIBRARY, None if connection.embedded else (os.geteuid(), os.getegid()))
     domain = await asyncio.to_thread(connection.start, xml)
     with contextlib.ExitStack() as undo:
         undo.callback(domain.destroy)

@@ -89,7 +89,7 @@ class Vm:
 
     Args:
         name: for messages ("parent", "clone 7").
-        pid: the QEMU process; a child of this process, unless libvirt started it.
+        pid: the QEMU process; 0 if it is in another PID namespace: a libvirt daemon started it.
         sockets: its sockets, connected.
     """
 
@@ -114,9 +114,10 @@ class Vm:
         self._crossing: list[Frame] = []
         self._held: list[Frame] = []
         self._cause = ""
-        self._pidfd = os.pidfd_open(pid)
-        self._loop.add_reader(self._pidfd, self._exited)
-        self.qmp = Qmp(sockets.qmp, name, on_event=self._event)
+        self._pidfd = os.pidfd_open(pid) if pid else None
+        if self._pidfd is not None:
+            self._loop.add_reader(self._pidfd, self._exited)
+        self.qmp = Qmp(sockets.qmp, name, on_event=self._event, on_close=self._monitor_closed)
         self.paging = PagingLayer(sockets.paging, name=name)
 
     # -- start and end ---------------------------------------------------------------------------------------------
@@ -149,12 +150,21 @@ class Vm:
         """End the VM at once. `on_gone` follows when the kernel has reaped it."""
         if self.state is VmState.GONE:
             return
+        if self._pidfd is None:
+            self.paging.close()  # which the library inside QEMU takes as the order to end
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def _monitor_closed(self) -> None:
+        if self._pidfd is None and self.state is not VmState.GONE:
+            self._exited()
+
     def _exited(self) -> None:
         """The process has ended: release everything, tell the owner why."""
-        self._loop.remove_reader(self._pidfd)
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
         cause = self._cause
         if self._child:
             with contextlib.suppress(ChildProcessError):
@@ -165,7 +175,6 @@ class Vm:
         if not cause:
             cause = "its QEMU process is gone"
         self.state = VmState.GONE
-        os.close(self._pidfd)
         self.qmp.close()
         self.paging.close()
         # Frames that the guest sent before it died are still in the socket, and may say why it did.
