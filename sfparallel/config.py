@@ -32,7 +32,7 @@ ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; 
 QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
 CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with per clone when a fork is admitted")
 LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: debug, info, warning, error")
-PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress= themselves")
+PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
 
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, LOG, PROGRESS)
 

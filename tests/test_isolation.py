@@ -40,7 +40,8 @@ def test_the_hosts_addresses_cannot_be_reached(sfrun: Sfrun) -> None:
 
 
 def _addresses() -> list[str]:
-    return sorted({info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1", "127.0.1.1"})
+    found = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    return sorted(found - {"127.0.0.1", "127.0.1.1"})
 
 
 def test_clones_reach_each_other_but_cannot_speak_for_each_other(sfrun: Sfrun) -> None:

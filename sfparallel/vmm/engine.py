@@ -59,34 +59,38 @@ class ForkReport:
     cpu: list[float] = field(default_factory=list)
 
 
-async def commit(vm: Vm, store: LayerStore) -> CommitResult:
-    """Move a stopped VM's dirty pages into a layer and let it share that layer.
+@dataclass(frozen=True)
+class _Target:
+    """Where a commit writes to."""
 
-    Pages are written into the VM's own layer in place while nobody else holds it; else into a new one.
+    number: int
+    fd: int
+    mode: CommitMode
+
+
+def _choose_target(vm: Vm, store: LayerStore) -> _Target:
+    """The VM's own layer while nobody else holds it, to be written in place; else a new one."""
+    assert vm.memory is not None
+    own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
+    number = own[-1] if own else store.create(vm.ram_bytes, vm)
+    mode = CommitMode.IN_PLACE if own else CommitMode.FRESH
+    return _Target(number, store.descriptors([number])[number], mode)
+
+
+async def _commit(vm: Vm, target: _Target) -> CommitResult:
+    """Move a stopped VM's dirty pages into the target and let the VM share it.
 
     Raises:
         PagingError: the pages could not be written (no memory, say); the VM may go on as it was.
     """
     assert vm.memory is not None
-    own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
-    mode = CommitMode.IN_PLACE if own else CommitMode.FRESH
-    target = own[-1] if own else store.create(vm.ram_bytes, vm)
     try:
-        fd = store.descriptors([target])[target]
-        try:
-            result = await vm.paging.commit(vm.ram_address, vm.memory, fd, target, mode)
-        except PagingRefused:
-            if mode is CommitMode.IN_PLACE:
-                # Some pages may have been written where the map says zero.
-                vm.memory = vm.memory.distrusted()
-            raise
-        vm.memory = vm.memory.apply(result.runs, target)
-        if not result.remapped or len(vm.memory.layers) > MAX_LAYERS:
-            await _flatten(vm, store)
-    finally:
-        # A new layer that was not written holds nothing; one that was written is in the map by now.
-        store.release(vm, keep=vm.memory.layers)
-    return result
+        return await vm.paging.commit(vm.ram_address, vm.memory, target.fd, target.number, target.mode)
+    except PagingRefused:
+        if target.mode is CommitMode.IN_PLACE:
+            # Some pages may have been written where the map says zero.
+            vm.memory = vm.memory.distrusted()
+        raise
 
 
 async def _flatten(vm: Vm, store: LayerStore) -> None:
@@ -111,33 +115,45 @@ async def _flatten(vm: Vm, store: LayerStore) -> None:
 async def save(vm: Vm, store: LayerStore) -> tuple[Checkpoint, SaveTimes, CommitResult, list[Frame]]:
     """Make a checkpoint of a running VM and let its virtual CPUs go on; its programs stay frozen until `thaw`.
 
+    Everything that can be done before the CPUs stop, or after they run again, is done then.
+
     Returns:
         The checkpoint, the times, what was committed, and agent frames that stand unanswered in VM and checkpoint.
 
     Raises:
         VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
     """
-    t0 = time.monotonic()
+    begun = time.monotonic()
     crossing = await vm.freeze()
-    t1 = time.monotonic()
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
-        await vm.stop()
-        t2 = time.monotonic()
-        try:
-            await vm.save_devices(device_state)
-            t3 = time.monotonic()
-            result = await commit(vm, store)
-            t4 = time.monotonic()
-        finally:
-            await vm.resume()
-        t5 = time.monotonic()
+        target = _choose_target(vm, store)
+        async with vm.devices_to(device_state) as devices:
+            frozen = time.monotonic()
+            stopped = saved = committed = frozen
+            try:
+                stopped, saved = await vm.stop_and_save(devices)
+                result = await _commit(vm, target)
+                assert vm.memory is not None
+                flat = not result.remapped or len(vm.memory.layers) >= MAX_LAYERS
+                if flat:
+                    vm.memory = vm.memory.apply(result.runs, target.number)
+                    await _flatten(vm, store)
+                committed = time.monotonic()
+            finally:
+                await vm.resume()
+            resumed = time.monotonic()
+        if not flat:
+            vm.memory = vm.memory.apply(result.runs, target.number)
+        checkpoint = Checkpoint(vm.memory, device_state, store)
     except BaseException:
         os.close(device_state)
         raise
-    assert vm.memory is not None
-    checkpoint = Checkpoint(vm.memory, device_state, store)
-    times = SaveTimes(freeze=t1 - t0, stop=t2 - t1, devices=t3 - t2, commit=t4 - t3, resume=t5 - t4, pause=t5 - t1)
+    finally:
+        # A new layer that was not written holds nothing; one that was written is in the map by now.
+        store.release(vm, keep=vm.memory.layers if vm.memory else ())
+    times = SaveTimes(freeze=frozen - begun, stop=stopped - frozen, devices=saved - stopped, commit=committed - saved,
+                      resume=resumed - committed, pause=resumed - frozen)  # fmt: skip
     return checkpoint, times, result, crossing
 
 

@@ -22,7 +22,11 @@ def describe(number: int, report: ForkReport) -> str:
             f"parent paused {_ms(save.pause)} (stop {_ms(save.stop)}, devices {_ms(save.devices)}, "
             f"commit {_ms(save.commit)}, resume {_ms(save.resume)})"
         )
-        parts.append(f"{commit.dirty_pages} dirty pages, {commit.stored_pages} committed, frozen in {_ms(save.freeze)}")
+        parts.append(
+            f"{commit.dirty_pages} dirty pages, {commit.stored_pages} committed in {len(commit.runs)} runs (scan "
+            f"{_ms(commit.scan_ns / 1e9)}, copy {_ms(commit.copy_ns / 1e9)}, remap {_ms(commit.remap_ns / 1e9)}), "
+            f"frozen in {_ms(save.freeze)}"
+        )
     parts.append(f"shells ready after {_ms(report.shells_ready)}")
     if loads:
         parts.append(f"load {_ms(statistics.median(loads))} median, {_ms(loads[-1])} max, all loaded after {_ms(report.loaded)}")

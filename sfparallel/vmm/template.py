@@ -108,10 +108,10 @@ async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
         await vm.qmp.execute("cont")
         await booted
         vm.state = VmState.FROZEN
-        await vm.stop()
         devices = os.open(folder / "devices", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            await vm.save_devices(devices)
+            async with vm.devices_to(devices) as name:
+                await vm.stop_and_save(name)
         finally:
             os.close(devices)
         memory = os.open(folder / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -14,7 +14,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,23 +308,39 @@ class Vm:
     def freezing(self) -> bool:
         return self._frozen is not None
 
-    async def save_devices(self, into: int) -> None:
-        """Write CPU and device state of a stopped VM into a file (a memfd), without its memory."""
-        self.require(VmState.STOPPED)
+    @contextlib.asynccontextmanager
+    async def devices_to(self, file: int) -> AsyncIterator[str]:
+        """Make a file (a memfd) known to QEMU, so that nothing but the save itself is left to do while the VM is stopped.
+
+        Yields:
+            The name by which QEMU opens it.
+        """
         # QEMU looks for a descriptor with exactly the access mode that it would open the file with.
-        with reopened(into, os.O_WRONLY) as writable:
+        with reopened(file, os.O_WRONLY) as writable:
             added = await self.qmp.execute("add-fd", fds=[writable])
         number = added["fdset-id"]
         try:
-            await self.qmp.execute("xen-save-devices-state", filename=f"/dev/fdset/{number}", live=False)
+            yield f"/dev/fdset/{number}"
         finally:
-            await self.qmp.execute("remove-fd", fdset_id=number)
+            if self.state is not VmState.GONE:
+                await self.qmp.execute("remove-fd", fdset_id=number)
 
-    async def stop(self) -> None:
-        """Stop the virtual CPUs."""
+    async def stop_and_save(self, devices: str) -> tuple[float, float]:
+        """Stop the virtual CPUs and write CPU and device state, without memory, to a file of `devices_to`.
+
+        Returns:
+            Times (monotonic clock) at which the CPUs stood still and at which the state was written.
+        """
         self.require(VmState.FROZEN)
-        await self.qmp.execute("stop")
+        stopping = self.qmp.send("stop")
+        saving = self.qmp.send("xen-save-devices-state", filename=devices, live=False)
         self.state = VmState.STOPPED
+        try:
+            await stopping
+            stopped = time.monotonic()
+        finally:
+            await saving
+        return stopped, time.monotonic()
 
     async def resume(self) -> None:
         """Let the virtual CPUs run; the guest's programs stay frozen until `thaw`."""
