@@ -14,7 +14,7 @@ build: ## install what is needed, build the native parts (quick when there is no
 
 demo: build ## build the guest image of the example, then run BLAST in clones of a VM
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
-	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py
+	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py --output examples/blast/out
 
 test: lint ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
 	@$(BIN)/sf image build default

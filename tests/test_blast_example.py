@@ -1,4 +1,4 @@
-"""The parts of examples/blast that need no clones."""
+"""examples/blast: its parts, and the whole in real VMs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import gzip
 import importlib.util
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.conftest import BIN
+
+EXAMPLE = Path(__file__).parents[1] / "examples/blast/blast.py"
+
 
 @pytest.fixture(scope="module")
 def blast() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("blast_example", Path(__file__).parents[1] / "examples/blast/blast.py")
+    spec = importlib.util.spec_from_file_location("blast_example", EXAMPLE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,3 +79,17 @@ def test_batches_give_the_bytes_of_one_run(blast: ModuleType, tmp_path: Path) ->
         assert blast.merge(blast.search(database, part) for part in blast.split(queries, size)) == expected
     with pytest.raises(RuntimeError, match="blastp ended with status"):
         blast.search(tmp_path / "no such database", queries[0])
+
+
+@pytest.mark.needs("qemu", "root", "blast")
+def test_clones_find_what_a_serial_run_finds(tmp_path: Path) -> None:
+    """The example itself, small, in real VMs; and again, when the database is there already."""
+    for _ in range(2):
+        ended = subprocess.run(
+            [str(BIN / "sfrun"), "-n", "2", "--image", "blast", str(EXAMPLE), "--queries", "12", "--database-sequences", "300",
+             "--batch", "4"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert "byte-identical" in ended.stdout
+        assert (tmp_path / "out" / "hits.tsv").read_text().count("\n") > 0

@@ -1,7 +1,8 @@
 """Protein search with NCBI BLAST+ in clones of a running VM: `sfrun --image blast -n 4 examples/blast/blast.py`.
 
-The parent builds a database once, in memory, and searches all queries by itself for reference. Then clones of it search the
-queries in batches; each finds the database, and blastp, in its own memory. The merged table must be the reference, byte by byte.
+The parent builds a database once (a later run finds it in the output folder). Clones of it search the queries in batches; each
+finds the database, and blastp, in its own memory. Then the parent searches all queries by itself, for reference: the clones'
+merged table must be the same, byte by byte.
 
 Data: the example proteins of MMseqs2 (Steinegger & Söding, https://doi.org/10.1038/nbt.3988; Debian: mmseqs2-examples).
 BLAST+: Camacho et al., https://doi.org/10.1186/1471-2105-10-421 (Debian: ncbi-blast+).
@@ -10,6 +11,7 @@ BLAST+: Camacho et al., https://doi.org/10.1186/1471-2105-10-421 (Debian: ncbi-b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gzip
 import itertools
@@ -68,6 +70,19 @@ def build_database(sequences: Sequence[str], folder: Path) -> Path:
     return database
 
 
+def provide_database(data: Path, sequences: int, folder: Path) -> Path:
+    """The database of the first `sequences` proteins: what an earlier run left in `folder`, else a new one."""
+    place = folder / f"database-{sequences}"
+    if not place.exists():
+        work = tempfile.mkdtemp(dir=folder)
+        try:
+            build_database(read_fasta(data / "DB.fasta.gz", sequences), Path(work))
+            os.rename(work, place)  # only a whole one gets the name
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return place / "proteins"
+
+
 def search(database: Path, queries: str) -> bytes:
     """Hits of FASTA queries as BLAST's tabular format 6."""
     return run(["blastp", "-db", str(database), "-num_threads", "1", "-outfmt", "6", "-evalue", "1e-3"], queries)
@@ -98,14 +113,22 @@ def summary(queries: int, hits: int, clones: int, seconds: dict[str, float]) -> 
     return "\n".join(f"{name:<{width}}  {value:>8}" for name, value in rows)
 
 
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the wall-clock time of a phase."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="BLAST protein queries in clones of this VM and compare with a serial run.")
-    parser.add_argument("--queries", type=positive, default=100, metavar="K", help="queries to search (%(default)s; up to 500)")
-    parser.add_argument("--database-sequences", type=positive, default=2000, metavar="M",
+    parser.add_argument("--queries", type=positive, default=200, metavar="K", help="queries to search (%(default)s; up to 500)")
+    parser.add_argument("--database-sequences", type=positive, default=4000, metavar="M",
                         help="proteins in the database (%(default)s; up to 20000)")
-    parser.add_argument("--batch", type=positive, default=10, metavar="B", help="queries per search in a clone (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=25, metavar="B", help="queries per search in a clone (%(default)s)")
     parser.add_argument("--no-check", action="store_true", help="skip the serial run and the comparison")
-    parser.add_argument("--output", type=Path, default=Path("out"), help="folder for hits.tsv (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("out"), help="folder for hits.tsv and the database (%(default)s)")
     parser.add_argument("--data", type=Path, default=EXAMPLE_DATA, help="folder of DB.fasta.gz and QUERY.fasta.gz")
     return parser.parse_args(argv)
 
@@ -137,27 +160,18 @@ def main() -> int:
     batches = split(queries, options.batch)
     seconds: dict[str, float] = {}
 
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        database = build_database(read_fasta(options.data / "DB.fasta.gz", options.database_sequences), Path(folder))
-        # Once, so that program and database are in memory for the serial run as well as for the clones.
-        search(database, queries[0])
-        seconds["database"] = time.perf_counter() - started
-
-        expected = None
-        if not options.no_check:
-            started = time.perf_counter()
-            expected = search(database, "".join(queries))
-            seconds["serial"] = time.perf_counter() - started
-
-        started = time.perf_counter()
+    options.output.mkdir(parents=True, exist_ok=True)
+    with timed(seconds, "database"):
+        database = provide_database(options.data, options.database_sequences, options.output)
+    with timed(seconds, "in clones"):
         # Every clone has a name of its own: how many there are in the answers is how many took part.
         found = sf.parallel_map(lambda batch: (search(database, batch), socket.gethostname()), batches)
-        seconds["in clones"] = time.perf_counter() - started
-
     table = merge(part for part, _ in found)
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "hits.tsv").write_bytes(table)
+    expected = None
+    if not options.no_check:
+        with timed(seconds, "serial"):
+            expected = search(database, "".join(queries))
     print(summary(len(queries), table.count(b"\n"), len({name for _, name in found}), seconds))
     if expected is None:
         return 0

@@ -288,7 +288,9 @@ class Job:
 
     def _report(self, report: ForkReport) -> None:
         self._forks += 1
-        if self._options.statistics:
+        if self._options.on_report:
+            self._options.on_report(report)
+        elif self._options.statistics:
             self._say(statistics.describe(self._forks, report))
 
     # -- the terminal ------------------------------------------------------------------------------------------------

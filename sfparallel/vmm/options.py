@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfparallel.vmm.engine import ForkReport
 
 _SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
 
@@ -47,6 +51,7 @@ class JobOptions:
     connect: str | None = field(default_factory=default_uri)
     pool: int | None = None
     seed: int | None = None
+    on_report: Callable[[ForkReport], None] | None = None
 
     @property
     def by_daemon(self) -> bool:
