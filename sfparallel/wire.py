@@ -36,6 +36,7 @@ class FrameType(enum.IntEnum):
     OUTPUT = 6
     FUSE = 7
     EXITED = 8
+    TAKEN = 9
     FREEZE = 32
     THAW = 33
     REPLY = 34

@@ -89,6 +89,7 @@ class Job:
         self._forks = 0
         self._started = time.monotonic()
         self._interrupts = 0
+        self._stdin_taken = asyncio.Event()
         self._next_number = 1
         self._free_numbers: list[int] = []
         self._done: asyncio.Future[int]
@@ -252,6 +253,9 @@ class Job:
                 self._request(vm, frame)
             case FrameType.GONE if self._regions:
                 self._regions.client_gone(vm, frame.channel)
+            case FrameType.TAKEN:
+                if vm is self._parent:
+                    self._stdin_taken.set()
             case FrameType.EXITED:
                 self._exited(vm, frame)
             case _:
@@ -317,8 +321,10 @@ class Job:
             return
 
         async def pass_on(data: bytes) -> None:
+            # One piece at a time: what the program does not read would pile up in the guest's memory.
+            self._stdin_taken.clear()
             parent.send(FrameType.STDIN, data)
-            await parent.drain()
+            await self._stdin_taken.wait()
 
         def read() -> None:
             while True:

@@ -66,14 +66,6 @@ class _AgentPort(asyncio.Protocol):
         self._vm = vm
         self._parser = FrameParser()
         self.transport: asyncio.Transport | None = None
-        self.writable = asyncio.Event()
-        self.writable.set()
-
-    def pause_writing(self) -> None:
-        self.writable.clear()
-
-    def resume_writing(self) -> None:
-        self.writable.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -264,10 +256,6 @@ class Vm:
     def _write(self, frame: Frame) -> None:
         if self._port.transport and not self._port.transport.is_closing():
             self._port.transport.write(frame.encode())
-
-    async def drain(self) -> None:
-        """Wait until the guest has taken most of what was sent."""
-        await self._port.writable.wait()
 
     def thaw(self, message: dict[str, Any]) -> None:
         """Let a frozen guest go on; `message` is the THAW map of the agent protocol."""

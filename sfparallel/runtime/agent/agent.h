@@ -97,6 +97,7 @@ struct program {
     int input, output, error; /* our pipe ends; -1: closed */
     struct queue stdin_queue;
     bool stdin_end;          /* close `input` when the queue is empty */
+    bool stdin_owed;         /* the host waits for TAKEN before it sends more input */
 };
 
 int program_start_zygote(struct program *program);   /* returns when it says "ready"; 0 or -errno */
@@ -106,6 +107,7 @@ void program_signal(struct program *program, int number);
 int program_stdin(struct program *program, const uint8_t *data, size_t size);
 void program_stdin_event(struct program *program);
 void program_close_stdin(struct program *program);
+int program_stdin_taken(struct program *program, struct port *port); /* tells the host when it may send more input */
 int program_output_event(int *fd, struct port *port, uint16_t channel); /* one piece */
 int program_drain(struct program *program, struct port *port);          /* all that is in the pipes now */
 int program_discard(struct program *program, uint8_t *scratch, size_t size);

@@ -17,6 +17,7 @@ enum frame_type {
     FRAME_OUTPUT = 6,
     FRAME_FUSE = 7,
     FRAME_EXITED = 8,
+    FRAME_TAKEN = 9,
     FRAME_FREEZE = 32,
     FRAME_THAW = 33,
     FRAME_REPLY = 34,

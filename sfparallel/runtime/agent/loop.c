@@ -95,6 +95,7 @@ static void take_identity(struct agent *agent, const struct thaw *thaw)
     if (clone) {
         clients_cancel(&agent->clients, thaw->channel, thaw->reply, thaw->reply_size, scratch);
         program_close_stdin(&agent->program);
+        agent->program.stdin_owed = false;
     }
 }
 
@@ -268,11 +269,17 @@ static nfds_t prepare_poll(struct agent *agent)
 
 static void handle_clients(struct agent *agent, const struct pollfd *polled, size_t count)
 {
+    bool drained = false;
     /* From the last to the first: one that is gone is replaced by the last, which was handled already. */
     for (size_t i = count; i-- > 0;) {
         bool gone;
-        if (polled[i].revents)
-            must(clients_event(&agent->clients, i, polled[i].revents, &agent->port, &gone), "client");
+        if (!polled[i].revents)
+            continue;
+        /* What a program printed before a request goes before it: the request may be the end of this VM. */
+        if (!drained)
+            must(program_drain(&agent->program, &agent->port), "port");
+        drained = true;
+        must(clients_event(&agent->clients, i, polled[i].revents, &agent->port, &gone), "client");
     }
 }
 
@@ -315,6 +322,7 @@ void agent_run(struct agent *agent)
         if (poll(agent->polled, count, -1) < 0 && errno != EINTR)
             die("poll", errno);
         handle_events(agent, count);
+        must(program_stdin_taken(&agent->program, &agent->port), "port");
         if (agent->state == AGENT_FREEZING)
             try_to_freeze(agent);
     }

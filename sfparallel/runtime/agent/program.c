@@ -266,8 +266,17 @@ void program_stdin_event(struct program *program)
         program_close_stdin(program);
 }
 
+int program_stdin_taken(struct program *program, struct port *port)
+{
+    if (!program->stdin_owed || program->stdin_queue.first)
+        return 0;
+    program->stdin_owed = false;
+    return port_send(port, FRAME_TAKEN, 0, NULL, 0);
+}
+
 int program_stdin(struct program *program, const uint8_t *data, size_t size)
 {
+    program->stdin_owed = true;
     if (program->input < 0)
         return 0;
     if (size == 0)
