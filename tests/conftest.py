@@ -164,6 +164,17 @@ class Sfrun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def close(self) -> None:
+        """End what a failed test left running."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream:
+                    stream.close()
 
     def write(self, program: str, name: str = "program.py") -> Path:
         path = self.folder / name
@@ -175,10 +186,12 @@ class Sfrun:
     ) -> subprocess.Popen[str]:
         """Start `sfrun`; the caller waits for it."""
         path = self.write(program)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(BIN / "sfrun"), *options, str(path), *args], cwd=self.folder, stdin=stdin, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        self._processes.append(process)
+        return process
 
     def __call__(
         self, program: str, *options: str, args: tuple[str, ...] = (), stdin: str | None = None, timeout: float = 300
@@ -195,9 +208,11 @@ class Sfrun:
 
 
 @pytest.fixture
-def sfrun(tmp_path: Path) -> Sfrun:
+def sfrun(tmp_path: Path) -> Iterator[Sfrun]:
     """`sfrun` in a temporary folder."""
-    return Sfrun(tmp_path)
+    runner = Sfrun(tmp_path)
+    yield runner
+    runner.close()
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ class Guest:
         self._port = port
         self._parser = FrameParser()
         self._frames: list[Frame] = []
+        self.taken = 0
         self.answer_fuse: Callable[[int, bytes], bytes | None] | None = None
         passed = [their_port.fileno(), their_monitor.fileno()]
         argv = [
@@ -137,6 +138,8 @@ class Guest:
                 answer = self.answer_fuse(frame.channel, frame.payload)
                 if answer is not None:
                     self.send(FrameType.FUSE_REPLY, answer, frame.channel)
+            elif frame.type is FrameType.TAKEN:
+                self.taken += 1
             else:
                 self._frames.append(frame)
 
@@ -284,6 +287,16 @@ def test_program_runs_as_main(guest: Guest) -> None:
     assert ended.out == "/root\n"
     assert ended.err == "__main__ ['-c', 'one', 'two'] /usr /first\n"
     assert ended.report == {"status": 0, "oom_kills": 0}
+
+
+def test_input_is_acknowledged_when_the_program_has_read_it(guest: Guest) -> None:
+    guest.run("import sys, time; time.sleep(1); print(len(sys.stdin.read()))")
+    before = guest.taken
+    for _ in range(8):  # more than a pipe holds
+        guest.send(FrameType.STDIN, b"x" * (32 << 10))
+    guest.send(FrameType.STDIN)
+    assert guest.ended().out == f"{8 * (32 << 10)}\n"
+    assert guest.taken > before
 
 
 def test_stdin_reaches_the_program(guest: Guest) -> None:

@@ -104,7 +104,7 @@ class Regions:
             if handler is None:
                 raise UsageError(f"the supervisor knows no request {message.get('op')!r}")
             answer = await handler(vm, channel, message)
-        except SfError as error:
+        except (SfError, OSError) as error:
             log.info("%s: request failed: %s", vm.name, error)
             answer = failure(error)
         except (KeyError, TypeError, ValueError) as error:
@@ -192,7 +192,7 @@ class Regions:
                     await self._fork(vm, ticket, message)
                 finally:
                     self._pool.go_on()
-        except SfError as error:
+        except (SfError, OSError) as error:
             ticket.give_up()
             if vm.state is VmState.FROZEN:
                 vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
@@ -358,8 +358,10 @@ def _thaw(channel: int, answer: dict[str, Any], who: dict[str, Any] | None = Non
     return {"identity": who, "channel": channel, "reply": pack(answer), "mounts": []}
 
 
-def failure(error: SfError, kind: str = "") -> dict[str, Any]:
+def failure(error: SfError | OSError, kind: str = "") -> dict[str, Any]:
     """An error as a program's answer."""
+    if isinstance(error, OSError):
+        error = VMError(f"the host could not do it: {error}", hint="free memory, descriptors or disk space on the host")
     if not kind:
         kinds: list[tuple[type[SfError], str]] = [
             (UsageError, "invalid"), (StateError, "state"), (PagingError, "clone_failed"), (VMError, "clone_failed"),

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -17,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from sfparallel.config import cache_folder
@@ -60,11 +61,12 @@ def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, di
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16], manifest
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        # In a thread: another job may be booting its guest under this lock, and Ctrl-C is to work meanwhile.
+        await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
         yield
 
 
@@ -79,7 +81,7 @@ async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Ca
     folder = cache_folder() / "templates" / key
     if (folder / "manifest.json").exists():
         return folder
-    with _locked(folder.with_suffix(".lock")):
+    async with _locked(folder.with_suffix(".lock")):
         if (folder / "manifest.json").exists():
             return folder
         say("booting the guest once to make a template")

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel.errors import GuestError, QmpError, StateError, VMError
+from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import MapPlan, PagingLayer
 from sfparallel.vmm.qmp import Event, Qmp, reopened
@@ -72,8 +72,12 @@ class _AgentPort(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        for frame in self._parser.feed(data):
-            self._vm.frame_received(frame)
+        try:
+            for frame in self._parser.feed(data):
+                self._vm.frame_received(frame)
+        except (ProtocolError, KeyError, TypeError, ValueError) as error:
+            # Whatever is in there can send anything; only the agent sends what makes sense.
+            self._vm.end(f"it broke the protocol of the agent port: {error!r}")
 
 
 class Vm:
@@ -147,6 +151,11 @@ class Vm:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def end(self, cause: str) -> None:
+        """End the VM at once, for a reason that its owner is to be told."""
+        self._cause = self._cause or cause
+        self.kill()
 
     def _monitor_closed(self) -> None:
         if self._pidfd is None and self.state is not VmState.GONE:
@@ -348,8 +357,7 @@ class Vm:
                 if not self.woken.done():
                     self.woken.set_result(unpack(frame.payload))
             case FrameType.FAILED:
-                self._cause = f"it could not take on its identity: {frame.payload.decode(errors='replace')}"
-                self.kill()
+                self.end(f"it could not take on its identity: {frame.payload.decode(errors='replace')}")
             case FrameType.FUSE if self.freezing:
                 self._crossing.append(frame)
             case _:
@@ -360,15 +368,13 @@ class Vm:
     def _event(self, event: Event) -> None:
         match event["event"]:
             case "GUEST_PANICKED":
-                self._cause = "guest kernel panic"
-                self.kill()
+                self.end("guest kernel panic")
             case "SHUTDOWN":
                 reason = event.get("data", {}).get("reason", "")
                 if not self._cause and reason not in ("host-signal", "host-qmp-quit"):
                     self._cause = f"the guest ended ({reason})"
             case "STOP" if event.get("data", {}).get("reason") == "io-error":
-                self._cause = "an I/O error on one of its disks"
-                self.kill()
+                self.end("an I/O error on one of its disks")
 
 
 def _describe_exit(code: int) -> str:
