@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
@@ -97,6 +98,11 @@ class Connection:
         cache.mkdir(parents=True, exist_ok=True)
         (root / "cache").symlink_to(cache)
         return f"qemu:///embed?root={root}"
+
+    def security_models(self) -> tuple[str, ...]:
+        """Names of the mandatory access control that confines this connection's domains ("apparmor", "selinux")."""
+        models = ElementTree.fromstring(self._connection.getCapabilities()).findall("./host/secmodel/model")
+        return tuple(model.text for model in models if model.text and model.text not in ("dac", "none"))
 
     def start(self, xml: str) -> Domain:
         """Start a transient domain, paused. Blocks for about half a second.

@@ -179,11 +179,29 @@ class DomainPaths:
     console: Path
 
 
-def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path, owner: tuple[int, int] | None = None) -> str:
+@dataclass(frozen=True)
+class Confinement:
+    """What a libvirt daemon is told about a parent's QEMU, where it would choose by itself.
+
+    Attributes:
+        user: to run QEMU as; it must be able to read the images.
+        group: likewise.
+        models: the daemon's mandatory access control ("apparmor", "selinux"). Their profiles know neither the paging layer nor
+            the sockets of a job and would stop QEMU at the start, so that they are left out; QEMU's seccomp sandbox is on.
+    """
+
+    user: int
+    group: int
+    models: tuple[str, ...] = ()
+
+
+def domain_xml(
+    spec: MachineSpec, name: str, paths: DomainPaths, library: Path, confinement: Confinement | None = None
+) -> str:
     """The libvirt domain of a parent (https://libvirt.org/formatdomain.html).
 
     Args:
-        owner: user and group to run QEMU as, for a daemon that would choose its own: they must be able to read the images.
+        confinement: for a daemon; the embedded driver has been configured.
 
     What libvirt has no element for (incoming state, the NIC on a hub, a second monitor) is passed through its QEMU
     namespace, at the addresses of `arguments`.
@@ -210,9 +228,11 @@ def domain_xml(spec: MachineSpec, name: str, paths: DomainPaths, library: Path, 
     add(add(domain, "clock", offset="utc"), "timer", name="hpet", present="no")
     for event, action in (("on_poweroff", "destroy"), ("on_reboot", "destroy"), ("on_crash", "destroy")):
         add(domain, event, action)
-    if owner:
+    if confinement:
         label = add(domain, "seclabel", type="static", model="dac", relabel="no")
-        add(label, "label", f"+{owner[0]}:+{owner[1]}")
+        add(label, "label", f"+{confinement.user}:+{confinement.group}")
+        for model in confinement.models:
+            add(domain, "seclabel", type="none", model=model)
     devices = add(domain, "devices")
     add(devices, "controller", type="usb", model="none")
     add(devices, "memballoon", model="none")

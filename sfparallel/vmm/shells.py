@@ -16,7 +16,7 @@ from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, VMError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.libvirt_domain import Connection
-from sfparallel.vmm.machine import Boot, DomainPaths, Endpoints, MachineSpec, arguments, data_disk, domain_xml
+from sfparallel.vmm.machine import Boot, Confinement, DomainPaths, Endpoints, MachineSpec, arguments, data_disk, domain_xml
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.vm import Sockets, Vm
 
@@ -100,7 +100,8 @@ async def start_parent(spec: MachineSpec, connection: Connection, network: Clone
     """
     folder = connection.folder
     paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
-    xml = domain_xml(spec, name, paths, LIBRARY, None if connection.embedded else (os.geteuid(), os.getegid()))
+    confinement = None if connection.embedded else Confinement(os.geteuid(), os.getegid(), connection.security_models())
+    xml = domain_xml(spec, name, paths, LIBRARY, confinement)
     domain = await asyncio.to_thread(connection.start, xml)
     with contextlib.ExitStack() as undo:
         undo.callback(domain.destroy)
