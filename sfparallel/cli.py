@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from sfparallel.vmm.options import JobOptions, Program, default_uri
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
+LEAST_MEMORY_BYTES = 256 << 20
+"""Below this a guest does not get through its boot."""
+MOST_CPUS = 64
 
 
 def _say(line: str) -> None:
@@ -131,6 +135,13 @@ def _sfrun(arguments: Sequence[str]) -> int:
         parser.error("say which script (or -m module, or -c command) to run")
     if options.n is not None and options.n < 1:
         raise UsageError(f"-n {options.n}: at least 1 clone")
+    if options.timeout is not None and not 0 < options.timeout < math.inf:
+        raise UsageError(f"--timeout {options.timeout}: a number of seconds above 0")
+    if not LEAST_MEMORY_BYTES <= parse_size(options.memory) <= (total := host_memory_bytes()):
+        raise UsageError(f"--memory {options.memory}: from {LEAST_MEMORY_BYTES >> 20}M to what the host has, {total >> 20}M",
+                         hint="a bare number is MiB")  # fmt: skip
+    if options.cpus > MOST_CPUS:
+        raise UsageError(f"--cpus {options.cpus}: at most {MOST_CPUS}")
     if options.seed is not None and options.seed < 0:
         raise UsageError(f"--seed {options.seed}: at least 0")
     if options.cpus < 1:
@@ -171,6 +182,11 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         connect=options.connect or default_uri(),
         pool=options.pool, seed=options.seed,
     )  # fmt: skip
+
+
+def host_memory_bytes() -> int:
+    """RAM of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _start_log() -> None:

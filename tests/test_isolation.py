@@ -150,3 +150,48 @@ def test_two_jobs_at_the_same_time_do_not_see_each_other(sfrun: Sfrun, tmp_path_
         thread.join()
     for word in ("alpha", "beta"):
         assert ended[word].splitlines() == [str([(word, [word])] * 3)] * 2
+
+
+HOSTILE = {
+    "output to a descriptor of the supervisor's": "frame(6, b'x', 999)",
+    "an impossible exit status": "frame(8, b'\\x81\\xa6status\\xcf\\0\\0\\1\\0\\0\\0\\0\\0')",
+    "no frames at all": "os.urandom(4096)",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_clone_that_lies_to_the_supervisor_ends_alone(sfrun: Sfrun, what: str) -> None:
+    """Root in a clone can take the agent's port (pidfd_getfd) and send anything."""
+    ended = sfrun(
+        f"""
+        import ctypes, os, struct, time
+        import sfparallel as sf
+
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def port():
+            agent = libc.syscall(434, 1, 0)
+            for fd in os.listdir("/proc/1/fd"):
+                try:
+                    if "vport" in os.readlink(f"/proc/1/fd/{{fd}}"):
+                        return libc.syscall(438, agent, int(fd), 0)
+                except OSError:
+                    pass
+
+        def frame(kind, payload, channel=0):
+            return struct.pack("<IHH", len(payload), kind, channel) + payload
+
+        @sf.parallel(n=2, timeout=120)
+        def lie():
+            if sf.comm().rank == 1:
+                os.write(port(), {HOSTILE[what]})
+                time.sleep(1000)
+            return sf.comm().rank
+
+        try:
+            lie()
+        except sf.CloneLost as error:
+            print(error.rank, sf.parallel(n=2)(lambda: sf.comm().rank)())
+        """
+    ).ok()
+    assert ended.out.strip() == "1 [0, 1]"

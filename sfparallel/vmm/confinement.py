@@ -9,6 +9,7 @@ its mount namespace, and goes with the last process.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -76,17 +77,22 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
         raise EnvironmentProblem(
             f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
         ) from error
+    alive, ours = os.pipe()
     child = os.fork()
     if child == 0:
-        _become_init(job, places, pid)
+        os.close(ours)
+        _become_init(job, places, pid, alive)
     return _wait(child)
 
 
-def _become_init(job: Callable[[Places, int], int], places: Places, pid: int) -> NoReturn:
+def _become_init(job: Callable[[Places, int], int], places: Places, pid: int, alive: int) -> NoReturn:
     """The init's whole life. It ends with os._exit: what the parent registered to happen at its exit happens there."""
     code = 1
     try:
         native.set_death_signal(signal.SIGKILL)
+        # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
+        if select.select([alive], [], [], 0)[0]:
+            os._exit(code)
         native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
         # libvirt and we look processes up by their numbers in this namespace.
         native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
@@ -97,8 +103,9 @@ def _become_init(job: Callable[[Places, int], int], places: Places, pid: int) ->
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # it was closed before we started
+                stream.flush()
         os._exit(code)
 
 

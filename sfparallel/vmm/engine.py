@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sfparallel.errors import GuestError, PagingError, VMError
+from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan, PagingRefused, copy_pages
 from sfparallel.vmm.vm import Vm
@@ -170,8 +170,12 @@ async def launch(
     checkpoint: Checkpoint,
     report: ForkReport,
     lost: Callable[[Vm, str], None],
+    thawed: Callable[[Vm], None],
 ) -> None:
-    """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on."""
+    """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on.
+
+    `thawed` is called for each clone when its guest may get frames.
+    """
 
     async def start(birth: Birth) -> None:
         shell = birth.shell
@@ -181,11 +185,12 @@ async def launch(
             report.loads.append(loaded)
             report.loaded = max(report.loaded, time.monotonic() - report.started)
             shell.thaw(birth.thaw)
+            thawed(shell)
             woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
             report.wakes.append(time.monotonic() - report.started)
             report.wake_cpu.append(woken.get("cpu_ns", 0) / 1e9)
             report.woken = max(report.wakes)
-        except (VMError, GuestError) as error:
+        except (VMError, StateError) as error:
             lost(shell, str(error))
             shell.kill()
         except TimeoutError:

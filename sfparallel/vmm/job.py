@@ -33,7 +33,7 @@ from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions
-from sfparallel.vmm.output import LabelledOutput, write_all
+from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, write_all
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
@@ -56,6 +56,8 @@ GUEST_ENVIRONMENT = {
 
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
+EXIT_OUTPUT_LOST = 74
+"""Exit code when what programs print cannot be written (EX_IOERR)."""
 
 _STDIN_PIECE_BYTES = 32 << 10
 _END_GRACE_S = 5.0
@@ -130,9 +132,10 @@ class Job:
         self._watch_signals(stack)
         stack.callback((await announce(self._pid, self.status)).close)
         image = images.find(options.image)
+        data = [await asyncio.to_thread(data_image, folder, self._say) for folder in options.data]
         spec = MachineSpec(
             accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
-            data_images=tuple(data_image(folder, self._say) for folder in options.data), qemu=QEMU.get(),
+            data_images=tuple(data), qemu=QEMU.get(),
         )  # fmt: skip
         boot = Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE)
         template = await ensure_template(spec, boot, image.key, self._say)
@@ -212,7 +215,11 @@ class Job:
     async def _start_clone_shell(self, spec: MachineSpec, network: CloneNetwork) -> Vm:
         number = self._free_numbers.pop(0) if self._free_numbers else self._next_number
         self._next_number = max(self._next_number, number + 1)
-        vm = await start_shell(spec, number, network)
+        try:
+            vm = await start_shell(spec, number, network)
+        except BaseException:
+            self._free_numbers.append(number)
+            raise
         self._watch(vm)
         return vm
 
@@ -221,8 +228,18 @@ class Job:
         vm.events.on_frame = self._frame
         vm.events.on_gone = self._gone
 
-    def _clone_starts(self, vm: Vm, output: LabelledOutput) -> None:
-        self._outputs[vm] = output
+    def _clone_starts(self, vm: Vm, label: str) -> None:
+        self._outputs[vm] = LabelledOutput(label, self._write)
+
+    def _write(self, stream: int, data: bytes) -> None:
+        """Pass output on; when it cannot be, the job ends."""
+        try:
+            write_all(stream, data)
+        except OSError as error:
+            if not self._done.done():
+                with contextlib.suppress(OSError):
+                    self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
+                self._done.set_result(EXIT_OUTPUT_LOST)
 
     def _gone(self, vm: Vm, cause: str) -> None:
         self._vms.discard(vm)
@@ -241,12 +258,15 @@ class Job:
 
     def _frame(self, vm: Vm, frame: Frame) -> None:
         match frame.type:
+            case FrameType.OUTPUT if frame.channel not in (STDOUT, STDERR):
+                # The channel is a descriptor of ours, and what runs in a guest may send anything.
+                vm.end(f"it sent output for channel {frame.channel}")
             case FrameType.OUTPUT:
                 output = self._outputs.get(vm)
                 if output:
                     output.feed(frame.channel, frame.payload)
                 else:
-                    write_all(frame.channel, frame.payload)
+                    self._write(frame.channel, frame.payload)
             case FrameType.FUSE:
                 self._serve_files(vm, frame.channel, frame.payload)
             case FrameType.REQUEST:

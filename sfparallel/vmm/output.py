@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 STDOUT, STDERR = 1, 2
@@ -16,15 +17,17 @@ class LabelledOutput:
 
     Args:
         label: put before each line, or empty.
+        write: takes a stream (1 or 2) and bytes.
     """
 
     label: str
+    write: Callable[[int, bytes], None]
     _partial: dict[int, bytearray] = field(default_factory=dict)
 
     def feed(self, stream: int, data: bytes) -> None:
         """Take what the clone printed; writes the lines that are complete."""
         if not self.label:
-            write_all(stream, data)
+            self.write(stream, data)
             return
         partial = self._partial.setdefault(stream, bytearray())
         partial += data
@@ -44,11 +47,15 @@ class LabelledOutput:
 
     def _write(self, stream: int, lines: bytes) -> None:
         prefix = self.label.encode()
-        write_all(stream, b"".join(prefix + line for line in lines.splitlines(keepends=True)))
+        self.write(stream, b"".join(prefix + line for line in lines.splitlines(keepends=True)))
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write to our stdout or stderr; a reader that went away (`| head`) ends the output, not the job."""
+    """Write to our stdout or stderr; a reader that went away (`| head`) ends the output, not the job.
+
+    Raises:
+        OSError: the stream is closed, or its device full.
+    """
     view = memoryview(data)
     try:
         while view:

@@ -21,7 +21,6 @@ from sfparallel.vmm.capacity import Capacity
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.engine import Birth, ForkReport
 from sfparallel.vmm.machine import MachineSpec
-from sfparallel.vmm.output import LabelledOutput
 from sfparallel.vmm.shells import Pool
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
@@ -54,7 +53,7 @@ class Regions:
     """Tickets and clones of a job.
 
     Args:
-        on_clone: called with each new clone before it runs, to route what it sends.
+        on_clone: called with each new clone, and the label of its output, before it runs.
         on_report: called when a fork's clones are all gone.
     """
 
@@ -65,7 +64,7 @@ class Regions:
         pool: Pool,
         store: LayerStore,
         *,
-        on_clone: Callable[[Vm, LabelledOutput], None],
+        on_clone: Callable[[Vm, str], None],
         on_report: Callable[[ForkReport], None],
         answer_file_request: Callable[[Vm, int, bytes], None],
     ) -> None:
@@ -219,16 +218,17 @@ class Regions:
         clones = [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
         answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}
         vm.thaw(_thaw(ticket.channel, answer))
+
+        def answer_crossing(asker: Vm) -> None:
+            for frame in crossing:
+                self._answer_file_request(asker, frame.channel, frame.payload)
+
+        answer_crossing(vm)
         births = [Birth(member.vm, self._birth_message(vm, ticket, member, message["id"], clones)) for member in members]
         try:
-            await engine.launch(births, checkpoint, report, self._could_not_start)
+            await engine.launch(births, checkpoint, report, self._could_not_start, answer_crossing)
         finally:
             checkpoint.close()
-        for member in members:
-            for frame in crossing:
-                self._answer_file_request(member.vm, frame.channel, frame.payload)
-        for frame in crossing:
-            self._answer_file_request(vm, frame.channel, frame.payload)
 
     def _birth_message(
         self, source: Vm, ticket: Ticket, member: Member, number: int, clones: list[dict[str, Any]]
@@ -243,13 +243,14 @@ class Regions:
     def _adopt(self, ticket: Ticket, member: Member) -> None:
         label = f"[{member.rank - 1 + ticket.label_base}] " if self._settings.labels else ""
         self._members[member.vm] = (ticket, member)
-        self._on_clone(member.vm, LabelledOutput(label))
+        self._on_clone(member.vm, label)
 
     # -- ends ------------------------------------------------------------------------------------------------------
 
     def _could_not_start(self, vm: Vm, cause: str) -> None:
-        ticket, member = self._members[vm]
-        if not member.discarded:
+        # It may be gone already, and reported by `vm_gone`.
+        ticket, member = self._members.get(vm, (None, None))
+        if ticket and member and not member.discarded and member.lost is None:
             self._lost(ticket, member, cause)
 
     def clone_exited(self, vm: Vm, status: int, oom_kills: int) -> None:

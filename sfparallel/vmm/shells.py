@@ -150,7 +150,7 @@ class Pool:
         self._held = asyncio.Event()
         self._held.set()
         self.target = 0
-        self.error: VMError | None = None
+        self.error: VMError | OSError | None = None
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -202,7 +202,7 @@ class Pool:
             await self._held.wait()
             try:
                 self._ready.append(await self._start())
-            except VMError as error:
+            except (VMError, OSError) as error:
                 # The fork that needs the shell will meet the same error and report it to its caller.
                 self.error = error
                 return

@@ -67,6 +67,9 @@ class _AgentPort(asyncio.Protocol):
         self._parser = FrameParser()
         self.transport: asyncio.Transport | None = None
 
+    def connection_lost(self, error: Exception | None) -> None:
+        self._vm.end("its agent port closed")
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
@@ -75,7 +78,7 @@ class _AgentPort(asyncio.Protocol):
         try:
             for frame in self._parser.feed(data):
                 self._vm.frame_received(frame)
-        except (ProtocolError, KeyError, TypeError, ValueError) as error:
+        except (ProtocolError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
             # Whatever is in there can send anything; only the agent sends what makes sense.
             self._vm.end(f"it broke the protocol of the agent port: {error!r}")
 
@@ -281,6 +284,7 @@ class Vm:
         try:
             return await asyncio.wait_for(self._frozen, timeout_s)
         except TimeoutError:
+            self._frozen = None
             raise GuestError(
                 f"{self.name}: the guest agent did not answer within {timeout_s:.0f} s\n{self.console_tail()}"
             ) from None
