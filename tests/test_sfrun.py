@@ -210,6 +210,7 @@ def test_jobs_are_listed_while_they_run(sfrun: Sfrun) -> None:
 def test_output_that_cannot_be_written_ends_the_job(sfrun: Sfrun) -> None:
     script = sfrun.write("print('hello')")
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([str(BIN / "sfrun"), str(script)], cwd=sfrun.folder, stdout=full, stderr=subprocess.PIPE, text=True,
-                               timeout=60)  # fmt: skip
-    assert ended.returncode == 74 and "No space left" in ended.stderr
+        command = [str(BIN / "sfrun"), str(script)]
+        ended = subprocess.run(command, cwd=sfrun.folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 74
+    assert "No space left" in ended.stderr
