@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from sfparallel.vmm.confinement import Places, confine
-from sfparallel.vmm.engine import ForkReport
 from sfparallel.vmm.options import JobOptions, Program
+from sfparallel.vmm.record import ForkReport
 
 EMBEDDED = None  # libvirt's driver in the job's own process, whatever daemon may run
 

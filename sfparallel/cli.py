@@ -68,6 +68,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
     add("--stats", action="store_true", help="print what each fork cost")
+    add("--trace", type=Path, metavar="FILE", help="write every phase of every fork to FILE (Chrome's trace format)")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
     add("--connect", metavar="URI", help="libvirt connection; default: the daemon that is there, else the embedded driver")
     return parser
@@ -81,6 +82,7 @@ def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]
     """
     takes_value = {
         "-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool", "--seed",
+        "--trace",
     }  # fmt: skip
     own: list[str] = []
     rest = list(arguments)
@@ -179,7 +181,7 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
         labels=options.label, timeout_s=options.timeout, data=data,
         forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats,
-        connect=options.connect or default_uri(),
+        trace=options.trace.absolute() if options.trace else None, connect=options.connect or default_uri(),
         pool=options.pool, seed=options.seed,
     )  # fmt: skip
 

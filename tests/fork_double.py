@@ -106,7 +106,7 @@ class ForkDouble:
             self._epoll.register(child.pidfd, select.EPOLLIN)
         return Fork(0, self.address, "", siblings)
 
-    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
+    def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
         assert self._said_exit is not None
         assert len(answer) <= self.answer_bytes
         if answer:

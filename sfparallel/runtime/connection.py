@@ -79,8 +79,8 @@ class Connection:
         return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
                     entropy=reply.get("entropy") or b"")
 
-    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
-        self._post("exit", status=status, **({"answer": answer} if answer else {}))
+    def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
+        self._post("exit", status=status, ran_ns=ran_ns, **({"answer": answer} if answer else {}))
         # The supervisor discards the VM without an answer. Going on would run the parent's program a second time.
         park()
 

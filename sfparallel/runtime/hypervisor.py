@@ -102,8 +102,11 @@ class Hypervisor(Protocol):
     def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
         """Fork; returns in the parent and in every clone."""
 
-    def exit(self, status: int, answer: bytes = b"") -> NoReturn:
-        """End this clone, with an answer for the parent if there is one (of at most `Hello.answer_bytes`)."""
+    def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
+        """End this clone, with an answer for the parent if there is one (of at most `Hello.answer_bytes`).
+
+        `ran_ns` is how long ago the user's code began, for `sfrun --trace`; 0 if that is not known.
+        """
 
     def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
         """Wait until all clones of the ticket are gone: exit status by low-level rank, or None when time ran out."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections import deque
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class Place:
 def live(work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> NoReturn:
     """A clone's whole life after the fork. Nothing may escape from here: it would run the parent's program a second time."""
     try:
-        _Worker(work, ticket, link, place).run()
+        worker = _Worker(work, ticket, link, place)
+        worker.run()
         HERE.membership = None
         lowlevel.flush_output()
-        ticket.hypervisor.exit(0)
+        ticket.hypervisor.exit(0, ran_ns=time.monotonic_ns() - worker.began_ns)
     except BaseException:
         die()
 
@@ -72,6 +74,7 @@ class _Worker:
         self._ticket = ticket
         self._fork = fork
         self._keys = deque(place.keys)
+        self.began_ns = 0
         # Items of a map are asked for one after the other: only a rank of a region answers once and is done.
         self._answer_bytes = 0 if work.per_item else place.answer_bytes
         whole_vm = ticket.hypervisor.keeps_threads
@@ -91,6 +94,7 @@ class _Worker:
             lowlevel.assume_identity(self._ticket, self._fork.entropy, self._membership.rank)
         except BaseException as error:
             failure = error
+        self.began_ns = time.monotonic_ns()
         while True:
             while self._keys:
                 self._membership.key = self._keys.popleft()
@@ -122,5 +126,5 @@ class _Worker:
         if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._communicator.is_open:
             answer = pack_answer(kind, bytes(frames[0]) if frames else b"", fields)
             if len(answer) <= self._answer_bytes:
-                self._ticket.hypervisor.exit(0, answer)
+                self._ticket.hypervisor.exit(0, answer, ran_ns=time.monotonic_ns() - self.began_ns)
         self._link.send(kind, frames, **fields)

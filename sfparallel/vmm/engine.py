@@ -11,12 +11,13 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan, PagingRefused, copy_pages
+from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
 
@@ -25,38 +26,6 @@ MAX_LAYERS = 64
 
 WAKE_TIMEOUT_S = 60.0
 """A clone whose agent has not answered within this time is given up."""
-
-
-@dataclass(frozen=True)
-class SaveTimes:
-    """Where the time of a save went, in seconds; the parent is paused for `pause`."""
-
-    freeze: float
-    stop: float
-    devices: float
-    commit: float
-    resume: float
-    pause: float
-
-
-@dataclass
-class ForkReport:
-    """What one fork cost; the source of `--stats`."""
-
-    n: int
-    started: float
-    shells_ready: float = 0.0
-    save: SaveTimes | None = None
-    commit: CommitResult | None = None
-    loads: list[float] = field(default_factory=list)
-    loaded: float = 0.0
-    woken: float = 0.0
-    wakes: list[float] = field(default_factory=list)
-    wake_cpu: list[float] = field(default_factory=list)
-    first_answer: float | None = None
-    last_answer: float | None = None
-    private_bytes: list[int] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -112,13 +81,16 @@ async def _flatten(vm: Vm, store: LayerStore) -> None:
         raise PagingError(f"{vm.name}: its memory layers could not be merged: {error}") from error
 
 
-async def save(vm: Vm, store: LayerStore) -> tuple[Checkpoint, SaveTimes, CommitResult, list[Frame]]:
+async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoint, list[Frame]]:
     """Make a checkpoint of a running VM and let its virtual CPUs go on; its programs stay frozen until `thaw`.
 
     Everything that can be done before the CPUs stop, or after they run again, is done then.
 
+    Args:
+        report: told of each phase, and of what was committed.
+
     Returns:
-        The checkpoint, the times, what was committed, and agent frames that stand unanswered in VM and checkpoint.
+        The checkpoint, and agent frames that stand unanswered in VM and checkpoint.
 
     Raises:
         VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
@@ -152,9 +124,14 @@ async def save(vm: Vm, store: LayerStore) -> tuple[Checkpoint, SaveTimes, Commit
     finally:
         # A new layer that was not written holds nothing; one that was written is in the map by now.
         store.release(vm, keep=vm.memory.layers if vm.memory else ())
-    times = SaveTimes(freeze=frozen - begun, stop=stopped - frozen, devices=saved - stopped, commit=committed - saved,
-                      resume=resumed - committed, pause=resumed - frozen)  # fmt: skip
-    return checkpoint, times, result, crossing
+    report.commit = result
+    report.note(vm.name, Phase.FREEZE, begun, frozen)
+    report.note(vm.name, Phase.STOP, frozen, stopped)
+    report.note(vm.name, Phase.DEVICES, stopped, saved)
+    report.note(vm.name, Phase.COMMIT, saved, committed, dirty_pages=result.dirty_pages, stored_pages=result.stored_pages,
+                zero_pages=result.zero_pages, runs=len(result.runs), layers=len(vm.memory.layers))  # fmt: skip
+    report.note(vm.name, Phase.RESUME, committed, resumed)
+    return checkpoint, crossing
 
 
 @dataclass(frozen=True)
@@ -181,15 +158,15 @@ async def launch(
         shell = birth.shell
         try:
             checkpoint.store.hold(shell, checkpoint.layers)
-            loaded = await shell.load(checkpoint.plan(), checkpoint.device_state)
-            report.loads.append(loaded)
-            report.loaded = max(report.loaded, time.monotonic() - report.started)
+            times = await shell.load(checkpoint.plan(), checkpoint.device_state)
+            report.note(shell.name, Phase.MAP, times.begun, times.mapped)
+            report.note(shell.name, Phase.LOAD, times.mapped, times.loaded)
+            report.note(shell.name, Phase.CONT, times.loaded, times.resumed)
             shell.thaw(birth.thaw)
             thawed(shell)
             woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
-            report.wakes.append(time.monotonic() - report.started)
-            report.wake_cpu.append(woken.get("cpu_ns", 0) / 1e9)
-            report.woken = max(report.wakes)
+            report.note(shell.name, Phase.WAKE, times.resumed,
+                        guest_cpu_ms=woken.get("cpu_ns", 0) / 1e6, guest_wall_ms=woken.get("wall_ns", 0) / 1e6)  # fmt: skip
         except (VMError, StateError) as error:
             lost(shell, str(error))
             shell.kill()

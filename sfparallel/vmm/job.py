@@ -26,7 +26,6 @@ from sfparallel.vmm import statistics
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
-from sfparallel.vmm.engine import ForkReport
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
@@ -34,10 +33,12 @@ from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, write_all
+from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
+from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame, FrameType, pack, unpack
 
@@ -86,6 +87,7 @@ class Job:
         self._parent: Vm | None = None
         self._pool: Pool | None = None
         self._regions: Regions | None = None
+        self._trace: TraceFile | None = None
         self._outputs: dict[Vm, LabelledOutput] = {}
         self._vms: set[Vm] = set()
         self._forks = 0
@@ -130,6 +132,9 @@ class Job:
         options = self._options
         require_library()
         self._watch_signals(stack)
+        if options.trace:
+            self._trace = TraceFile(options.trace, self._started, self._say)
+            stack.callback(self._trace.close)
         stack.callback((await announce(self._pid, self.status)).close)
         image = images.find(options.image)
         data = [await asyncio.to_thread(data_image, folder, self._say) for folder in options.data]
@@ -154,8 +159,8 @@ class Job:
         stack.push_async_callback(asyncio.to_thread, connection.close)
         self._pool = Pool(lambda: self._start_clone_shell(spec, network))
         settings = RegionSettings(
-            job=self.name, default_n=options.n or os.cpu_count(), labels=options.labels, statistics=options.statistics,
-            seed=options.seed,
+            job=self.name, default_n=options.n or os.cpu_count(), labels=options.labels,
+            statistics=options.statistics or options.trace is not None, seed=options.seed,
         )  # fmt: skip
         self._regions = Regions(
             settings, spec, self._pool, store,
@@ -312,10 +317,12 @@ class Job:
 
     def _report(self, report: ForkReport) -> None:
         self._forks += 1
+        if self._trace:
+            self._trace.add(report)
         if self._options.on_report:
             self._options.on_report(report)
         elif self._options.statistics:
-            self._say(statistics.describe(self._forks, report))
+            self._say(statistics.describe(report))
 
     # -- the terminal ------------------------------------------------------------------------------------------------
 

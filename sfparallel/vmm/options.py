@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfparallel.vmm.engine import ForkReport
+    from sfparallel.vmm.record import ForkReport
 
 _SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
 
@@ -48,6 +48,7 @@ class JobOptions:
     data: tuple[Path, ...] = ()
     forwards: tuple[tuple[int, int], ...] = ()
     statistics: bool = False
+    trace: Path | None = None
     connect: str | None = field(default_factory=default_uri)
     pool: int | None = None
     seed: int | None = None

@@ -19,8 +19,9 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.vmm import engine
 from sfparallel.vmm.capacity import Capacity
 from sfparallel.vmm.checkpoint import LayerStore
-from sfparallel.vmm.engine import Birth, ForkReport
+from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
+from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.shells import Pool
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
@@ -54,7 +55,7 @@ class Regions:
 
     Args:
         on_clone: called with each new clone, and the label of its output, before it runs.
-        on_report: called when a fork's clones are all gone.
+        on_report: called when a fork's clones are all gone and its program is done with them.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Regions:
         self._fork_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_ticket = 1
+        self._forks = 0
         self._handlers: dict[str, Handler] = {
             "hello": self._hello, "ticket": self._ticket, "clone": self._clone, "exit": self._exit,
             "join": self._join, "kill": self._kill, "stats": self._stats,
@@ -145,6 +147,10 @@ class Regions:
     async def _exit(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         ticket, member = self._members[vm]
         member.status = int(message.get("status", 0))
+        if ticket.report:
+            _note_user_code(ticket.report, vm, int(message.get("ran_ns", 0)))
+            if message.get("answer"):
+                ticket.report.mark(vm.name, Phase.ANSWER)
         if message.get("answer") and ticket.owner.state is not VmState.GONE:
             event = {"event": "answer", "ticket": ticket.number, "rank": member.rank, "data": message["answer"]}
             ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
@@ -172,8 +178,11 @@ class Regions:
     async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         report = self._find(vm, message).report
         if report:
-            report.first_answer = message.get("first_s")
-            report.last_answer = message.get("last_s")
+            # The program tells it at once when it has the last answer; its clock is not ours, so only the difference counts.
+            now = time.monotonic()
+            first = now - float(message["last_s"]) + float(message["first_s"])
+            report.mark(vm.name, Phase.FIRST_ANSWER, max(report.started, first))
+            report.mark(vm.name, Phase.LAST_ANSWER, now)
 
     # -- the fork --------------------------------------------------------------------------------------------------
 
@@ -201,18 +210,21 @@ class Regions:
 
     async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
         n = ticket.granted
-        report = ForkReport(n, time.monotonic())
+        self._forks += 1
+        report = ForkReport(n, time.monotonic(), self._forks, vm.name)
         ticket.report = report
         shells = await self._pool.take(n)
         self._pool.aim(n)
-        report.shells_ready = time.monotonic() - report.started
+        report.note(SUPERVISOR, Phase.SHELLS, report.started)
         try:
-            checkpoint, report.save, report.commit, crossing = await engine.save(vm, self._store)
+            checkpoint, crossing = await engine.save(vm, self._store, report)
         except BaseException:
             self._pool.give_back(shells)
             raise
         members = [Member(rank, shell, address_of(shell.number)) for rank, shell in enumerate(shells, 1)]
         for member in members:
+            report.note(member.vm.name, Phase.START, member.vm.started, member.vm.ready)
+            report.mark(member.vm.name, Phase.TAKEN, rank=member.rank)
             self._adopt(ticket, member)
         ticket.start(members)
         clones = [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
@@ -225,9 +237,11 @@ class Regions:
 
         answer_crossing(vm)
         births = [Birth(member.vm, self._birth_message(vm, ticket, member, message["id"], clones)) for member in members]
+        launched = time.monotonic()
         try:
             await engine.launch(births, checkpoint, report, self._could_not_start, answer_crossing)
         finally:
+            report.note(SUPERVISOR, Phase.LAUNCH, launched)
             checkpoint.close()
 
     def _birth_message(
@@ -279,9 +293,12 @@ class Regions:
             return
         ticket, member = self._members.pop(vm)
         member.gone = True
+        if ticket.report:
+            ticket.report.note(vm.name, Phase.EXIT, member.leaving or time.monotonic(), **member.measured)
         if member.status is None and member.lost is None and not member.discarded:
             self._lost(ticket, member, cause)
         ticket.check()
+        self._conclude(ticket)
 
     def client_gone(self, vm: Vm, channel: int) -> None:
         """A program closed its connection: its clones have nobody left to answer to."""
@@ -291,9 +308,16 @@ class Regions:
 
     def _finish(self, ticket: Ticket) -> None:
         """Its owner is done with the ticket, and has said by now when the answers came."""
-        if self._tickets.pop(ticket.number, None) and ticket.report:
-            self._capacity.learn(ticket.report.private_bytes)
-            self._on_report(ticket.report)
+        self._tickets.pop(ticket.number, None)
+        self._conclude(ticket)
+
+    def _conclude(self, ticket: Ticket) -> None:
+        """Report the fork, once: when its owner is done with it and its clones are gone."""
+        report = ticket.report
+        if report and ticket.state is TicketState.ENDED and ticket.number not in self._tickets:
+            ticket.report = None
+            self._capacity.learn(report.private_bytes)
+            self._on_report(report)
 
     def _lost(self, ticket: Ticket, member: Member, cause: str) -> None:
         member.lost = cause
@@ -306,10 +330,9 @@ class Regions:
 
     def _sample(self, ticket: Ticket, member: Member) -> None:
         """Note the private memory of a clone that is about to go: all with `--stats`, else one per fork."""
-        report = ticket.report
-        if report and (self._settings.statistics or not report.private_bytes):
-            report.private_bytes.append(private_bytes(member.vm.pid))
-            report.cpu.append(cpu_seconds(member.vm.pid))
+        member.leaving = time.monotonic()
+        if self._settings.statistics or not any(other.measured for other in ticket.members.values()):
+            member.measured = {"private_bytes": private_bytes(member.vm.pid), "host_cpu_s": cpu_seconds(member.vm.pid)}
 
     async def close(self) -> None:
         """End all clones and forget all requests."""
@@ -318,6 +341,13 @@ class Regions:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _note_user_code(report: ForkReport, vm: Vm, ran_ns: int) -> None:
+    """From the first line of the user's function to now; the clone has measured how long that is on its own clock."""
+    woken = next((span.end for span in report.of(Phase.WAKE) if span.vm == vm.name), None)
+    if woken is not None and ran_ns > 0:
+        report.note(vm.name, Phase.USER, max(woken, time.monotonic() - ran_ns / 1e9))
 
 
 def private_bytes(pid: int) -> int:

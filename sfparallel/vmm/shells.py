@@ -18,6 +18,7 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import Boot, Confinement, DomainPaths, Endpoints, MachineSpec, arguments, data_disk, domain_xml
 from sfparallel.vmm.qmp import reopened
+from sfparallel.vmm.record import PARENT
 from sfparallel.vmm.vm import Sockets, Vm
 
 LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
@@ -115,7 +116,7 @@ async def start_parent(spec: MachineSpec, connection: Connection, network: Clone
         pid, _, _ = struct.unpack("3i", paging.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         console = os.open(paths.console, os.O_RDONLY | os.O_CLOEXEC)
         # The embedded driver's QEMU is an orphan, and so a child of the job's init: this process (see vmm.confinement).
-        vm = Vm("parent", pid, Sockets(qmp, agent, paging, console), child=connection.embedded)
+        vm = Vm(PARENT, pid, Sockets(qmp, agent, paging, console), child=connection.embedded)
         undo.pop_all()
     try:
         await vm.prepare(spec.memory_bytes)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import statistics
 
-from sfparallel.vmm.engine import ForkReport
+from sfparallel.vmm.record import ForkReport
 
 
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
-def describe(number: int, report: ForkReport) -> str:
+def describe(report: ForkReport) -> str:
     """One fork's report: n, parent pause, pages committed, load time, first and last answer, private memory."""
     save, commit = report.save, report.commit
     loads = sorted(report.loads)
     private = report.private_bytes
-    parts = [f"fork {number}: n={report.n}"]
+    parts = [f"fork {report.number}: n={report.n}"]
     if save and commit:
         parts.append(
             f"parent paused {_ms(save.pause)} (stop {_ms(save.stop)}, devices {_ms(save.devices)}, "

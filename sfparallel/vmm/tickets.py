@@ -7,7 +7,7 @@ import enum
 from dataclasses import dataclass, field
 
 from sfparallel.errors import StateError
-from sfparallel.vmm.engine import ForkReport
+from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.vm import Vm
 
 
@@ -28,6 +28,8 @@ class Member:
         rank: 1..m.
         status: what it passed to `exit`, or None while it runs or when it was lost.
         lost: why it died before it called `exit`.
+        leaving: when it was about to end, on the monotonic clock; None when that was not seen.
+        measured: what it needed, taken when it was about to end.
     """
 
     rank: int
@@ -37,6 +39,8 @@ class Member:
     lost: str | None = None
     gone: bool = False
     discarded: bool = False
+    leaving: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -30,6 +30,16 @@ FREEZE_TIMEOUT_S = 60.0
 _CONSOLE_TAIL_BYTES = 4096
 
 
+@dataclass(frozen=True)
+class LoadTimes:
+    """When the steps of a load ended, on the monotonic clock."""
+
+    begun: float
+    mapped: float
+    loaded: float
+    resumed: float
+
+
 class VmState(enum.Enum):
     """Life of a VM."""
 
@@ -104,6 +114,7 @@ class Vm:
         self.woken: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.exit_report: dict[str, Any] | None = None
         self.closing = contextlib.ExitStack()
+        self.started = self.ready = time.monotonic()
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._console = sockets.console
@@ -141,6 +152,7 @@ class Vm:
             self.ram_bytes = ram_bytes
             await self.paging.hello()
             await self._loop.create_unix_connection(lambda: self._port, sock=self._agent_socket)
+            self.ready = time.monotonic()
         except VMError as error:
             output = self.console_tail()
             raise VMError(f"{self.name} did not start: {error}" + (f"\n{output}" if output else "")) from error
@@ -219,15 +231,12 @@ class Vm:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
 
-    async def load(self, plan: MapPlan, device_state: int) -> float:
+    async def load(self, plan: MapPlan, device_state: int) -> LoadTimes:
         """Give a shell a guest and resume it.
 
         Args:
             plan: the memory image, ready to be mapped.
             device_state: descriptor of the device state; only duplicated here.
-
-        Returns:
-            Seconds from the first operation until QEMU had loaded the state.
 
         Raises:
             VMError: QEMU or the paging layer refused; the VM is of no further use.
@@ -236,6 +245,7 @@ class Vm:
         self.state = VmState.LOADING
         started = time.monotonic()
         await self.paging.map(self.ram_address, plan)
+        mapped = time.monotonic()
         # The plan's map, not the checkpoint's: short gaps of zero pages are mapped from a layer too, which must be held.
         self.memory = plan.memory_map
         done = self.qmp.expect(lambda event: event["event"] == "MIGRATION" and
@@ -248,10 +258,10 @@ class Vm:
         event = await done
         if event["data"]["status"] != "completed":
             raise VMError(f"{self.name}: QEMU could not load the device state")
-        loaded = time.monotonic() - started
+        loaded = time.monotonic()
         await self.qmp.execute("cont")
         self.state = VmState.FROZEN
-        return loaded
+        return LoadTimes(started, mapped, loaded, time.monotonic())
 
     def send(self, kind: FrameType, payload: bytes = b"", channel: int = 0) -> None:
         """Send a frame to the agent.
