@@ -165,7 +165,8 @@ async def launch(
             shell.thaw(birth.thaw)
             thawed(shell)
             woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
-            report.note(shell.name, Phase.WAKE, times.resumed,
+            # Not now: frames that came with WOKEN may have been dealt with before this task went on.
+            report.note(shell.name, Phase.WAKE, times.resumed, shell.woken_at,
                         guest_cpu_ms=woken.get("cpu_ns", 0) / 1e6, guest_wall_ms=woken.get("wall_ns", 0) / 1e6)  # fmt: skip
         except (VMError, StateError) as error:
             lost(shell, str(error))

@@ -345,9 +345,8 @@ class Regions:
 
 def _note_user_code(report: ForkReport, vm: Vm, ran_ns: int) -> None:
     """From the first line of the user's function to now; the clone has measured how long that is on its own clock."""
-    woken = next((span.end for span in report.of(Phase.WAKE) if span.vm == vm.name), None)
-    if woken is not None and ran_ns > 0:
-        report.note(vm.name, Phase.USER, max(woken, time.monotonic() - ran_ns / 1e9))
+    if vm.woken_at is not None and ran_ns > 0:
+        report.note(vm.name, Phase.USER, max(vm.woken_at, time.monotonic() - ran_ns / 1e9))
 
 
 def private_bytes(pid: int) -> int:

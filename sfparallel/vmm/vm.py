@@ -115,6 +115,7 @@ class Vm:
         self.exit_report: dict[str, Any] | None = None
         self.closing = contextlib.ExitStack()
         self.started = self.ready = time.monotonic()
+        self.woken_at: float | None = None
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._console = sockets.console
@@ -369,6 +370,7 @@ class Vm:
                 self._frozen = None
             case FrameType.WOKEN:
                 if not self.woken.done():
+                    self.woken_at = time.monotonic()
                     self.woken.set_result(unpack(frame.payload))
             case FrameType.FAILED:
                 self.end(f"it could not take on its identity: {frame.payload.decode(errors='replace')}")
