@@ -6,7 +6,6 @@ Usage: python -m benchmarks.fork [--n 1 8 32] [--repeat 5] [--output FILE]
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -69,7 +68,7 @@ def measure(n: int, repeat: int, target: Path) -> int:
 
         reports: list[ForkReport] = []
         options = JobOptions(program, n=n, statistics=True, on_report=reports.append, connect=EMBEDDED)
-        code = run(options, places, pid, functools.partial(print, file=sys.stderr))
+        code = run(options, places, pid)
         if code == 0:
             target.write_text(json.dumps(summarise(n, reports)))
         return code

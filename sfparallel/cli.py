@@ -159,7 +159,7 @@ def _run_job(options: JobOptions, places: Places, pid: int) -> int:
         # Late: it imports libvirt and more, which `sfrun --help` and usage errors need not wait for.
         from sfparallel.vmm.job import run
 
-        return run(options, places, pid, _say)
+        return run(options, places, pid)
 
 
 def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> JobOptions:

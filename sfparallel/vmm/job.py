@@ -15,7 +15,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable
+from typing import Any
 
 from sfparallel.config import QEMU
 from sfparallel.errors import ProtocolError, SfError, UsageError
@@ -32,7 +32,7 @@ from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions
-from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, write_all
+from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
 from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
@@ -62,6 +62,7 @@ EXIT_OUTPUT_LOST = 74
 
 _STDIN_PIECE_BYTES = 32 << 10
 _END_GRACE_S = 5.0
+_LAST_WORDS_S = 0.5
 
 
 class Job:
@@ -70,17 +71,15 @@ class Job:
     Args:
         places: folders of the job.
         pid: the process id by which the world knows it.
-        say: shows a line of progress to the user.
     """
 
-    def __init__(self, options: JobOptions, places: Places, pid: int, say: Callable[[str], None]) -> None:
+    def __init__(self, options: JobOptions, places: Places, pid: int) -> None:
         if len(options.data) > DATA_SLOTS:
             raise UsageError(f"--data can be given {DATA_SLOTS} times at most, not {len(options.data)}")
         self.name = f"sf{pid}"
         self._pid = pid
         self._options = options
         self._places = places
-        self._say = say
         self._exports = exports_for(options.program.cwd, options.program.folder)
         self._files = FileServer(dict(self._exports))
         self._copy_back = CopyBack(dict(self._exports))
@@ -88,7 +87,9 @@ class Job:
         self._pool: Pool | None = None
         self._regions: Regions | None = None
         self._trace: TraceFile | None = None
+        self._output = Output(self._output_has_room, self._output_lost)
         self._outputs: dict[Vm, LabelledOutput] = {}
+        self._held: set[Vm] = set()
         self._vms: set[Vm] = set()
         self._forks = 0
         self._started = time.monotonic()
@@ -96,7 +97,9 @@ class Job:
         self._stdin_taken = asyncio.Event()
         self._next_number = 1
         self._free_numbers: list[int] = []
-        self._done: asyncio.Future[int]
+        # What the program ended with; and with what the job is stopped, without waiting for anything.
+        self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # -- the whole -------------------------------------------------------------------------------------------------
 
@@ -106,32 +109,57 @@ class Job:
         Raises:
             SfError: the job could not be started.
         """
-        self._done = asyncio.get_running_loop().create_future()
         async with contextlib.AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout(self._options.timeout_s):
-                    return await self._start_and_wait(stack)
-            except TimeoutError:
-                self._say(f"sfrun: stopped after {self._options.timeout_s:g} s (--timeout)")
-                return EXIT_TIMEOUT
+            self._watch_signals(stack)
+            if self._options.timeout_s:
+                timer = asyncio.get_running_loop().call_later(self._options.timeout_s, self._timed_out)
+                stack.callback(timer.cancel)
+            stack.push_async_callback(self._say_last_words)
+            async with contextlib.AsyncExitStack() as machines:
+                await self._start_and_wait(machines)
+            # The VMs are gone, but a slow reader may want hours for what they printed.
+            await self._unless_stopped(asyncio.create_task(self._output.written()))
+            return (self._stopped if self._stopped.done() else self._done).result()
 
-    async def _start_and_wait(self, stack: contextlib.AsyncExitStack) -> int:
+    async def _start_and_wait(self, stack: contextlib.AsyncExitStack) -> None:
         """The start may be cut short by a signal, or by the parent's death."""
         starting = asyncio.create_task(self._start(stack))
         try:
-            await asyncio.wait((starting, self._done), return_when=asyncio.FIRST_COMPLETED)
-            if not self._done.done():
+            await self._unless_stopped(starting, self._done)
+            if starting.done():
                 await starting
-            return await self._done
+                await self._unless_stopped(self._done)
         finally:
             starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, SfError):
                 await starting
 
+    async def _unless_stopped(self, *awaited: asyncio.Future[Any]) -> None:
+        """Wait for the first of these, or until the job is stopped."""
+        await asyncio.wait((*awaited, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+
+    def _stop(self, code: int) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(code)
+
+    def _timed_out(self) -> None:
+        if not self._stopped.done():
+            self._say(f"sfrun: stopped after {self._options.timeout_s:g} s (--timeout)")
+            self._stop(EXIT_TIMEOUT)
+
+    def _say(self, line: str) -> None:
+        """Show the user a line. May be called in any thread."""
+        self._output.write(STDERR, f"{line}\n".encode())
+
+    async def _say_last_words(self) -> None:
+        """What we have to say ourselves is to be seen, but nobody who does not read can keep us."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._output.written()
+
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options = self._options
         require_library()
-        self._watch_signals(stack)
         if options.trace:
             self._trace = TraceFile(options.trace, self._started, self._say)
             stack.callback(self._trace.close)
@@ -234,17 +262,28 @@ class Job:
         vm.events.on_gone = self._gone
 
     def _clone_starts(self, vm: Vm, label: str) -> None:
-        self._outputs[vm] = LabelledOutput(label, self._write)
+        self._outputs[vm] = LabelledOutput(label, self._output.write)
 
-    def _write(self, stream: int, data: bytes) -> None:
-        """Pass output on; when it cannot be, the job ends."""
-        try:
-            write_all(stream, data)
-        except OSError as error:
-            if not self._done.done():
-                with contextlib.suppress(OSError):
-                    self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
-                self._done.set_result(EXIT_OUTPUT_LOST)
+    def _print(self, vm: Vm, stream: int, data: bytes) -> None:
+        output = self._outputs.get(vm)
+        if output:
+            output.feed(stream, data)
+        else:
+            self._output.write(stream, data)
+        if self._output.full(stream):
+            # Its programs' prints will block, as in a pipe. A VM that prints nothing is not held.
+            vm.hold()
+            self._held.add(vm)
+
+    def _output_has_room(self) -> None:
+        held, self._held = self._held, set()
+        for vm in held:
+            vm.release()
+
+    def _output_lost(self, stream: int, error: OSError) -> None:
+        if not self._stopped.done():
+            self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
+            self._stop(EXIT_OUTPUT_LOST)
 
     def _gone(self, vm: Vm, cause: str) -> None:
         self._vms.discard(vm)
@@ -267,11 +306,7 @@ class Job:
                 # The channel is a descriptor of ours, and what runs in a guest may send anything.
                 vm.end(f"it sent output for channel {frame.channel}")
             case FrameType.OUTPUT:
-                output = self._outputs.get(vm)
-                if output:
-                    output.feed(frame.channel, frame.payload)
-                else:
-                    self._write(frame.channel, frame.payload)
+                self._print(vm, frame.channel, frame.payload)
             case FrameType.FUSE:
                 self._serve_files(vm, frame.channel, frame.payload)
             case FrameType.REQUEST:
@@ -335,10 +370,14 @@ class Job:
     def _signalled(self, number: signal.Signals) -> None:
         """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
         self._interrupts += 1
-        if number is signal.SIGINT and self._interrupts == 1 and self._parent and self._parent.woken.done():
+        running = self._parent and self._parent.woken.done() and not self._done.done()
+        if number is signal.SIGINT and self._interrupts == 1 and self._parent and running:
             self._parent.send(FrameType.SIGNAL, int(number).to_bytes(4, "little"))
-        elif not self._done.done():
-            self._done.set_result(128 + number)
+            # A guest whose prints block does not read its port.
+            self._output.allow_more()
+            self._output_has_room()
+        else:
+            self._stop(128 + number)
 
     def _feed_stdin(self, parent: Vm) -> None:
         """Pass our standard input on, in a thread: it may be a file, which epoll does not take."""
@@ -386,6 +425,11 @@ def exit_code(status: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def run(options: JobOptions, places: Places, pid: int, say: Callable[[str], None]) -> int:
+def run(options: JobOptions, places: Places, pid: int) -> int:
     """Run a job to its end, in the namespaces that `confinement.confine` made."""
-    return asyncio.run(Job(options, places, pid, say).run())
+
+
+    async def job() -> int:
+        return await Job(options, places, pid).run()
+
+    return asyncio.run(job())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -50,15 +54,120 @@ class LabelledOutput:
         self.write(stream, b"".join(prefix + line for line in lines.splitlines(keepends=True)))
 
 
-def write_all(fd: int, data: bytes) -> None:
-    """Write to our stdout or stderr; a reader that went away (`| head`) ends the output, not the job.
+class Output:
+    """Our standard output and error, written by threads: a reader that stalls must not stall the job.
 
-    Raises:
-        OSError: the stream is closed, or its device full.
+    Nothing here blocks, and nothing is refused. Whoever writes looks at `full`, and holds its source back until `on_room`.
+    Streams that are one file share a thread, so that what is printed keeps its order there.
+
+    Args:
+        on_room: called in the event loop when a stream that was full has room again.
+        on_error: called in the event loop, once for each stream, when it cannot be written; what follows is dropped. A reader
+            that went away (`| head`) is no error, and ends only the output.
     """
-    view = memoryview(data)
+
+    def __init__(self, on_room: Callable[[], None], on_error: Callable[[int, OSError], None]) -> None:
+        out = _Outlet(on_room, on_error)
+        self._outlets = {STDOUT: out, STDERR: out if _are_one_file() else _Outlet(on_room, on_error)}
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Take bytes for a stream. May be called in any thread."""
+        self._outlets[stream].put(stream, data)
+
+    def full(self, stream: int) -> bool:
+        """Whether more waits for this stream's reader than should."""
+        return self._outlets[stream].full
+
+    def allow_more(self) -> None:
+        """Let as much again be taken as fills a stream, whatever waits already."""
+        for outlet in self._outlets.values():
+            outlet.allow_more()
+
+    async def written(self) -> None:
+        """Wait until all that was taken has been written (or could not be)."""
+        await asyncio.gather(*(outlet.written() for outlet in self._outlets.values()))
+
+
+class _Outlet:
+    """A thread that writes, and what waits for it."""
+
+    LIMIT_BYTES = 8 << 20
+    PIECE_COST_BYTES = 100  # what a piece costs beside its bytes: a guest may send any number of tiny ones
+
+    def __init__(self, on_room: Callable[[], None], on_error: Callable[[int, OSError], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_room = on_room
+        self._on_error = on_error
+        self._pieces: queue.SimpleQueue[tuple[int, bytes] | asyncio.Future[None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._limit = self.LIMIT_BYTES
+        # A daemon: it may stand in write(2) for ever, and must not keep the process.
+        threading.Thread(target=self._write_all, name="output", daemon=True).start()
+
+    @property
+    def full(self) -> bool:
+        with self._lock:
+            return self._waiting >= self._limit
+
+    def put(self, stream: int, data: bytes) -> None:
+        with self._lock:
+            self._waiting += len(data) + self.PIECE_COST_BYTES
+        self._pieces.put((stream, data))
+
+    def allow_more(self) -> None:
+        with self._lock:
+            self._limit = self._waiting + self.LIMIT_BYTES
+
+    async def written(self) -> None:
+        mark = self._loop.create_future()
+        self._pieces.put(mark)
+        await mark
+
+    def _write_all(self) -> None:
+        broken: set[int] = set()
+        # The loop may be closed by now: then nobody waits for an answer.
+        with contextlib.suppress(RuntimeError):
+            while True:
+                piece = self._pieces.get()
+                if isinstance(piece, asyncio.Future):
+                    self._loop.call_soon_threadsafe(_resolve, piece)
+                    continue
+                stream, data = piece
+                if stream not in broken and not self._write(stream, data):
+                    broken.add(stream)
+                self._taken(len(data) + self.PIECE_COST_BYTES)
+
+    def _write(self, stream: int, data: bytes) -> bool:
+        """Write to a descriptor; returns whether it is worth going on."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(stream, view) :]
+        except BrokenPipeError:
+            return False
+        except OSError as error:
+            self._loop.call_soon_threadsafe(self._on_error, stream, error)
+            return False
+        return True
+
+    def _taken(self, size: int) -> None:
+        with self._lock:
+            was_full = self._waiting >= self._limit
+            self._waiting -= size
+            room = was_full and self._waiting < self._limit
+            self._limit = max(self.LIMIT_BYTES, min(self._limit, self._waiting + self.LIMIT_BYTES))
+        if room:
+            self._loop.call_soon_threadsafe(self._on_room)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _are_one_file() -> bool:
     try:
-        while view:
-            view = view[os.write(fd, view) :]
-    except BrokenPipeError:
-        return
+        return os.path.sameopenfile(STDOUT, STDERR)
+    except OSError:  # one of them is closed; writing to it will tell
+        return False

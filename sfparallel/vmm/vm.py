@@ -28,6 +28,7 @@ FREEZE_TIMEOUT_S = 60.0
 """A guest that does not stop its programs within this time is taken for hung (a busy one needs milliseconds)."""
 
 _CONSOLE_TAIL_BYTES = 4096
+_PORT_GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class _AgentPort(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._vm.end("its agent port closed")
+        # A QEMU that ends closes its files first. How it ended says more than that it did: leave it the time to do so.
+        self._vm.end_later("its agent port closed", _PORT_GRACE_S)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -172,6 +174,10 @@ class Vm:
         """End the VM at once, for a reason that its owner is to be told."""
         self._cause = self._cause or cause
         self.kill()
+
+    def end_later(self, cause: str, delay_s: float) -> None:
+        """End the VM if it has not ended by itself by then."""
+        self._loop.call_later(delay_s, self.end, cause)
 
     def _monitor_closed(self) -> None:
         if self._pidfd is None and self.state is not VmState.GONE:
@@ -289,6 +295,19 @@ class Vm:
         for frame in held:
             self._write(frame)
 
+    def hold(self) -> None:
+        """Take nothing from the agent port until `release`: its programs' prints block, and all else that it asks for waits.
+
+        Not while it freezes: FREEZE must come through, and what its programs can print until they stand still is little.
+        """
+        if self._port.transport and not self._port.transport.is_closing() and not self.freezing:
+            self._port.transport.pause_reading()
+
+    def release(self) -> None:
+        """Take what comes from the agent port again."""
+        if self._port.transport and not self._port.transport.is_closing():
+            self._port.transport.resume_reading()
+
     async def wait_frozen(self, timeout_s: float) -> dict[str, Any]:
         """Wait for the agent's FROZEN frame (a boot ends with one)."""
         self._frozen = self._loop.create_future()
@@ -311,6 +330,7 @@ class Vm:
         """
         self.require(VmState.RUNNING)
         self._crossing = []
+        self.release()
         self._write(Frame(FrameType.FREEZE))
         await self.wait_frozen(FREEZE_TIMEOUT_S)
         self.state = VmState.FROZEN
