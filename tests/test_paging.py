@@ -59,8 +59,10 @@ class Guest:
     def show(self, page: int = 0, pages: int = PAGES) -> list[int]:
         return [int(word) for word in self.tell("show", page, pages).split()]
 
-    async def commit(self, target: int, number: int, mode: CommitMode = CommitMode.FRESH) -> paging.CommitResult:
-        result = await self.layer.commit(self.address, self.map, target, number, mode)
+    async def commit(
+        self, target: int, number: int, mode: CommitMode = CommitMode.FRESH, layers: dict[int, int] | None = None
+    ) -> paging.CommitResult:
+        result = await self.layer.commit(self.address, self.map, target, number, mode, layers=layers)
         if not mode & CommitMode.NO_REMAP:
             assert result.remapped
             self.map = self.map.apply(result.runs, number)
@@ -176,6 +178,34 @@ async def test_next_commit_costs_only_what_was_dirtied_since(rig: Rig) -> None:
     assert [row for row in rows(result.runs) if row[0] < 50] == [(10, 2, STORED), (30, 1, ZERO)]
     assert guest.show(9, 4) == [1, 2, 2, 1] and guest.show(29, 3) == [1, 0, 1]
     assert stored_pages(first) == 50 and stored_pages(second) == 2
+
+
+@run
+async def test_a_page_that_is_what_it_was_is_not_stored_again(rig: Rig) -> None:
+    """It is shared again, whichever layer holds it; long rows are taken for data, and stored unseen."""
+    guest, layers = rig.guest(), {number: rig.memfd() for number in (1, 2, 3)}
+    guest.fill(0, 50, 1)
+    await guest.commit(layers[1], 1)
+    guest.fill(0, 20, 2)
+    await guest.commit(layers[2], 2, layers=layers)
+    for page, pages, byte in ((1, 2, 2), (5, 1, 9), (6, 1, 2), (25, 3, 1), (30, 1, 0)):
+        guest.fill(page, pages, byte)
+    result = await guest.commit(layers[3], 3, layers=layers)
+    assert [row for row in rows(result.runs) if row[0] < 50] == [(5, 1, STORED), (30, 1, ZERO)]
+    assert (result.stored_pages, result.dirty_pages - result.zero_pages) == (1, 7)
+    shown = [2] * 5 + [9] + [2] * 14 + [1] * 10 + [0] + [1] * 19
+    assert guest.show(0, 50) == shown
+    for page, byte in ((5, 9), (7, 2), (40, 1)):
+        guest.fill(page, 1, byte)
+    result = await guest.commit(layers[3], 3, CommitMode.IN_PLACE, layers=layers)
+    assert not [row for row in rows(result.runs) if row[2] == STORED] and result.stored_pages == 0
+    assert guest.show(0, 50) == shown
+    assert [stored_pages(layers[number]) for number in (1, 2, 3)] == [50, 20, 1]
+    clone = rig.guest()
+    await clone.load(guest.map, layers)
+    assert clone.show(0, 50) == shown
+    guest.fill(0, 50, 1)
+    assert (await guest.commit(layers[3], 3, CommitMode.IN_PLACE, layers=layers)).stored_pages == 50
 
 
 @run

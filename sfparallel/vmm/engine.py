@@ -16,7 +16,7 @@ from typing import Any
 
 from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
-from sfparallel.vmm.paging import CommitMode, CommitResult, MapPlan, PagingRefused, copy_pages
+from sfparallel.vmm.paging import CommitMode, CommitPlan, CommitResult, MapPlan, PagingRefused, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
@@ -28,25 +28,17 @@ WAKE_TIMEOUT_S = 60.0
 """A clone whose agent has not answered within this time is given up."""
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where a commit writes to."""
-
-    number: int
-    fd: int
-    mode: CommitMode
-
-
-def _choose_target(vm: Vm, store: LayerStore) -> _Target:
-    """The VM's own layer while nobody else holds it, to be written in place; else a new one."""
+def _plan_commit(vm: Vm, store: LayerStore) -> CommitPlan:
+    """Into the VM's own layer while nobody else holds it, to be written in place; else into a new one."""
     assert vm.memory is not None
+    layers = store.descriptors(vm.memory.layers)
     own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
     number = own[-1] if own else store.create(vm.ram_bytes, vm)
     mode = CommitMode.IN_PLACE if own else CommitMode.FRESH
-    return _Target(number, store.descriptors([number])[number], mode)
+    return CommitPlan(vm.memory, store.descriptors([number])[number], number, mode, layers=layers)
 
 
-async def _commit(vm: Vm, target: _Target) -> CommitResult:
+async def _commit(vm: Vm, plan: CommitPlan) -> CommitResult:
     """Move a stopped VM's dirty pages into the target and let the VM share it.
 
     Raises:
@@ -54,9 +46,9 @@ async def _commit(vm: Vm, target: _Target) -> CommitResult:
     """
     assert vm.memory is not None
     try:
-        return await vm.paging.commit(vm.ram_address, vm.memory, target.fd, target.number, target.mode)
+        return await vm.paging.carry_out(vm.ram_address, plan)
     except PagingRefused:
-        if target.mode is CommitMode.IN_PLACE:
+        if plan.mode is CommitMode.IN_PLACE:
             # Some pages may have been written where the map says zero.
             vm.memory = vm.memory.distrusted()
         raise
@@ -95,41 +87,49 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoin
     Raises:
         VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
     """
+    try:
+        with _plan_commit(vm, store) as plan:
+            return await _freeze_and_save(vm, store, plan, report)
+    finally:
+        # A new layer that was not written holds nothing; one that was written is in the map by now.
+        store.release(vm, keep=vm.memory.layers if vm.memory else ())
+
+
+async def _freeze_and_save(
+    vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport
+) -> tuple[Checkpoint, list[Frame]]:
     begun = time.monotonic()
     crossing = await vm.freeze()
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
-        target = _choose_target(vm, store)
         async with vm.devices_to(device_state) as devices:
             frozen = time.monotonic()
             stopped = saved = committed = frozen
             try:
                 stopped, saved = await vm.stop_and_save(devices)
-                result = await _commit(vm, target)
+                result = await _commit(vm, plan)
                 assert vm.memory is not None
                 flat = not result.remapped or len(vm.memory.layers) >= MAX_LAYERS
                 if flat:
-                    vm.memory = vm.memory.apply(result.runs, target.number)
+                    vm.memory = vm.memory.apply(result.runs, plan.target_number)
                     await _flatten(vm, store)
                 committed = time.monotonic()
             finally:
                 await vm.resume()
             resumed = time.monotonic()
         if not flat:
-            vm.memory = vm.memory.apply(result.runs, target.number)
+            vm.memory = vm.memory.apply(result.runs, plan.target_number)
         checkpoint = Checkpoint(vm.memory, device_state, store)
     except BaseException:
         os.close(device_state)
         raise
-    finally:
-        # A new layer that was not written holds nothing; one that was written is in the map by now.
-        store.release(vm, keep=vm.memory.layers if vm.memory else ())
     report.commit = result
     report.note(vm.name, Phase.FREEZE, begun, frozen)
     report.note(vm.name, Phase.STOP, frozen, stopped)
     report.note(vm.name, Phase.DEVICES, stopped, saved)
     report.note(vm.name, Phase.COMMIT, saved, committed, dirty_pages=result.dirty_pages, stored_pages=result.stored_pages,
-                zero_pages=result.zero_pages, runs=len(result.runs), layers=len(vm.memory.layers))  # fmt: skip
+                zero_pages=result.zero_pages, runs=len(result.runs), layers=len(vm.memory.layers),
+                layers_of_job=len(store))  # fmt: skip
     report.note(vm.name, Phase.RESUME, committed, resumed)
     return checkpoint, crossing
 

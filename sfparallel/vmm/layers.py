@@ -86,10 +86,11 @@ class MemoryMap:
             stored once and is zero now must be in it: its old content may still be in a file.
     """
 
-    __slots__ = ("source", "stored")
+    __slots__ = ("_layers", "source", "stored")
 
     source: Sources
     stored: Flags
+    _layers: tuple[int, ...] | None
 
     def __init__(self, source: npt.ArrayLike, stored: Flags | None = None) -> None:
         array = np.ascontiguousarray(source, dtype="<u2").view()
@@ -100,6 +101,7 @@ class MemoryMap:
         kept.flags.writeable = False
         object.__setattr__(self, "source", array)
         object.__setattr__(self, "stored", kept)
+        object.__setattr__(self, "_layers", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"MemoryMap is immutable: cannot set {name}")
@@ -158,8 +160,11 @@ class MemoryMap:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that the image needs, ascending."""
-        return tuple(int(n) for n in np.flatnonzero(np.bincount(self.source)) if n)
+        """Numbers of the layers that the image needs, ascending; looked for once."""
+        if self._layers is None:
+            object.__setattr__(self, "_layers", tuple(int(n) for n in np.flatnonzero(np.bincount(self.source)) if n))
+        assert self._layers is not None
+        return self._layers
 
     def pages_of(self, number: int) -> int:
         """Number of pages that layer `number` holds (0: zero pages)."""

@@ -138,7 +138,8 @@ class CommitResult:
         remapped: the VM shares the target now. If False the image is complete all the same, but the VM's mappings are not
             as the new map says: `map` it (after `MemoryMap.flatten`, usually) before it is committed again, or discard it.
         remap_step: why not, if `remapped` is False (NONE with CommitMode.NO_REMAP).
-        dirty_pages: pages that were private; `stored_pages` of them went to the target, `zero_pages` were zero.
+        dirty_pages: pages that were private; `stored_pages` of them went to the target, `zero_pages` were zero, and the others
+            were what their layer holds already.
         scan_ns: time to find them; then `copy_ns`, `remap_ns`, and `total_ns` for everything.
     """
 
@@ -276,6 +277,57 @@ class MapPlan:
         self.close()
 
 
+class CommitPlan:
+    """A commit, ready to be carried out: what takes time that grows with guest memory is done while the VM still runs.
+
+    Args:
+        memory_map: the image that the VM has been running on: of its `MapPlan`, or what its last commit made of that.
+        target: descriptor of the target layer, open for reading and writing; a file of the size of guest memory.
+        target_number: its number.
+        mode: whether the target is fresh.
+        layers: descriptors of layers of the image by number, readable: pages that were written to, and are what their layer
+            holds all the same, are not stored again. No more than `MAX_LAYERS` of them are used.
+    """
+
+    def __init__(self, memory_map: MemoryMap, target: int, target_number: int, mode: CommitMode = CommitMode.FRESH, *,
+                 layers: Mapping[int, int] | None = None) -> None:
+        compared = list((layers or {}).items())[:MAX_LAYERS]
+        numbers = np.array([number for number, _ in compared], dtype=memory_map.source.dtype)
+        self.mode = mode
+        self.target_number = target_number
+        self.size_bytes = memory_map.size_bytes
+        self._runs = _memfd("sf-runs")
+        try:
+            self._sources = _memfd("sf-sources", np.concatenate((memory_map.source, numbers)).data, seal=True)
+        except BaseException:
+            os.close(self._runs)
+            raise
+        self.fds = (target, self._runs, self._sources, *(fd for _, fd in compared))
+        """Descriptors of the request; those of layers and target are the caller's."""
+
+    def read_runs(self, count: int) -> Records:
+        """What the library wrote: records of dtype `layers.RUN`."""
+        runs = np.zeros(count, dtype=RUN)
+        view = memoryview(runs.view(np.uint8).data)
+        offset = 0
+        while offset < len(view):
+            n = os.preadv(self._runs, [view[offset:]], offset)
+            if n == 0:
+                raise ProtocolError(f"{count} runs were announced, {offset // RUN.itemsize} were written")
+            offset += n
+        return runs
+
+    def close(self) -> None:
+        os.close(self._runs)
+        os.close(self._sources)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class _Reply:
     flags: int
@@ -351,32 +403,26 @@ class PagingLayer:
         return MapResult(check_ns=reply.values[0], map_ns=reply.values[1])
 
     async def commit(self, address: int, memory_map: MemoryMap, target: int, target_number: int,
-                     mode: CommitMode = CommitMode.FRESH) -> CommitResult:
+                     mode: CommitMode = CommitMode.FRESH, *, layers: Mapping[int, int] | None = None) -> CommitResult:
+        """`carry_out` of a plan that is made now; see there, and `CommitPlan`."""
+        with CommitPlan(memory_map, target, target_number, mode, layers=layers) as plan:
+            return await self.carry_out(address, plan)
+
+    async def carry_out(self, address: int, plan: CommitPlan) -> CommitResult:
         """Store the pages that the VM changed since it was mapped or committed last. The VM must not run meanwhile.
 
         Args:
             address: where guest memory begins in QEMU.
-            memory_map: the image that the VM has been running on: of its `MapPlan`, or what its last commit made of that.
-            target: descriptor of the target layer, open for reading and writing; a file of the size of guest memory.
-            target_number: its number.
-            mode: whether the target is fresh.
+            plan: from which map to which target; good for one commit.
 
         Raises:
             PagingRefused: guest memory is intact and the VM may go on; a fresh target is worth nothing, one that was
                 committed to in place holds no usable image before a later commit succeeds (see `MemoryMap.distrusted`).
             PagingError: QEMU ended.
         """
-        runs_fd = _memfd("sf-runs")
-        try:
-            sources_fd = _memfd("sf-sources", memory_map.source.data, seal=True)
-            try:
-                reply = await self._call(_Operation.COMMIT, (target, runs_fd, sources_fd), flags=mode | self._scan_flag,
-                                         address=address, length=memory_map.size_bytes, target=target_number)
-            finally:
-                os.close(sources_fd)
-            runs = _read_runs(runs_fd, reply.values[7])
-        finally:
-            os.close(runs_fd)
+        reply = await self._call(_Operation.COMMIT, plan.fds, flags=plan.mode | self._scan_flag, address=address,
+                                 length=plan.size_bytes, target=plan.target_number)
+        runs = plan.read_runs(reply.values[7])
         dirty, stored, zero, scan_ns, copy_ns, remap_ns, total_ns = reply.values[:7]
         return CommitResult(runs=runs, remapped=bool(reply.flags & _REMAPPED), remap_step=reply.step, dirty_pages=dirty,
                             stored_pages=stored, zero_pages=zero, scan_ns=scan_ns, copy_ns=copy_ns, remap_ns=remap_ns,
@@ -475,18 +521,6 @@ async def _writable(control: socket.socket) -> None:
         await ready
     finally:
         loop.remove_writer(fd)
-
-
-def _read_runs(fd: int, count: int) -> Records:
-    runs = np.zeros(count, dtype=RUN)
-    view = memoryview(runs.view(np.uint8).data)
-    offset = 0
-    while offset < len(view):
-        n = os.preadv(fd, [view[offset:]], offset)
-        if n == 0:
-            raise ProtocolError(f"{count} runs were announced, {offset // RUN.itemsize} were written")
-        offset += n
-    return runs
 
 
 def copy_pages(plan: FlattenPlan, layers: Mapping[int, int], target: int) -> None:

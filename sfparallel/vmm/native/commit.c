@@ -15,14 +15,17 @@
 #include "internal.h"
 
 enum origin { ORIGIN_ZERO, ORIGIN_TARGET, ORIGIN_OTHER };
+enum { OWN_FDS = 3 };      /* target, runs, sources; the layers follow */
 enum { WRITE_PAGES = 64 }; /* written at once: 256 KiB are still in the cache since the comparison with zero */
+enum { COMPARED_PAGES = 32 }; /* longest row of dirty pages that is compared with what the layers hold; longer ones are data */
+enum { KIND_SAME = 0 };    /* beside enum sfpage_kind: dirty, but equal to what the layer beneath holds */
 enum { GAP_PAGES = 8 };    /* clean pages of the target that one mmap may lay over again to save another call */
 
 /* Dirty pages in a row of which the same was made. */
 struct piece {
     uint64_t first;
     uint32_t pages;
-    uint8_t kind;   /* enum sfpage_kind */
+    uint8_t kind;   /* enum sfpage_kind, or KIND_SAME */
     uint8_t origin; /* enum origin: where the mapping under the private pages comes from */
 };
 
@@ -32,6 +35,9 @@ struct commit {
     int target;              /* descriptors, borrowed from the message */
     int runs;
     const uint16_t *sources; /* one per page, mapped from the third descriptor; unmapped at the end */
+    const uint16_t *numbers; /* behind the sources: of the layers among the descriptors, in their order */
+    const int *layers;       /* their descriptors, borrowed from the message */
+    size_t layer_count;
     struct sf_ranges dirty;
     struct piece *pieces;    /* malloc'ed */
     size_t count;
@@ -82,7 +88,28 @@ static int store_page(struct commit *commit, uint64_t page)
     return status;
 }
 
-static int note_page(struct commit *commit, uint64_t page, enum sfpage_kind kind, enum origin origin)
+static int layer_of(const struct commit *commit, uint64_t page)
+{
+    uint16_t source = commit->sources[page];
+    if (source != 0 && source == commit->request->target)
+        return commit->target;
+    for (size_t i = 0; source != 0 && i < commit->layer_count; i++)
+        if (commit->numbers[i] == source)
+            return commit->layers[i];
+    return -1;
+}
+
+/* A program that only counts references up and down again leaves a dirty page that is what it was: half of the pages that a
+ * Python program dirties between two forks are such ones (measured). A layer that cannot be read is no obstacle. */
+static bool is_unchanged(const struct commit *commit, uint64_t page)
+{
+    char stored[SFPAGE_PAGE_BYTES];
+    int layer = layer_of(commit, page);
+    return layer >= 0 && sf_read_at(layer, stored, sizeof stored, page * SFPAGE_PAGE_BYTES) == 0 &&
+           memcmp(stored, (const char *)(uintptr_t)address_of(commit, page), sizeof stored) == 0;
+}
+
+static int note_page(struct commit *commit, uint64_t page, int kind, enum origin origin)
 {
     if (commit->count > 0) {
         struct piece *last = &commit->pieces[commit->count - 1];
@@ -111,11 +138,13 @@ static int copy_range(struct commit *commit, const struct sf_range *range, struc
         if (range->zero_frame && origin == ORIGIN_ZERO)
             continue; /* only ever read: the kernel's zero page, not memory of this process */
         bool zero = range->zero_frame || is_zero((const char *)(uintptr_t)address_of(commit, page));
+        bool same = !zero && range->pages <= COMPARED_PAGES && is_unchanged(commit, page);
         reply->value[SFPAGE_V_DIRTY_PAGES]++;
-        reply->value[zero ? SFPAGE_V_ZERO_PAGES : SFPAGE_V_STORED_PAGES]++;
+        if (!same)
+            reply->value[zero ? SFPAGE_V_ZERO_PAGES : SFPAGE_V_STORED_PAGES]++;
         *step = SFPAGE_STEP_MEMORY;
-        int status = note_page(commit, page, zero ? SFPAGE_ZERO : SFPAGE_STORED, origin);
-        if (status == 0 && !zero) {
+        int status = note_page(commit, page, zero ? SFPAGE_ZERO : same ? KIND_SAME : SFPAGE_STORED, origin);
+        if (status == 0 && !zero && !same) {
             *step = SFPAGE_STEP_WRITE;
             status = store_page(commit, page);
         }
@@ -160,6 +189,8 @@ static int write_runs(const struct commit *commit, uint64_t *run_count)
     for (size_t i = 0; i < commit->count; i++) {
         const struct piece *piece = &commit->pieces[i];
         struct sfpage_run *last = count > 0 ? &runs[count - 1] : NULL;
+        if (piece->kind == KIND_SAME)
+            continue;
         if (last != NULL && last->kind == piece->kind && last->first_page + last->pages == piece->first)
             last->pages += piece->pages;
         else
@@ -198,6 +229,8 @@ static ssize_t share_stored(const struct commit *commit, size_t i)
 
 static bool needs_mapping(const struct piece *piece)
 {
+    if (piece->kind == KIND_SAME)
+        return false;
     return piece->kind == SFPAGE_STORED ? piece->origin != ORIGIN_TARGET : piece->origin != ORIGIN_ZERO;
 }
 
@@ -213,7 +246,7 @@ static int remap(const struct commit *commit, uint32_t *step)
         } else if (needs_mapping(piece)) {
             done = sf_map_anonymous(address, length);
         } else {
-            /* What lies beneath is right already, the target or nothing: no new mapping, only the private pages go. */
+            /* What lies beneath is right already, a layer or nothing: no new mapping, only the private pages go. */
             *step = SFPAGE_STEP_MADVISE;
             done = sf_drop_pages(address, length);
         }
@@ -237,6 +270,12 @@ static void try_remap(struct sf_context *context, const struct commit *commit, s
     }
 }
 
+/* A number for each page, and one for each descriptor of a layer. */
+static uint64_t source_bytes(const struct sf_message *message)
+{
+    return (message->request.length / SFPAGE_PAGE_BYTES + message->fd_count - OWN_FDS) * sizeof(uint16_t);
+}
+
 static int check_files(const struct sf_message *message, uint32_t *step)
 {
     uint64_t target, runs, sources;
@@ -248,7 +287,7 @@ static int check_files(const struct sf_message *message, uint32_t *step)
         status = sf_regular_file(message->fds[2], &sources);
     if (status != 0)
         return status;
-    if (target < message->request.length || sources < message->request.length / SFPAGE_PAGE_BYTES * sizeof(uint16_t))
+    if (target < message->request.length || sources < source_bytes(message))
         return -ENODATA;
     if (runs != 0)
         return -EINVAL;
@@ -262,7 +301,7 @@ static int check_arguments(const struct sf_message *message, uint32_t *step)
 {
     const struct sfpage_request *request = &message->request;
     *step = SFPAGE_STEP_ARGUMENTS;
-    if (message->fd_count != 3 || request->target == 0 || request->target > UINT16_MAX)
+    if (message->fd_count < OWN_FDS || request->target == 0 || request->target > UINT16_MAX)
         return -EINVAL;
     int status = sf_check_range(request, step);
     return status != 0 ? status : check_files(message, step);
@@ -320,21 +359,24 @@ void sf_commit(struct sf_context *context, const struct sf_message *message, str
         .pages = message->request.length / SFPAGE_PAGE_BYTES,
         .target = message->fds[0],
         .runs = message->fds[1],
+        .layers = message->fds + OWN_FDS,
+        .layer_count = message->fd_count - OWN_FDS,
     };
-    size_t source_bytes = commit.pages * sizeof(uint16_t);
-    void *sources = mmap(NULL, source_bytes, PROT_READ, MAP_PRIVATE, message->fds[2], 0);
+    size_t bytes = source_bytes(message);
+    void *sources = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, message->fds[2], 0);
     if (sources == MAP_FAILED) {
         sf_fail(reply, -errno, SFPAGE_STEP_SOURCES);
         return;
     }
     commit.sources = sources;
+    commit.numbers = commit.sources + commit.pages;
     status = scan_and_copy(context, &commit, reply, &step);
     uint64_t copied = sf_now_ns();
     if (status != 0)
         sf_fail(reply, status, step);
     else if ((message->request.flags & SFPAGE_NO_REMAP) == 0)
         try_remap(context, &commit, reply);
-    munmap(sources, source_bytes);
+    munmap(sources, bytes);
     free(commit.dirty.items);
     free(commit.pieces);
     reply->value[SFPAGE_V_REMAP_NS] = sf_now_ns() - copied;

@@ -20,7 +20,8 @@
 enum sfpage_operation {
     SFPAGE_HELLO = 1,
     SFPAGE_MAP = 2,    /* descriptors: extents, then the layers */
-    SFPAGE_COMMIT = 3, /* descriptors: target layer (writable), runs (empty file, writable), sources */
+    SFPAGE_COMMIT = 3, /* descriptors: target layer (writable), runs (empty file, writable), sources; then layers with
+                          which dirty pages are compared (readable) */
     SFPAGE_STATS = 4,
 };
 
@@ -91,7 +92,8 @@ struct sfpage_request {
     uint64_t address;   /* MAP, COMMIT, STATS: where guest memory begins in QEMU's address space; page aligned */
     uint64_t length;    /* MAP, COMMIT, STATS: its bytes; multiple of the page size */
     uint32_t extents;   /* MAP: number of extents in the file */
-    uint32_t target;    /* COMMIT: the number that stands for the target layer in the sources (u16 per page; 0 = zero) */
+    uint32_t target;    /* COMMIT: the number that stands for the target layer in the sources (u16 per page; 0 = zero),
+                           behind which stand the numbers of the layers to compare with (u16 per descriptor) */
 };
 
 struct sfpage_reply {
@@ -108,7 +110,7 @@ struct sfpage_reply {
 enum sfpage_hello_value { SFPAGE_V_PAGE_BYTES, SFPAGE_V_CAPABILITIES, SFPAGE_V_MAX_MAPPINGS, SFPAGE_V_PID };
 enum sfpage_map_value { SFPAGE_V_MAP_CHECK_NS, SFPAGE_V_MAP_NS };
 enum sfpage_commit_value {
-    SFPAGE_V_DIRTY_PAGES,
+    SFPAGE_V_DIRTY_PAGES, /* those that are neither stored nor zero are what their layer holds already */
     SFPAGE_V_STORED_PAGES,
     SFPAGE_V_ZERO_PAGES,
     SFPAGE_V_SCAN_NS,
