@@ -119,6 +119,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "fuse": lambda: os.path.exists("/dev/fuse"),
     "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
     "qemu": _have_program("qemu-system-x86_64"),
+    "libvirtd": _have_program("libvirtd"),
     "squashfs": _have_program("mksquashfs"),
     "image": _have_image("default"),
     "blast": _have_image("blast"),
