@@ -58,6 +58,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-n", type=int, metavar="N", help="clones of every sf.parallel that does not say n itself")
+    add("--local", action="store_true", help="for development: clones are processes of this host (os.fork), not VMs")
     add("--memory", default="1G", metavar="SIZE", help="RAM of the parent, and of each clone (copy-on-write); default 1G")
     add("--cpus", type=int, default=1, metavar="K", help="virtual CPUs of parent and clones; default 1")
     add("--image", default="default", metavar="NAME", help="guest image (see `sf image list`)")
@@ -150,7 +151,21 @@ def _sfrun(arguments: Sequence[str]) -> int:
         raise UsageError(f"--cpus {options.cpus}: at least 1")
     _start_log()
     job_options = _job_options(options, mode, words)
+    if options.local:
+        return _run_local(options, job_options)
     return confine(functools.partial(_run_job, job_options), public_folder=job_options.by_daemon)
+
+
+def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
+    if options.stats or options.trace:
+        raise UsageError("--local forks no VM: there is nothing for --stats or --trace to tell")
+    for host, guest in job_options.forwards:
+        if host != guest:
+            raise UsageError(f"--forward {host}:{guest}: with --local the program's ports are those of the host",
+                             hint=f"let it listen on 127.0.0.1:{host}, without --forward")  # fmt: skip
+    from sfparallel.vmm.local_job import run
+
+    return run(job_options, _say)
 
 
 def _run_job(options: JobOptions, places: Places, pid: int) -> int:

@@ -88,7 +88,7 @@ def test_unflushed_output_is_printed_once(double: Doubles, capfd: pytest.Capture
     ticket = sf.request_ticket(2)
     me = sf.clone(ticket)
     if me:
-        print(f"clone{me}", end=" ")
+        print(f"clone{me} ", end="")  # one piece: pytest does not buffer what is printed
         sf.exit()
     sf.join(ticket)
     assert sorted(capfd.readouterr().out.split()) == ["before", "clone1", "clone2"]

@@ -213,7 +213,7 @@ def test_a_lost_clone_is_reported_at_once(double: Doubles, how: str) -> None:
             die(how)
         forever()
 
-    with pytest.raises(sf.CloneLost, match=r"rank 1 .* was lost: wait status") as caught:
+    with pytest.raises(sf.CloneLost, match=r"rank 1 .* was lost: its pro") as caught:
         work()
     assert (caught.value.rank, caught.value.host, caught.value.console) == (1, "host0", "last words")
 

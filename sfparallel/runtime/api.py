@@ -177,7 +177,7 @@ class ParallelFunction(Generic[P, T]):
             on_error=OnError(options.on_error),
             timeout_s=options.timeout,
             progress=options.progress,
-            collector=Collector(options.patterns, Path.cwd()) if options.patterns else None,
+            collector=Collector(options.patterns, Path.cwd()) if options.patterns and not hello.shares_files else None,
         ))
 
 

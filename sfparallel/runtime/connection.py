@@ -26,7 +26,7 @@ from sfparallel.errors import (
     UsageError,
     VMError,
 )
-from sfparallel.runtime.hypervisor import Answer, Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Sibling
 
 AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
 
@@ -84,7 +84,14 @@ class Connection:
         # The supervisor discards the VM without an answer. Going on would run the parent's program a second time.
         park()
 
-    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
+    def abort(self, status: int, cause: str) -> None:
+        self._post("abort", status=status, cause=cause)
+
+    def signal(self, ticket: int, ranks: list[int] | None, number: int) -> None:
+        some: dict[str, Any] = {} if ranks is None else {"ranks": ranks}
+        self._request("signal", ticket=ticket, number=number, **some)
+
+    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int | None] | None:
         reply = self._request("join", timeout_s=timeout_s, ticket=ticket)
         return None if reply is None else {int(rank): status for rank, status in reply["status"].items()}
 
@@ -150,7 +157,8 @@ class Connection:
             self._events.append(Answer(ticket=message["ticket"], rank=message["rank"], data=message["data"]))
         elif message["event"] == "lost":
             self._events.append(Lost(ticket=message["ticket"], rank=message["rank"], cause=message["cause"],
-                                     host=message.get("host") or "", console=message.get("console") or ""))
+                                     host=message.get("host") or "", console=message.get("console") or "",
+                                     end=End(message.get("end", End.DIED)), status=message.get("status", 0)))
         return None
 
 

@@ -6,6 +6,7 @@ place; a fork made with `os.fork` differs in one respect, which is why it is par
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -29,6 +30,8 @@ class Hello:
     job: str = ""
     answer_bytes: int = 0
     """Largest answer that a clone may hand over with its exit; 0 if none."""
+    shares_files: bool = False
+    """Whether what a clone writes is in the parent's files at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +68,32 @@ class Fork(NamedTuple):
     entropy: bytes = b""
 
 
+class End(enum.StrEnum):
+    """How a clone ended that did not call exit."""
+
+    DIED = "died"
+    """Its machine is gone."""
+    EXITED = "exited"
+    """Its program ended, by itself or by a signal."""
+    ABORTED = "aborted"
+    """It wants the whole job to end (`Hypervisor.abort`), and may not have ended yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A clone died without having called exit; `rank` is its low-level rank."""
+    """A clone died without having called exit; `rank` is its low-level rank.
+
+    Attributes:
+        status: of its program, as `os.waitstatus_to_exitcode` has it (0 for DIED); for ABORTED, what the job shall end with.
+    """
 
     ticket: int
     rank: int
     cause: str
     host: str = ""
     console: str = ""
+    end: End = End.DIED
+    status: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +128,15 @@ class Hypervisor(Protocol):
         `ran_ns` is how long ago the user's code began, for `sfrun --trace`; 0 if that is not known.
         """
 
-    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int] | None:
-        """Wait until all clones of the ticket are gone: exit status by low-level rank, or None when time ran out."""
+    def abort(self, status: int, cause: str) -> None:
+        """Tell the parent that its whole job should end, and why; returns at once. May be called from any thread of a clone."""
+
+    def signal(self, ticket: int, ranks: list[int] | None, number: int) -> None:
+        """Send a signal to the programs of clones (all without `ranks`)."""
+
+    def join(self, ticket: int, timeout_s: float | None) -> dict[int, int | None] | None:
+        """Wait until all clones of the ticket are gone: exit status by low-level rank (None for a clone that was lost), or None
+        when time ran out."""
 
     def kill(self, ticket: int, ranks: list[int] | None) -> None:
         """End clones (all without `ranks`) and wait until they are gone."""

@@ -159,11 +159,11 @@ def exit(status: int = 0) -> NoReturn:
     HERE.lifeline.exit(status)
 
 
-def join(ticket: Ticket) -> dict[int, int]:
+def join(ticket: Ticket) -> dict[int, int | None]:
     """Wait until every clone of the ticket has called `sf.exit` or died.
 
     Returns:
-        exit status by rank.
+        exit status by rank; None for a clone that was lost.
     """
     ticket.require(TicketState.CLONED)
     status = ticket.hypervisor.join(ticket.number, None)

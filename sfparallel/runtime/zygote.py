@@ -3,7 +3,7 @@
 It is started at boot by the agent (PID 1), before the template is taken. So a program that begins to run finds Python, numpy
 and ZeroMQ in memory, shared by every VM of the job.
 
-The agent's messages come on a SEQPACKET socket: a RUN payload (a msgpack map, see `Program`) with three descriptors
+The agent's messages come on a SEQPACKET socket: a RUN payload (a msgpack map, see `program.Program`) with three descriptors
 for stdin, stdout and stderr. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
 """
 
@@ -13,23 +13,19 @@ import gc
 import importlib
 import importlib.util
 import os
-import runpy
 import select
-import signal
 import socket
 import sys
 import traceback
-import types
-from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from typing import Any, NoReturn, TextIO, cast
 
 import msgpack
 
 import sfparallel.runtime
 from sfparallel.errors import SfError
+from sfparallel.runtime import program as programs
 from sfparallel.runtime.data_disks import mount_data_disks
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
+from sfparallel.runtime.program import Program
 
 ROLE_FILE = "/run/sfparallel/role"
 """Written by the agent with the VM's identity: "parent" or "clone"."""
@@ -37,33 +33,6 @@ ROLE_FILE = "/run/sfparallel/role"
 USER_CGROUP = "/sys/fs/cgroup/user/cgroup.procs"
 COPY_BACK_MODULE = "sfparallel.runtime.copyback"
 MAX_RUN_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Program:
-    """What to run, as RUN says it.
-
-    Attributes:
-        argv: the script, the module's name, or the text of the command; then its arguments.
-        mode: "script", "module" or "command".
-        cwd: working directory.
-        env: the whole environment.
-        path0: first entry of sys.path.
-        data: serial numbers of data disks and where to mount them.
-    """
-
-    argv: list[str]
-    mode: str
-    cwd: str
-    env: dict[str, str]
-    path0: str
-    data: list[tuple[str, str]]
-
-    @classmethod
-    def decode(cls, payload: bytes) -> Program:
-        message = msgpack.unpackb(payload, raw=False)
-        return cls(argv=list(message["argv"]), mode=str(message["mode"]), cwd=str(message["cwd"]), env=dict(message["env"]),
-                   path0=str(message["path0"]), data=[(str(serial), str(path)) for serial, path in message.get("data", [])])
 
 
 def _import_everything() -> None:
@@ -171,85 +140,19 @@ def _become(payload: bytes, fds: list[int]) -> Program:
         file.write("0")
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("0")
-    _set_up_streams()
+    programs.set_up_streams()
     # The generators were seeded before the template was taken: without this, every program would draw the same numbers.
     refresh(os.urandom(ENTROPY_BYTES))
     return Program.decode(payload)
 
 
-def _set_up_streams() -> None:
-    """Let the standard streams behave as Python's own do, but for stdout, which is line buffered though it is a pipe."""
-    cast(TextIO, sys.stdout).reconfigure(encoding="utf-8", errors="strict", line_buffering=True)  # type: ignore[attr-defined]
-    cast(TextIO, sys.stderr).reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[attr-defined]
-    cast(TextIO, sys.stdin).reconfigure(encoding="utf-8", errors="strict")  # type: ignore[attr-defined]
-
-
 def _run(program: Program) -> None:
-    """Run it as `__main__`. Exceptions leave through the interpreter's own exit, which knows SystemExit, KeyboardInterrupt
-    (death by SIGINT), non-daemon threads and atexit handlers better than any copy of it."""
-    sys.excepthook = _excepthook
-    os.environ.clear()
-    os.environ.update(program.env)
+    programs.HIDDEN_FILES.add(__file__)
     try:
         mount_data_disks(program.data)
     except (SfError, OSError) as error:
-        _refuse(f"cannot mount the data disks: {error}")
-    try:
-        os.chdir(program.cwd)
-    except OSError as error:
-        _refuse(f"cannot enter the working directory {program.cwd}: {error.strerror}")
-    sys.argv[:] = program.argv
-    sys.path.insert(0, program.path0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _execute(program)
-
-
-def _execute(program: Program) -> None:
-    main_module = types.ModuleType("__main__")
-    main_module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main_module
-    if program.mode == "command":
-        text, sys.argv[0] = sys.argv[0], "-c"
-        exec(compile(text, "<string>", "exec"), main_module.__dict__)
-    elif program.mode == "module":
-        _run_as_main(program.argv[0], alter_argv=True)
-    elif os.path.isfile(program.argv[0]) and not program.argv[0].endswith((".pyz", ".zip")):
-        _run_file(program.argv[0], main_module)
-    elif os.path.exists(program.argv[0]):
-        # A folder or an archive with a __main__.py: python puts the thing itself on sys.path.
-        sys.path[0] = program.argv[0]
-        _run_as_main("__main__", alter_argv=False)
-    else:
-        _refuse(f"can't open file {program.argv[0]!r}: No such file or directory")
-
-
-def _run_file(path: str, main_module: types.ModuleType) -> None:
-    """Not runpy.run_path: it takes its module out of sys.modules at the end, before threads and atexit handlers have run."""
-    main_module.__dict__.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
-    with open(path, "rb") as file:
-        source = file.read()
-    exec(compile(source, path, "exec"), main_module.__dict__)
-
-
-def _run_as_main(name: str, *, alter_argv: bool) -> None:
-    """What the interpreter itself calls for -m, and for folders; public runpy.run_module works in a temporary module."""
-    runpy._run_module_as_main(name, alter_argv)  # type: ignore[attr-defined]
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"sfrun: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Python's own, without the zygote's frames on top of the program's."""
-    hidden = {__file__, runpy.__file__, "<frozen runpy>"}
-    first: Any = trace
-    while first is not None and first.tb_frame.f_code.co_filename in hidden:
-        first = first.tb_next
-    if first is None and not isinstance(error, SyntaxError):
-        first = trace  # an error of ours
-    sys.__excepthook__(kind, error.with_traceback(first), first)
+        programs.refuse(f"cannot mount the data disks: {error}")
+    programs.run(program)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 
 _FOLDER_BYTES = 64 << 20
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals to `sfrun` that are the job's."""
 _SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal
 
 
@@ -66,7 +67,7 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     pid = os.getpid()
     places = Places(_run_folder() / "sfparallel", _run_folder() / f"sfparallel-{pid}")
     # Before the fork: a signal that comes between must not be lost.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
     try:
         places.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         if public_folder:
@@ -82,7 +83,7 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     if child == 0:
         os.close(ours)
         _become_init(job, places, pid, alive)
-    return _wait(child)
+    return wait_for(child)
 
 
 def _become_init(job: Callable[[Places, int], int], places: Places, pid: int, alive: int) -> NoReturn:
@@ -96,7 +97,7 @@ def _become_init(job: Callable[[Places, int], int], places: Places, pid: int, al
         native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
         # libvirt and we look processes up by their numbers in this namespace.
         native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGCHLD))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
         code = job(places, pid)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -129,13 +130,19 @@ def _start_janitor(folder: Path) -> None:
     os._exit(0)
 
 
-def _wait(child: int) -> int:
-    """Wait for the init; signals that were sent to this process alone are passed on (the terminal sends to both)."""
+def wait_for(child: int) -> int:
+    """Wait for a child; signals that were sent to this process alone are passed on (the terminal sends to both).
+
+    FORWARDED and SIGCHLD must be blocked.
+
+    Returns:
+        exit code of the child, or 128 + the signal that ended it.
+    """
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
             return 128 - code if code < 0 else code
-        info = signal.sigwaitinfo((*_FORWARDED, signal.SIGCHLD))
+        info = signal.sigwaitinfo((*FORWARDED, signal.SIGCHLD))
         if info.si_signo != signal.SIGCHLD and info.si_code == _SI_USER:
             os.kill(child, info.si_signo)

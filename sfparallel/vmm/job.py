@@ -26,6 +26,7 @@ from sfparallel.vmm import statistics
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
+from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_PARENT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
@@ -44,11 +45,6 @@ from sfparallel.wire import Frame, FrameType, pack, unpack
 
 log = logging.getLogger("sfparallel")
 
-EXIT_TIMEOUT = 124
-"""Exit code after `--timeout`, as timeout(1) has it."""
-EXIT_PARENT_LOST = 70
-"""Exit code when the parent VM died (EX_SOFTWARE of sysexits.h)."""
-
 GUEST_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "USER": "root", "LOGNAME": "root",
     "SHELL": "/bin/sh", "LANG": "C.UTF-8",
@@ -57,8 +53,6 @@ GUEST_ENVIRONMENT = {
 
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
-EXIT_OUTPUT_LOST = 74
-"""Exit code when what programs print cannot be written (EX_IOERR)."""
 
 _STDIN_PIECE_BYTES = 32 << 10
 _END_GRACE_S = 5.0
@@ -187,7 +181,7 @@ class Job:
         stack.push_async_callback(asyncio.to_thread, connection.close)
         self._pool = Pool(lambda: self._start_clone_shell(spec, network))
         settings = RegionSettings(
-            job=self.name, default_n=options.n or os.cpu_count(), labels=options.labels,
+            job=self.name, default_n=options.default_n, labels=options.labels,
             statistics=options.statistics or options.trace is not None, seed=options.seed,
         )  # fmt: skip
         self._regions = Regions(
@@ -207,7 +201,7 @@ class Job:
         await parent.woken
         await plug_data_disks(parent, spec)
         self._run_program(parent)
-        self._pool.aim(options.pool if options.pool is not None else options.n or os.cpu_count() or 1)
+        self._pool.aim(options.pool if options.pool is not None else options.default_n)
 
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program
@@ -417,12 +411,6 @@ def _may_read_stdin() -> bool:
         if error.errno in (errno.EBADF, errno.ENOTTY):
             return False
         raise
-
-
-def exit_code(status: int) -> int:
-    """A raw wait status as a shell's exit code."""
-    code = os.waitstatus_to_exitcode(status)
-    return 128 - code if code < 0 else code
 
 
 def run(options: JobOptions, places: Places, pid: int) -> int:

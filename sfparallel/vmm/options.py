@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,16 @@ def default_uri() -> str | None:
     return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
 
 
+class RunIn(enum.Enum):
+    """Who runs the program."""
+
+    PARENT = "parent"
+    CLONES = "clones"
+    """Each clone runs all of it, as a rank of one world (`--spmd`)."""
+    CLONES_MPI4PY = "clones, with mpi4py"
+    """The same, and `import mpi4py` finds ours (`--mpi4py`)."""
+
+
 @dataclass(frozen=True)
 class Program:
     """What to run in the parent: a script, a module or a command, as Python's own command line has them."""
@@ -39,6 +50,7 @@ class JobOptions:
     """Everything `sfrun` was told."""
 
     program: Program
+    run_in: RunIn = RunIn.PARENT
     n: int | None = None
     memory_bytes: int = 1 << 30
     cpus: int = 1
@@ -53,6 +65,16 @@ class JobOptions:
     pool: int | None = None
     seed: int | None = None
     on_report: Callable[[ForkReport], None] | None = None
+
+    @property
+    def default_n(self) -> int:
+        """Clones where a program does not say how many."""
+        return self.n or os.cpu_count() or 1
+
+    @property
+    def ranks(self) -> int:
+        """Clones that run the whole program; 0 when the parent does."""
+        return 0 if self.run_in is RunIn.PARENT else self.default_n
 
     @property
     def by_daemon(self) -> bool:

@@ -1,0 +1,318 @@
+"""`sfrun --local`: one job of processes on this host, for development; the program's side is `sfparallel.runtime.local`.
+
+`sfrun` forks. The child is the supervisor: it starts the program, shows what clones print, and is the "subreaper" of all that the
+job starts (prctl(2)): whoever loses its parent becomes its child. So it can end every process of the job without knowing any, and
+needs no privilege for it. It does so when the program has ended, and when `sfrun` is killed. If the supervisor itself is killed,
+`sfrun`, which is a subreaper too, does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sfparallel import native
+from sfparallel.vmm.confinement import FORWARDED, wait_for
+from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
+from sfparallel.vmm.options import JobOptions, RunIn
+from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
+from sfparallel.wire import MAX_MESSAGE_BYTES, pack, unpack
+
+log = logging.getLogger("sfparallel")
+
+NOTICE = "sfrun --local: clones are processes of this host; nothing is isolated, and files are written directly"
+
+_MODULE = "sfparallel.runtime.local"
+_ENVIRONMENT = "SF_LOCAL"
+_PIECE_BYTES = 64 << 10
+_LAST_WORDS_S = 0.5
+_FRONT_IS_DEAD = signal.SIGUSR1
+_DESCRIPTORS = 3
+"""At most so many come with a message: a clone's stdout and stderr, and its pidfd."""
+
+
+def run(options: JobOptions, say: Callable[[str], None]) -> int:
+    """Run a program whose clones are processes of this host. Call it before any thread starts: it forks.
+
+    Returns:
+        its exit code.
+    """
+    if log.isEnabledFor(logging.WARNING):
+        say(NOTICE)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
+    native.set_subreaper()
+    front = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _supervise(options, front)
+    code = wait_for(child)
+    end_descendants()
+    return code
+
+
+def _supervise(options: JobOptions, front: int) -> NoReturn:
+    """The supervisor's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there."""
+    code = 1
+    try:
+        native.set_subreaper()
+
+        async def job() -> int:
+            return await LocalSupervisor(options, front).run()
+
+        code = asyncio.run(job())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        end_descendants()
+        os._exit(code)
+
+
+def end_descendants() -> None:
+    """Kill all children until there are none; theirs become ours as they die, because this process is a subreaper."""
+    while True:
+        for pid in processes(lambda parent, _session: parent == os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def processes(wanted: Callable[[int, int], bool]) -> list[int]:
+    """Process ids of all whose parent and session (process ids too) are `wanted`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # proc(5): the name, in brackets, may hold anything; after it come state, parent, process group, session.
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            if wanted(int(fields[1]), int(fields[3])):
+                found.append(int(entry.name))
+    return found
+
+
+@dataclass(eq=False)
+class _Clone:
+    """A clone that has presented itself.
+
+    Attributes:
+        owner: process id of the one that forked it.
+        outputs: its ends of pipes, by stream (1 and 2).
+    """
+
+    pid: int
+    owner: int
+    pidfd: int
+    outputs: dict[int, int]
+    shown: LabelledOutput
+
+
+class LocalSupervisor:
+    """One job; `run` does all of it.
+
+    Args:
+        front: process id of `sfrun`.
+    """
+
+    def __init__(self, options: JobOptions, front: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._options = options
+        self._front = front
+        self._clones: dict[int, _Clone] = {}
+        self._interrupts = 0
+        self._program = 0
+        self._output = Output(self._output_has_room, self._output_lost)
+        self._held: set[tuple[_Clone, int]] = set()
+        self._settling: set[asyncio.Task[None]] = set()
+        # What the program ended with; and with what the job is stopped, without waiting for anything.
+        self._done: asyncio.Future[int] = loop.create_future()
+        self._stopped: asyncio.Future[int] = loop.create_future()
+
+    async def run(self) -> int:
+        """Run the program; returns its exit code."""
+        loop = asyncio.get_running_loop()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with self._control:
+            loop.add_signal_handler(_FRONT_IS_DEAD, self._stop, 128 + signal.SIGKILL)
+            native.set_death_signal(_FRONT_IS_DEAD)
+            if os.getppid() != self._front:
+                return 128 + signal.SIGKILL
+            for number in FORWARDED:
+                loop.add_signal_handler(number, self._signalled, number)
+            loop.add_signal_handler(signal.SIGCHLD, self._reap)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
+            loop.add_reader(self._control, self._message)
+            if self._options.timeout_s:
+                loop.call_later(self._options.timeout_s, self._timed_out)
+            with theirs:
+                self._program = self._start(theirs)
+            self._reap()  # it may have ended before its number was known
+            await self._unless_stopped(self._done)
+            # A slow reader may want hours for what was printed.
+            await self._unless_stopped(asyncio.create_task(self._output.written()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._output.written()
+            return (self._stopped if self._stopped.done() else self._done).result()
+
+    async def _unless_stopped(self, awaited: asyncio.Future[Any]) -> None:
+        await asyncio.wait((awaited, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+
+    def _stop(self, code: int) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(code)
+
+    def _say(self, line: str) -> None:
+        self._output.write(STDERR, f"{line}\n".encode())
+
+    def _timed_out(self) -> None:
+        if not self._stopped.done():
+            self._say(f"sfrun: stopped after {self._options.timeout_s:g} s (--timeout)")
+            self._stop(EXIT_TIMEOUT)
+
+    def _start(self, control: socket.socket) -> int:
+        options, program = self._options, self._options.program
+        orders = os.memfd_create("sfrun-local", 0)
+        os.set_inheritable(orders, True)
+        control.set_inheritable(True)
+        run = pack({
+            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {}, "path0": program.path0,
+            "ranks": options.ranks, "mpi4py": options.run_in is RunIn.CLONES_MPI4PY,
+        })  # fmt: skip
+        message = {
+            "program": run, "supervisor": os.getpid(), "job": f"sf{self._front}", "n": options.default_n, "seed": options.seed,
+            "labels": options.labels,
+        }  # fmt: skip
+        with open(orders, "wb") as file:
+            file.write(pack(message))
+            file.flush()
+            file.seek(0)
+            environment = {**os.environ, **program.environment, _ENVIRONMENT: f"{control.fileno()},{orders}"}
+            # -P: what lies in the current folder must not take the place of modules that we import before the program begins.
+            return os.posix_spawn(sys.executable, [sys.executable, "-P", "-m", _MODULE], environment, setsid=True, setsigmask=[])
+
+    # -- clones ----------------------------------------------------------------------------------------------------
+
+    def _message(self) -> None:
+        data, descriptors, _flags, _address = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, _DESCRIPTORS)
+        if not data:
+            asyncio.get_running_loop().remove_reader(self._control)  # no process of the job is left
+            return
+        message = unpack(data)
+        if "clone" in message:
+            self._take(message["clone"], message["owner"], message["label"], *descriptors)
+            return
+        task = asyncio.create_task(self._settle(descriptors))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _settle(self, descriptors: list[int]) -> None:
+        """Close the descriptors when all has been shown that clones printed which are gone."""
+        for clone in list(self._clones.values()):
+            if select.select([clone.pidfd], [], [], 0)[0]:
+                self._clone_ended(clone)
+        await self._output.written()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _take(self, pid: int, owner: int, label: str, stdout: int, stderr: int, pidfd: int) -> None:
+        clone = _Clone(pid, owner, pidfd, {1: stdout, 2: stderr}, LabelledOutput(label, self._output.write))
+        self._clones[pid] = clone
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pidfd, self._clone_ended, clone)
+        for stream, descriptor in clone.outputs.items():
+            os.set_blocking(descriptor, False)
+            loop.add_reader(descriptor, self._read, clone, stream)
+
+    def _read(self, clone: _Clone, stream: int) -> bool:
+        """Show what there is; returns whether there may be more."""
+        descriptor = clone.outputs.get(stream)
+        if descriptor is None:
+            return False
+        try:
+            data = os.read(descriptor, _PIECE_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            clone.shown.feed(stream, data)
+            if self._output.full(stream):
+                # Its prints will block, as in any pipe.
+                asyncio.get_running_loop().remove_reader(descriptor)
+                self._held.add((clone, stream))
+        else:
+            self._close(clone, stream)
+        return bool(data)
+
+    def _close(self, clone: _Clone, stream: int) -> None:
+        descriptor = clone.outputs.pop(stream)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+
+    def _clone_ended(self, clone: _Clone) -> None:
+        """Show its last words, and end what it has left behind: its subprocesses and its own clones."""
+        if self._clones.pop(clone.pid, None) is not clone:
+            return
+        for stream in list(clone.outputs):
+            while self._read(clone, stream):
+                pass
+            if stream in clone.outputs:
+                self._close(clone, stream)
+        clone.shown.close()
+        asyncio.get_running_loop().remove_reader(clone.pidfd)
+        os.close(clone.pidfd)
+        for pid in processes(lambda _parent, session: session == clone.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for other in list(self._clones.values()):
+            if other.owner == clone.pid:
+                signal.pidfd_send_signal(other.pidfd, signal.SIGKILL)
+
+    def _output_has_room(self) -> None:
+        held, self._held = self._held, set()
+        for clone, stream in held:
+            if stream in clone.outputs:
+                asyncio.get_running_loop().add_reader(clone.outputs[stream], self._read, clone, stream)
+
+    def _output_lost(self, stream: int, error: OSError) -> None:
+        if not self._stopped.done():
+            self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
+            self._stop(EXIT_OUTPUT_LOST)
+
+    # -- ends ------------------------------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._program:
+                for clone in list(self._clones.values()):
+                    self._clone_ended(clone)
+                if not self._done.done():
+                    self._done.set_result(exit_code(status))
+
+    def _signalled(self, number: signal.Signals) -> None:
+        """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
+        self._interrupts += 1
+        if number is signal.SIGINT and self._interrupts == 1 and not self._done.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._program, number)
+        else:
+            self._stop(128 + number)
