@@ -20,6 +20,7 @@ enum { WRITE_PAGES = 64 }; /* written at once: 256 KiB are still in the cache si
 enum { COMPARED_PAGES = 32 }; /* longest row of dirty pages that is compared with what the layers hold; longer ones are data */
 enum { KIND_SAME = 0 };    /* beside enum sfpage_kind: dirty, but equal to what the layer beneath holds */
 enum { GAP_PAGES = 8 };    /* clean pages of the target that one mmap may lay over again to save another call */
+enum { FILL_PAGES = 16 };  /* unchanged pages that are stored all the same, to make one run of two */
 
 /* Dirty pages in a row of which the same was made. */
 struct piece {
@@ -131,6 +132,37 @@ static int note_page(struct commit *commit, uint64_t page, int kind, enum origin
     return 0;
 }
 
+static bool any_zero(const struct commit *commit, uint64_t first, uint64_t end)
+{
+    for (uint64_t page = first; page < end; page++)
+        if (origin_of(commit, page) == ORIGIN_ZERO)
+            return true;
+    return false;
+}
+
+/* Store the pages between the last stored one and `page` too, which their layers hold as they are, if they are few: each run
+ * costs the parent a mapping now (about 10 us) and every clone two, a page about 1 us, once. Returns their number, or -errno. */
+static ssize_t fill_gap(struct commit *commit, uint64_t page)
+{
+    size_t last = commit->count;
+    while (last > 0 && commit->pieces[last - 1].kind == KIND_SAME)
+        last--;
+    if (last == 0 || commit->pieces[last - 1].kind != SFPAGE_STORED)
+        return 0;
+    uint64_t first = commit->pieces[last - 1].first + commit->pieces[last - 1].pages;
+    if (page - first > FILL_PAGES || any_zero(commit, first, page))
+        return 0;
+    commit->count = last;
+    for (uint64_t between = first; between < page; between++) {
+        int status = note_page(commit, between, SFPAGE_STORED, origin_of(commit, between));
+        if (status == 0)
+            status = store_page(commit, between);
+        if (status != 0)
+            return status;
+    }
+    return (ssize_t)(page - first);
+}
+
 static int copy_range(struct commit *commit, const struct sf_range *range, struct sfpage_reply *reply, uint32_t *step)
 {
     for (uint64_t page = range->first; page < range->first + range->pages; page++) {
@@ -142,12 +174,14 @@ static int copy_range(struct commit *commit, const struct sf_range *range, struc
         reply->value[SFPAGE_V_DIRTY_PAGES]++;
         if (!same)
             reply->value[zero ? SFPAGE_V_ZERO_PAGES : SFPAGE_V_STORED_PAGES]++;
-        *step = SFPAGE_STEP_MEMORY;
+        *step = SFPAGE_STEP_WRITE;
+        ssize_t filled = zero || same ? 0 : fill_gap(commit, page);
+        if (filled < 0)
+            return (int)filled;
+        reply->value[SFPAGE_V_STORED_PAGES] += (uint64_t)filled;
         int status = note_page(commit, page, zero ? SFPAGE_ZERO : same ? KIND_SAME : SFPAGE_STORED, origin);
-        if (status == 0 && !zero && !same) {
-            *step = SFPAGE_STEP_WRITE;
+        if (status == 0 && !zero && !same)
             status = store_page(commit, page);
-        }
         if (status != 0)
             return status;
     }

@@ -110,8 +110,8 @@ struct sfpage_reply {
 enum sfpage_hello_value { SFPAGE_V_PAGE_BYTES, SFPAGE_V_CAPABILITIES, SFPAGE_V_MAX_MAPPINGS, SFPAGE_V_PID };
 enum sfpage_map_value { SFPAGE_V_MAP_CHECK_NS, SFPAGE_V_MAP_NS };
 enum sfpage_commit_value {
-    SFPAGE_V_DIRTY_PAGES, /* those that are neither stored nor zero are what their layer holds already */
-    SFPAGE_V_STORED_PAGES,
+    SFPAGE_V_DIRTY_PAGES,
+    SFPAGE_V_STORED_PAGES, /* not the dirty ones that are what their layer holds already; but unchanged ones in short gaps */
     SFPAGE_V_ZERO_PAGES,
     SFPAGE_V_SCAN_NS,
     SFPAGE_V_COPY_NS,
