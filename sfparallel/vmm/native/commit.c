@@ -153,14 +153,18 @@ static ssize_t fill_gap(struct commit *commit, uint64_t page)
     if (page - first > FILL_PAGES || any_zero(commit, first, page))
         return 0;
     commit->count = last;
+    ssize_t filled = 0;
     for (uint64_t between = first; between < page; between++) {
-        int status = note_page(commit, between, SFPAGE_STORED, origin_of(commit, between));
-        if (status == 0)
+        enum origin origin = origin_of(commit, between);
+        int status = note_page(commit, between, SFPAGE_STORED, origin);
+        if (status == 0 && origin != ORIGIN_TARGET) {
             status = store_page(commit, between);
+            filled++;
+        }
         if (status != 0)
             return status;
     }
-    return (ssize_t)(page - first);
+    return filled;
 }
 
 static int copy_range(struct commit *commit, const struct sf_range *range, struct sfpage_reply *reply, uint32_t *step)
