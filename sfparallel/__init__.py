@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sfparallel import MPI
     from sfparallel.errors import (
         CapacityError,
         CloneLost,
@@ -34,16 +35,16 @@ if TYPE_CHECKING:
         UsageError,
     )
     from sfparallel.runtime.api import ParallelFunction, RegionFuture, parallel, parallel_map
-    from sfparallel.runtime.communicator import Communicator, comm
+    from sfparallel.runtime.communicator import comm
     from sfparallel.runtime.here import in_clone, on_clone
     from sfparallel.runtime.lowlevel import Ticket, clone, exit, join, kill, request_ticket
     from sfparallel.runtime.rng import rng
 
 _HOMES = {
-    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "OutsideVMError", "RankError", "RankExit",
+    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "MPI", "OutsideVMError", "RankError", "RankExit",
                "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError", "UsageError"),
     "runtime.api": ("ParallelFunction", "RegionFuture", "parallel", "parallel_map"),
-    "runtime.communicator": ("Communicator", "comm"),
+    "runtime.communicator": ("comm",),
     "runtime.here": ("in_clone", "on_clone"),
     "runtime.lowlevel": ("Ticket", "clone", "exit", "join", "kill", "request_ticket"),
     "runtime.rng": ("rng",),
@@ -51,14 +52,41 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "CapacityError", "CloneLost", "Closed", "CollectConflict", "Communicator", "OutsideVMError", "ParallelFunction",
-    "RankError", "RankExit", "RegionError", "RegionFuture", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError",
-    "StateError", "Ticket", "UsageError", "clone", "comm", "exit", "in_clone", "join", "kill", "on_clone", "parallel",
-    "parallel_map", "request_ticket", "rng",
+    "MPI",
+    "CapacityError",
+    "CloneLost",
+    "Closed",
+    "CollectConflict",
+    "OutsideVMError",
+    "ParallelFunction",
+    "RankError",
+    "RankExit",
+    "RegionError",
+    "RegionFuture",
+    "RegionTimeout",
+    "RemoteError",
+    "ResultNotPicklable",
+    "SfError",
+    "StateError",
+    "Ticket",
+    "UsageError",
+    "clone",
+    "comm",
+    "exit",
+    "in_clone",
+    "join",
+    "kill",
+    "on_clone",
+    "parallel",
+    "parallel_map",
+    "request_ticket",
+    "rng",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "MPI":
+        return importlib.import_module("sfparallel.MPI")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'sfparallel' has no attribute {name!r}")

@@ -104,7 +104,7 @@ def test_every_argument_is_in_the_reference() -> None:
                  ("parallel", "parallel_map", "on_clone", "request_ticket", "clone", "exit", "join", "kill")}  # fmt: skip
     arguments["parallel"] += [field.name for field in dataclasses.fields(Options) if field.init]
     for method in ("barrier", "bcast"):
-        arguments["comm"] = arguments.get("comm", []) + _parameters(getattr(sfparallel.Communicator, method))
+        arguments["comm"] = arguments.get("comm", []) + _parameters(getattr(sfparallel.MPI.Comm, method))
     missing = [f"sf.{name}({argument})" for name, wanted in arguments.items() for argument in wanted
                if not re.search(rf"\b{argument}\b", _code(section(REFERENCE, f"`sf.{name}`")))]  # fmt: skip
     assert not missing

@@ -29,7 +29,8 @@ BELOW = {
     "runtime": frozenset({"wire", "config", "errors"}),
     "cli": frozenset({"runtime", "vmm", "net", "wire", "native", "config", "errors"}),
     # `import sfparallel`: what users import, and nothing of the host's half.
-    "": frozenset({"runtime", "errors"}),
+    "": frozenset({"MPI", "runtime", "errors"}),
+    "MPI": frozenset({"runtime"}),
     # Run by setuptools alone.
     "_native_build": frozenset[str](),
 }

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from sfparallel.errors import OutsideVMError
 from sfparallel.runtime import connection
@@ -22,7 +22,8 @@ from sfparallel.runtime.hypervisor import Fork, Hello, Hypervisor
 if TYPE_CHECKING:
     import zmq
 
-    from sfparallel.runtime.communicator import Communicator
+    from sfparallel.runtime.link import CloneLink
+    from sfparallel.runtime.mpi.endpoint import Endpoint
     from sfparallel.runtime.rng import Streams
 
 CloneHook = Callable[[int], object]
@@ -41,21 +42,43 @@ class Membership:
 
     Attributes:
         rank: 0..size-1.
-        size: number of ranks.
-        communicator: what `sf.comm()` returns.
+        addresses: of all ranks, in order.
+        port: where each rank listens for messages of the others.
+        link: the line to the parent.
         streams: the region's random streams.
         key: what this rank works on now: its rank, or the index of an item of a map.
+        endpoint: where this rank sends and receives, once it has asked for that.
     """
 
     rank: int
-    size: int
-    communicator: Communicator
+    addresses: list[str]
+    port: int
+    link: CloneLink
     streams: Streams
     key: int
+    endpoint: Endpoint | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.addresses)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank has had to do with others."""
+        return self.endpoint is not None and self.endpoint.is_open
+
+    def leave(self) -> None:
+        """This rank will not send to others any more: get everything on its way."""
+        if self.endpoint is not None:
+            self.endpoint.finish()
 
 
 class Here:
     """State of the runtime in this process."""
+
+    forgetful: ClassVar[list[Callable[[], None]]] = []
+    """Called in a clone, before anything else can ask who this process is."""
 
     def __init__(self) -> None:
         self.connect: Callable[[], Hypervisor] = connection.connect
@@ -72,6 +95,8 @@ class Here:
         self.seed_path: tuple[int, ...] = ()
         """This VM's place in the tree of forks, by which streams of random numbers branch off the job's seed."""
         self.own_streams: Streams | None = None
+        self.alone: Endpoint | None = None
+        """Where this process sends to itself, when it belongs to no region."""
         self._waiting: list[Orphanable] = []
         self._parents_threads: tuple[threading.Thread, ...] = ()
         self._other_threads: tuple[threading.Thread, ...] = ()
@@ -143,6 +168,9 @@ class Here:
         self.forks = 0
         self.own_streams = None
         self.membership = None
+        self.alone = None
+        for forget in self.forgetful:
+            forget()
         self.lifeline = hypervisor
         self._hello = None
         # The parent's other lines stay open but unused: closing them would cost wake-ups on the way to the user's function.

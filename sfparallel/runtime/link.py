@@ -34,13 +34,15 @@ BACKLOG = 4096
 
 
 class Kind(enum.StrEnum):
-    """Kinds of messages; up to COMM from clone to parent, the others from parent to clone."""
+    """Kinds of messages; up to WHO_LEFT from clone to parent, the others from parent to clone."""
 
     RESULT = "result"
     ERROR = "error"
     COMM = "comm"
+    WHO_LEFT = "who left"
     KEYS = "keys"
     LOST = "lost"
+    LEFT = "left"
     RELEASE = "release"
 
 
@@ -164,6 +166,8 @@ class CloneLink:
         self.rank = rank
         self.lost: dict[int, str] = {}
         """Ranks that will not take part any more, and why."""
+        self.left: set[int] = set()
+        """Ranks that have returned."""
         self._inbox: list[dict[str, Any]] = []
         # A VM has one address. To name it would have ZeroMQ list all interfaces, which is dear in a clone; only processes on one
         # host (the tests' stand-in for a fork) need to.
@@ -200,5 +204,7 @@ class CloneLink:
         message = wire.unpack(parts[0])
         if message["kind"] == Kind.LOST:
             self.lost[message["lost"]] = message["cause"]
+        elif message["kind"] == Kind.LEFT:
+            self.left.update(message["ranks"])
         else:
             self._inbox.append(message)

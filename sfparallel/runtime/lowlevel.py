@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
 import sys
 from typing import NoReturn
 
@@ -157,6 +159,21 @@ def exit(status: int = 0) -> NoReturn:
         raise StateError("sf.exit() ends a clone; this is the parent", hint="the parent ends like any program: sys.exit()")
     flush_output()
     HERE.lifeline.exit(status)
+
+
+def abort(status: int, cause: str) -> NoReturn:
+    """End this clone without ado, and tell the parent that the whole job should end: a region then fails with CloneLost, a whole
+    program (`sfrun --spmd`) with `status` as its exit code. In the parent: end the program. May be called from any thread.
+
+    Args:
+        status: 0..255.
+        cause: for people; what this rank did.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        flush_output()
+    if HERE.lifeline is not None:
+        HERE.lifeline.abort(status, cause)
+    os._exit(status)
 
 
 def join(ticket: Ticket) -> dict[int, int | None]:

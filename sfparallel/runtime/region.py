@@ -99,6 +99,10 @@ class Region:
         self._out: dict[int, str] = {}
         """Ranks that will not answer in collective calls any more, and why."""
         self._in_comm: set[int] = set()
+        self._left: list[int] = []
+        """Ranks that have returned."""
+        self._curious: set[int] = set()
+        """Ranks that want to know of these."""
         self._clones: tuple[Sibling, ...] = ()
         self._resources = contextlib.ExitStack()
 
@@ -119,9 +123,9 @@ class Region:
                 ranks = self._admitted(self._ticket.granted)
                 self._schedule = self._work.plan(ranks)
                 hello = HERE.hello(self._ticket.hypervisor)
-                self._link = _bind(hello.address)
+                self._link = bind_link(hello.address)
                 stack.callback(self._link.close)
-                self._port = _free_port(hello.address)
+                self._port = free_port(hello.address)
                 self._alarm = stack.enter_context(Alarm())
                 stack.enter_context(HERE.wakes(self))
                 try:
@@ -230,6 +234,10 @@ class Region:
             for lost, cause in self._out.items():
                 self._link.send(rank, Kind.LOST, lost=lost, cause=cause)
             return
+        if message.kind is Kind.WHO_LEFT:
+            self._curious.add(rank)
+            self._link.send(rank, Kind.LEFT, ranks=self._left)
+            return
         key = message.header.get("key")
         if not isinstance(key, int) or not self._schedule.answered(rank, key):
             return
@@ -237,6 +245,8 @@ class Region:
             self._first_s = time.monotonic() - self._started
         if message.kind is Kind.RESULT:
             self._on_result(message, key)
+            if not self._work.per_item:
+                self._tell_left(rank)
         elif message.kind is Kind.ERROR:
             description = message.header["error"]
             self._errors[key] = load_error(description, message.frames, self._where(rank, key))
@@ -285,6 +295,11 @@ class Region:
         self._out[rank] = cause
         for other in self._in_comm - self._out.keys():
             self._link.send(other, Kind.LOST, lost=rank, cause=cause)
+
+    def _tell_left(self, rank: int) -> None:
+        self._left.append(rank)
+        for other in self._curious - {rank}:
+            self._link.send(other, Kind.LEFT, ranks=[rank])
 
     def _timed_out(self) -> RegionTimeout:
         missing = self._schedule.busy()
@@ -348,14 +363,15 @@ class Region:
             raise StateError(f"the region is {self._state.value}; this call needs one that is {state.value}")
 
 
-def _bind(address: str) -> ParentLink:
+def bind_link(address: str) -> ParentLink:
+    """The parent's end of the line to its clones."""
     try:
         return ParentLink(address)
     except zmq.ZMQError as error:
         raise NetworkError(f"cannot listen for answers on {address}: {error}") from error
 
 
-def _free_port(address: str) -> int:
+def free_port(address: str) -> int:
     """A port that is free in this VM; since clones are copies of it, it is free in all of them."""
     for port in COMMUNICATOR_PORTS:
         with socket.socket() as sock, contextlib.suppress(OSError):

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import zmq
 
 from sfparallel.runtime import lowlevel
-from sfparallel.runtime.communicator import Communicator
 from sfparallel.runtime.here import HERE, Membership
 from sfparallel.runtime.hypervisor import Fork
 from sfparallel.runtime.link import CloneLink, Kind, ParentLink, pack_answer
 from sfparallel.runtime.payload import Buffer, dump_error, dumps
+from sfparallel.runtime.rng import Streams
 from sfparallel.runtime.work import Work
 
 EXIT_SOFTWARE = 70  # sysexits.h
@@ -65,24 +65,31 @@ def die() -> NoReturn:
     os._exit(EXIT_SOFTWARE)
 
 
+def clone_link(ticket: lowlevel.Ticket, link: ParentLink, fork: Fork) -> CloneLink:
+    """In a clone: its end of the line to the parent, not connected yet."""
+    whole_vm = ticket.hypervisor.keeps_threads
+    dealer = link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
+    return CloneLink(dealer, fork.rank - 1, "" if whole_vm else fork.address, link.endpoint)
+
+
+def membership(fork: Fork, link: CloneLink, port: int, streams: Streams, key: int) -> Membership:
+    """In a clone: its place among those that were made with it."""
+    return Membership(fork.rank - 1, [clone.address for clone in fork.clones], port, link, streams, key)
+
+
 class _Worker:
     """One rank of a region."""
 
     def __init__(self, work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> None:
-        fork = place.fork
         self._work = work
         self._ticket = ticket
-        self._fork = fork
+        self._fork = place.fork
         self._keys = deque(place.keys)
         self.began_ns = 0
         # Items of a map are asked for one after the other: only a rank of a region answers once and is done.
         self._answer_bytes = 0 if work.per_item else place.answer_bytes
-        whole_vm = ticket.hypervisor.keeps_threads
-        dealer = link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
-        rank = fork.rank - 1
-        self._link = CloneLink(dealer, rank, "" if whole_vm else fork.address, link.endpoint)
-        self._communicator = Communicator(rank, [clone.address for clone in fork.clones], place.port, self._link)
-        self._membership = Membership(rank, len(fork.clones), self._communicator, work.streams, place.keys[0])
+        self._link = clone_link(ticket, link, place.fork)
+        self._membership = membership(place.fork, self._link, place.port, work.streams, place.keys[0])
 
     def run(self) -> None:
         """Work until the parent says that this was all."""
@@ -113,6 +120,7 @@ class _Worker:
             if failure is not None:
                 raise failure
             frames = dumps(self._work.call(key))
+            self._membership.leave()
             if self._work.collector is not None:
                 fields["files"], contents = self._work.collector.changed()
                 frames += contents
@@ -123,7 +131,7 @@ class _Worker:
             kind = Kind.ERROR
         # What the rank printed shall be on its way before its answer is.
         lowlevel.flush_output()
-        if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._communicator.is_open:
+        if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._membership.is_open:
             answer = pack_answer(kind, bytes(frames[0]) if frames else b"", fields)
             if len(answer) <= self._answer_bytes:
                 self._ticket.hypervisor.exit(0, answer, ran_ns=time.monotonic_ns() - self.began_ns)

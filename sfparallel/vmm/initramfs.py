@@ -22,7 +22,7 @@ from sfparallel.vmm import subprocesses
 
 _PACKAGE = Path(sfparallel.__file__).parent
 _AGENT = _PACKAGE / "runtime" / "agent"
-_TOP_MODULES = ("__init__.py", "errors.py", "config.py", "wire.py")
+_TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,312 @@
+"""One process among the ranks: an engine, its transport when there is one, and waiting.
+
+Bytes move while some thread is in here. Of several threads that wait, one polls; the others are woken when something has moved.
+What is known of losses comes by two ways: a connection that ends, and notices of the parent (which is told by the hypervisor).
+The cause is in the notice, so that a connection's end only counts when no notice has come within `GRACE_S`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import zmq
+
+from sfparallel.errors import StateError
+from sfparallel.runtime.link import CloneLink, Kind
+from sfparallel.runtime.mpi.errors import MPIException, PeerLost
+from sfparallel.runtime.mpi.matching import CONTROL, HEADER, Buffer, Engine, SendOp
+from sfparallel.runtime.mpi.transport import Transport
+
+GRACE_S = 0.5
+"""How long after a rank's loss its last message is waited for: the notice comes by another way, through the parent."""
+
+PATIENCE_S = 1.0
+"""After waiting so long in one call, ask the parent who has ended."""
+
+FLUSH_S = 30.0
+"""How long the end of a program waits for messages that nobody takes."""
+
+ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
+"""Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
+
+
+class Waitable(Protocol):
+    """Something that is done at some time."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is."""
+
+
+class Task(Protocol):
+    """Something that goes on when what it waits for is done."""
+
+    def advance(self) -> bool:
+        """Go on as far as possible; True when it has ended."""
+
+
+class Endpoint:
+    """Where this process sends and receives.
+
+    Args:
+        rank: in the world.
+        addresses: of all ranks; empty for a world of its own.
+        port: where each rank listens on its address.
+        link: the line to the parent, by which this rank is told of others that were lost.
+        listener: a socket that listens on the port already, if there is one.
+    """
+
+    def __init__(self, rank: int = 0, addresses: Sequence[str] = (), port: int = 0, link: CloneLink | None = None,
+                 listener: socket.socket | None = None) -> None:
+        self.rank = rank
+        self.size = len(addresses) or 1
+        self.lock = threading.RLock()
+        self.engine = Engine(rank, self, self._on_control)
+        self.entered: dict[int, int] = {}
+        """The last collective call of each context that this process took part in."""
+        self.took_part: dict[tuple[int, int], int] = {}
+        """The same of others, as far as they were asked."""
+        self._addresses = addresses
+        self._port = port
+        self._link = link
+        self._listener = listener
+        self._transport: Transport | None = None
+        self._tasks: list[Task] = []
+        self._changed = threading.Condition(self.lock)
+        self._polling = False
+        self._sleeping = 0
+        self._alarm = -1
+        self._doomed: dict[int, tuple[float, str, bool]] = {}
+        """Ranks that will count as gone: from when on, why, and whether they left in peace."""
+        self._asked_parent = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the network was used."""
+        return self._transport is not None
+
+    # Moving bytes
+
+    def push(self, peer: int, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
+        """The engine's wire."""
+        (self._transport or self._open()).push(peer, header, frames, op)
+
+    def control(self, peer: int, kind: int, ctx: int, number: int, payload: bytes = b"") -> None:
+        """Send a control message."""
+        if peer == self.rank:
+            self._on_control(peer, kind, 0, ctx, number, payload)
+        elif peer not in self.engine.dead and peer not in self.engine.left:
+            self.push(peer, HEADER.pack(kind, 0, 0, 0, ctx, number, 0, len(payload)), (payload,), None)
+
+    def wait(self, op: Waitable, deadline: float | None = None) -> bool:
+        """Wait until `op` is done; False when time ran out."""
+        return op.done or self._wait(op, deadline)
+
+    def _wait(self, op: Waitable, deadline: float | None) -> bool:
+        asks = time.monotonic() + PATIENCE_S
+        with self.lock:
+            while True:
+                if op.done:
+                    return True
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    return False
+                if now >= asks:
+                    self._ask_parent()
+                    asks = float("inf")
+                self._round(deadline if deadline is not None and deadline < asks else asks)
+
+    def poll(self) -> None:
+        """Move what can be moved without waiting."""
+        with self.lock:
+            if not self._polling and (self._transport is not None or self.size > 1):
+                self._move((self._transport or self._open()).wait(0))
+
+    def settle(self, op: Waitable) -> None:
+        """Like `poll`, unless `op` is done already."""
+        if not op.done:
+            self.poll()
+
+    def changed(self) -> None:
+        """Wake other threads that wait: something was completed here."""
+        if self._sleeping:
+            self._changed.notify_all()
+        if self._polling and self._alarm >= 0:
+            os.eventfd_write(self._alarm, 1)
+
+    def add_task(self, task: Task) -> None:
+        """Have a task go on whenever something has moved."""
+        if not task.advance():
+            self._tasks.append(task)
+
+    def finish(self) -> None:
+        """This process will not send any more: get everything on its way, and say so."""
+        transport = self._transport
+        if transport is not None:
+            end = time.monotonic() + FLUSH_S
+            with self.lock:
+                while not transport.is_flushed and time.monotonic() < end:
+                    self._round(end)
+                transport.say_bye()
+                while not transport.is_flushed and time.monotonic() < end:
+                    self._round(end)
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+            os.close(self._alarm)
+
+    def _round(self, until: float) -> None:
+        """Wait for one thing to happen; with the lock."""
+        pause = self._pause(until)
+        if self._polling or self.size == 1:
+            self._sleeping += 1
+            try:
+                self._changed.wait(pause)
+            finally:
+                self._sleeping -= 1
+            return
+        transport = self._transport or self._open()
+        self._polling = True
+        self.lock.release()
+        try:
+            events = transport.wait(pause)
+        finally:
+            self.lock.acquire()
+            self._polling = False
+        self._move(events)
+        if self._sleeping:
+            self._changed.notify_all()
+
+    def _pause(self, until: float) -> float | None:
+        for when, _, _ in self._doomed.values():
+            until = min(until, when)
+        return None if until == float("inf") else max(0.0, until - time.monotonic())
+
+    def _move(self, events: list[tuple[int, int]]) -> None:
+        assert self._transport is not None
+        self._transport.handle(events)
+        if self._doomed:
+            self._bury()
+        if self._tasks:
+            # A task may add tasks.
+            tasks, self._tasks = self._tasks, []
+            self._tasks = [task for task in tasks if not task.advance()] + self._tasks
+
+    def _open(self) -> Transport:
+        if self._link is None and self.size == 1:
+            raise StateError("a world of one process has no transport")
+        self._transport = transport = Transport(self.rank, self._addresses, self._port, self._on_closed, self._listener)
+        transport.engine = self.engine
+        self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        transport.watch(self._alarm, self._on_alarm)
+        if self._link is not None:
+            # From now on the parent tells this rank about lost ones, and lets it live until all have answered: what it sent may
+            # still be on its way out of this VM.
+            self._link.send(Kind.COMM)
+            transport.watch(int(self._link.dealer.getsockopt(zmq.FD)), self._on_link)
+            self._on_link()
+        return transport
+
+    # Losses
+
+    def on_notice(self, rank: int, cause: str, *, in_peace: bool = False) -> None:
+        """The parent says that a rank is gone."""
+        if rank not in self.engine.dead and (not in_peace or (self._transport is not None and not self._transport.knows(rank))):
+            when = self._doomed[rank][0] if rank in self._doomed else time.monotonic() + GRACE_S
+            self._doomed[rank] = (when, cause, in_peace)
+
+    def declare_lost(self, rank: int, cause: str) -> None:
+        """Count a rank as gone from now on."""
+        error = PeerLost(f"rank {rank} {cause}", rank=rank, cause=cause)
+        self.engine.on_lost(rank, error)
+        if self._transport is not None:
+            self._transport.forget(rank, error)
+
+    def _on_alarm(self) -> None:
+        os.eventfd_read(self._alarm)
+
+    def _on_link(self) -> None:
+        assert self._link is not None
+        self._link.look()
+        # What `send` of the same socket finds is signalled to nobody (zmq_getsockopt(3), ZMQ_FD), so look at all there is.
+        for rank, cause in self._link.lost.items():
+            self.on_notice(rank, cause)
+        for rank in self._link.left:
+            self.on_notice(rank, "has returned", in_peace=True)
+
+    def _on_closed(self, rank: int, in_peace: bool) -> None:
+        if in_peace:
+            if rank not in self.engine.left:
+                self._declare_left(rank)
+        elif rank not in self.engine.dead and rank not in self._doomed:
+            self._doomed[rank] = (time.monotonic() + GRACE_S, "closed its connection", False)
+
+    def _declare_left(self, rank: int) -> None:
+        error = PeerLost(f"rank {rank} has returned without taking part", rank=rank, cause="has returned")
+        self.engine.on_left(rank, error)
+        if self._transport is not None:
+            self._transport.forget(rank, error)
+
+    def _bury(self) -> None:
+        now = time.monotonic()
+        for rank, (when, cause, in_peace) in list(self._doomed.items()):
+            if when <= now:
+                del self._doomed[rank]
+                if in_peace:
+                    self._declare_left(rank)
+                else:
+                    self.declare_lost(rank, cause)
+
+    def _ask_parent(self) -> None:
+        if self._link is not None and not self._asked_parent and self._transport is not None:
+            self._asked_parent = True
+            self._link.send(Kind.WHO_LEFT)
+            self._on_link()
+
+    # Control messages
+
+    def who_is_missing(self, ctx: int, number: int, members: Collection[int], limit_s: float) -> list[int]:
+        """Which members have not come to a collective call, as far as they say so within a time limit."""
+        with self.lock:
+            for peer in members:
+                if peer != self.rank:
+                    self.control(peer, TOOK_PART, ctx, number)
+                    self.control(peer, ASK, ctx, number)
+            end = time.monotonic() + limit_s
+            while (missing := self._absent(ctx, number, members)) and time.monotonic() < end:
+                self._round(end)
+        return missing
+
+    def revoke(self, contexts: Sequence[int], members: Collection[int]) -> None:
+        """Revoke contexts here, and tell the members."""
+        for ctx in contexts:
+            if ctx not in self.engine.revoked:
+                self.engine.revoke(ctx, _revoked())
+                for peer in members:
+                    if peer != self.rank:
+                        self.control(peer, REVOKE, ctx, 0, b",".join(b"%d" % each for each in members))
+
+    def _absent(self, ctx: int, number: int, members: Collection[int]) -> list[int]:
+        return [peer for peer in members if peer != self.rank and self.took_part.get((peer, ctx), -1) < number]
+
+    def _on_control(self, peer: int, kind: int, _tag: int, ctx: int, number: int, payload: bytes) -> None:
+        if kind == ASK:
+            self.control(peer, TOOK_PART, ctx, self.entered.get(ctx, -1) & 0xFFFFFFFF)
+        elif kind == TOOK_PART:
+            self.took_part[peer, ctx] = -1 if number == 0xFFFFFFFF else number
+        elif kind == REVOKE and ctx not in self.engine.revoked:
+            # Passed on: the one who revoked may have died half-way.
+            self.revoke([ctx], [int(each) for each in payload.split(b",") if each])
+
+
+def _revoked() -> MPIException:
+    from sfparallel.runtime.mpi.errors import ERR_REVOKED
+    return MPIException(ERR_REVOKED)
