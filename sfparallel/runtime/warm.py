@@ -9,6 +9,7 @@ import numpy as np
 import zmq
 
 from sfparallel import wire
+import sfparallel.MPI  # noqa: F401
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.link import set_up_dealer

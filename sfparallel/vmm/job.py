@@ -193,6 +193,7 @@ class Job:
         self._watch(parent)
         store.hold(parent, checkpoint.layers)
         await parent.load(checkpoint.plan(), checkpoint.device_state)
+        await parent.resume()
         mounts = [[tag, str(path)] for tag, path in self._exports]
         # The parent knows its clones' addresses before there are any: no clone has to answer an ARP request for it.
         neighbours = [[address_of(number), mac_of(number)] for number in range(1, KNOWN_NEIGHBOURS + 1)]

@@ -38,7 +38,6 @@ class LoadTimes:
     begun: float
     mapped: float
     loaded: float
-    resumed: float
 
 
 class VmState(enum.Enum):
@@ -239,7 +238,7 @@ class Vm:
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
 
     async def load(self, plan: MapPlan, device_state: int) -> LoadTimes:
-        """Give a shell a guest and resume it.
+        """Give a shell a guest; it stands still until `resume`.
 
         Args:
             plan: the memory image, ready to be mapped.
@@ -265,10 +264,8 @@ class Vm:
         event = await done
         if event["data"]["status"] != "completed":
             raise VMError(f"{self.name}: QEMU could not load the device state")
-        loaded = time.monotonic()
-        await self.qmp.execute("cont")
-        self.state = VmState.FROZEN
-        return LoadTimes(started, mapped, loaded, time.monotonic())
+        self.state = VmState.STOPPED
+        return LoadTimes(started, mapped, time.monotonic())
 
     def send(self, kind: FrameType, payload: bytes = b"", channel: int = 0) -> None:
         """Send a frame to the agent.
