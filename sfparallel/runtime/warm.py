@@ -8,6 +8,7 @@ import cloudpickle  # noqa: F401
 import numpy as np
 import zmq
 
+import sfparallel.MPI  # noqa: F401
 from sfparallel import wire
 import sfparallel.MPI  # noqa: F401
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
