@@ -520,7 +520,7 @@ def test_kernel_random_numbers_follow_the_entropy(frozen: Guest, booted: tuple[i
     ("change", "message"),
     [
         ({"entropy": bytes(5)}, "cannot read the field entropy of THAW"),
-        ({"mac": bytes([1, 0, 0, 0, 0, 1])}, "cannot set the addresses of eth0: Cannot assign requested address"),
+        ({"mac": bytes([1, 0, 0, 0, 0, 1])}, "cannot set the MAC address of eth0: Cannot assign requested address"),
         ({"neighbours": [["10.83.0.2"]]}, "cannot set the neighbours: Protocol error"),
         ({"time_ns": -1}, "cannot read the field time_ns of THAW"),
     ],

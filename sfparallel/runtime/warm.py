@@ -8,9 +8,8 @@ import cloudpickle  # noqa: F401
 import numpy as np
 import zmq
 
-import sfparallel.MPI  # noqa: F401
+import sfparallel.MPI
 from sfparallel import wire
-import sfparallel.MPI  # noqa: F401
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.link import set_up_dealer
@@ -18,7 +17,9 @@ from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_er
 
 
 def warm_up() -> None:
-    """Import everything; send a result and an error over the loopback device; renew the identity."""
+    """Look up every public name; send a result and an error over the loopback device; renew the identity."""
+    for name in sfparallel.__all__:
+        getattr(sfparallel, name)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
         router.setsockopt(zmq.LINGER, 0)
         router.bind("tcp://127.0.0.1:*")

@@ -126,12 +126,24 @@ int64_t oom_kills(int vmstat);                           /* since boot; -errno *
 
 /* ---- identity.c ---- */
 
+/* A small file that is kept open and written anew. */
+struct text_file {
+    int fd;
+    size_t size;
+};
+
 struct host {
-    int random, hostname, machine_id, hosts, role; /* files kept open */
-    int route, diag;                               /* netlink sockets */
-    int interface;                                 /* index of eth0; 0: there is none */
-    uint32_t sequence;                             /* of netlink messages */
-    uint8_t *batch;                                /* BATCH_SIZE bytes each: what goes to and comes from the kernel */
+    int random, hosts; /* files kept open */
+    struct text_file hostname, machine_id, role;
+    int route, diag;       /* netlink sockets */
+    int control;           /* a socket for ioctls of interfaces */
+    int interface;         /* index of eth0; 0: there is none */
+    bool configured;       /* eth0 is up, with the address, prefix and MTU that follow */
+    struct in_addr address;
+    uint8_t prefix;
+    uint32_t mtu;
+    uint32_t sequence;     /* of netlink messages */
+    uint8_t *batch;        /* BATCH_SIZE bytes each: what goes to and comes from the kernel */
     uint8_t *answer;
 };
 

@@ -282,6 +282,10 @@ class WorldCore(CommCore):
         # Only called for what is not there.
         if name.startswith("__") or "endpoint" in self.__dict__:
             raise AttributeError(name)
+        membership = HERE.membership
+        if membership is not None and not self._alone and name in ("rank", "size"):
+            # All that most regions ask for; what can send is made when something is sent.
+            return membership.rank if name == "rank" else len(membership.addresses)
         endpoint = world_endpoint()
         super().__init__(endpoint, self._world_context, (endpoint.rank,) if self._alone else range(endpoint.size))
         self.name = self._world_name
