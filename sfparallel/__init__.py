@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sfparallel.runtime.rng import rng
 
 _HOMES = {
-    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "MPI", "OutsideVMError", "RankError", "RankExit",
+    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "OutsideVMError", "RankError", "RankExit",
                "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError", "UsageError"),
     "runtime.api": ("ParallelFunction", "RegionFuture", "parallel", "parallel_map"),
     "runtime.communicator": ("comm",),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import cloudpickle  # noqa: F401
 import numpy as np
 import zmq
 
-import sfparallel.MPI
 from sfparallel import wire
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
@@ -18,8 +18,9 @@ from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_er
 
 def warm_up() -> None:
     """Look up every public name; send a result and an error over the loopback device; renew the identity."""
-    for name in sfparallel.__all__:
-        getattr(sfparallel, name)
+    package = sys.modules[__name__.partition(".")[0]]
+    for name in package.__all__:
+        getattr(package, name)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
         router.setsockopt(zmq.LINGER, 0)
         router.bind("tcp://127.0.0.1:*")
