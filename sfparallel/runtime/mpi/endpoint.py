@@ -244,8 +244,9 @@ class Endpoint:
 
     def _on_closed(self, rank: int, in_peace: bool) -> None:
         if in_peace:
-            if rank not in self.engine.left:
-                self._declare_left(rank)
+            # Not at once: it may have given up because of a loss that this rank is about to hear of, too.
+            if rank not in self.engine.left and rank not in self._doomed:
+                self._doomed[rank] = (time.monotonic() + GRACE_S, "has returned", True)
         elif rank not in self.engine.dead and rank not in self._doomed:
             self._doomed[rank] = (time.monotonic() + GRACE_S, "closed its connection", False)
 
@@ -257,8 +258,9 @@ class Endpoint:
 
     def _bury(self) -> None:
         now = time.monotonic()
-        for rank, (when, cause, in_peace) in list(self._doomed.items()):
-            if when <= now:
+        # Who is lost comes before who has returned, perhaps because of that.
+        for rank, (when, cause, in_peace) in sorted(self._doomed.items(), key=lambda item: item[1][2]):
+            if when <= now or (not in_peace and any(other[0] <= now for other in self._doomed.values())):
                 del self._doomed[rank]
                 if in_peace:
                     self._declare_left(rank)

@@ -1,0 +1,215 @@
+"""A rank that is lost, fails or returns is an error in every rank that waits for it, whatever it waits in; time limits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sfparallel as sf
+from sfparallel import MPI
+from tests.fork_double import Doubles
+from tests.fork_double import double_fixture as double_fixture
+
+N = 5
+VICTIM = 2
+
+
+def _array(n: int = 1) -> np.ndarray[Any, Any]:
+    return np.zeros(n)
+
+
+def _large() -> np.ndarray[Any, Any]:
+    return np.zeros(200_000)
+
+
+CALLS: dict[str, Callable[[MPI.Intracomm], object]] = {
+    "barrier": lambda c: c.barrier(),
+    "bcast": lambda c: c.bcast("x", root=VICTIM),
+    "bcast, large": lambda c: c.Bcast(_large(), root=VICTIM),
+    "gather": lambda c: (c.gather(c.rank, root=0), c.barrier()),
+    "scatter": lambda c: c.scatter([0] * N, root=VICTIM),
+    "allgather": lambda c: c.allgather(c.rank),
+    "Allgather, large": lambda c: c.Allgather(_large(), _array(N * 200_000)),
+    "alltoall": lambda c: c.alltoall(list(range(N))),
+    "reduce": lambda c: (c.reduce(c.rank, root=0), c.barrier()),
+    "allreduce": lambda c: c.allreduce(c.rank),
+    "Allreduce, large": lambda c: c.Allreduce(_large(), _large()),
+    "Reduce_scatter_block": lambda c: c.Reduce_scatter_block(_array(N), _array()),
+    "scan": lambda c: (c.scan(c.rank), c.barrier()),
+    "Ibarrier": lambda c: c.Ibarrier().Wait(),
+    "Iallreduce": lambda c: c.Iallreduce(_array(), _array()).Wait(),
+    "recv": lambda c: c.recv(source=VICTIM),
+    "recv from any source": lambda c: c.recv(),
+    "irecv": lambda c: c.irecv(source=VICTIM).wait(),
+    "probe": lambda c: c.probe(source=VICTIM),
+    "ssend": lambda c: c.ssend("x", VICTIM),
+    "send, large": lambda c: c.send(_large(), VICTIM),
+    "split": lambda c: c.Split(0, c.rank).barrier(),
+    "a communicator made before": lambda c: c.dup.barrier(),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_killed_rank_is_named_in_all_others(double: Doubles, call: str) -> None:
+    @sf.parallel(n=N, on_error="return", timeout=60)
+    def work() -> tuple[int, str, float]:
+        comm = sf.comm()
+        comm.dup = comm.Dup()  # type: ignore[attr-defined]
+        comm.barrier()
+        if comm.rank == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            CALLS[call](comm)
+        except sf.CloneLost as error:
+            assert isinstance(error, MPI.Exception)
+            return error.rank, error.cause, error.Get_error_class()
+        return -1, "", 0
+
+    answers = work()
+    for rank in set(range(N)) - {VICTIM}:
+        lost, cause, error_class = answers[rank]
+        assert (lost, error_class) == (VICTIM, MPI.ERR_PROC_FAILED)
+        assert "was lost" in cause
+
+
+def test_what_a_lost_rank_sent_before_is_received(double: Doubles) -> None:
+    reader, writer = os.pipe()
+
+    @sf.parallel(n=2, on_error="return", timeout=60)
+    def work() -> list[Any]:
+        comm = sf.comm()
+        if comm.rank:
+            for i in range(3):
+                comm.send(i, 0)
+            os.write(writer, b"x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        comm.iprobe()
+        os.read(reader, 1)
+        received = [comm.recv(source=1) for _ in range(3)]
+        with pytest.raises(sf.CloneLost):
+            comm.recv(source=1)
+        with pytest.raises(sf.CloneLost):
+            comm.send("x", 1)
+        return received
+
+    assert work()[0] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_rank_that_has_returned_is_an_error_in_those_that_wait_for_it(double: Doubles, connected: bool) -> None:
+    @sf.parallel(n=3, on_error="return", timeout=60)
+    def work() -> str:
+        comm = sf.comm()
+        if connected:
+            comm.barrier()
+        if comm.rank == 1:
+            return "done"
+        with pytest.raises(sf.CloneLost) as caught:
+            comm.recv(source=1)
+        return f"{caught.value.rank} {caught.value.cause}"
+
+    assert work() == ["1 has returned", "done", "1 has returned"]
+
+
+def test_a_rank_may_return_while_others_finish_a_collective_call(double: Doubles) -> None:
+    @sf.parallel(n=6, timeout=60)
+    def work() -> list[int]:
+        return list(sf.comm().allgather(sf.comm().rank))
+
+    for _ in range(5):
+        assert work() == [list(range(6))] * 6
+
+
+def test_going_on_without_a_lost_rank(double: Doubles) -> None:
+    @sf.parallel(n=4, on_error="return", timeout=60)
+    def work() -> tuple[list[int], int, list[int], list[int]]:
+        comm = sf.comm()
+        comm.barrier()
+        if comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(sf.CloneLost):
+            comm.barrier()
+        comm.Revoke()
+        with pytest.raises(MPI.Exception) as caught:
+            comm.send("x", 0)
+        assert caught.value.Get_error_class() == MPI.ERR_REVOKED
+        failed = MPI.COMM_WORLD.Get_failed()
+        survivors = comm.Shrink()
+        assert survivors.Agree(0b110 | comm.rank & 1) == 0b110
+        return (failed.Translate_ranks(), survivors.size, survivors.allgather(comm.rank),
+                survivors.Get_group().Translate_ranks())
+
+    answers = work()
+    for rank in (0, 2, 3):
+        assert answers[rank][1:] == (3, [0, 2, 3], [0, 2, 3])
+
+
+def test_revoking_wakes_those_that_wait(double: Doubles) -> None:
+    @sf.parallel(n=3, timeout=60)
+    def work() -> int:
+        comm = sf.comm().Dup()
+        if comm.rank == 0:
+            for rank in (1, 2):
+                comm.recv(source=rank)
+            comm.Revoke()
+            return MPI.ERR_REVOKED
+        comm.send("here", 0)
+        with pytest.raises(MPI.Exception) as caught:
+            comm.recv(source=0)
+        return int(caught.value.Get_error_class())
+
+    assert work() == [MPI.ERR_REVOKED] * 3
+
+
+@pytest.mark.parametrize("call", ["allreduce", "gather", "recv", "wait", "probe", "Ibarrier"])
+def test_time_limits_name_the_missing_ranks(double: Doubles, call: str) -> None:
+    reader, writer = os.pipe()
+
+    @sf.parallel(n=3, timeout=60)
+    def work() -> list[int]:
+        comm = sf.comm()
+        comm.barrier()
+        if comm.rank == 1:
+            os.read(reader, 1)
+            os.read(reader, 1)
+            return []
+        limited: dict[str, Callable[[], object]] = {
+            "allreduce": lambda: comm.allreduce(1, timeout=0.3),
+            "gather": lambda: comm.gather(1, root=comm.rank, timeout=0.3) if comm.rank == 0 else comm.barrier(timeout=0.3),
+            "recv": lambda: comm.recv(source=1, timeout=0.3),
+            "wait": lambda: comm.irecv(source=1).wait(timeout=0.3),
+            "probe": lambda: comm.probe(source=1, timeout=0.3),
+            "Ibarrier": lambda: comm.Ibarrier().Wait(timeout=0.3),
+        }
+        with pytest.raises(sf.RegionTimeout) as caught:
+            limited[call]()
+        os.write(writer, b"x")
+        return caught.value.missing
+
+    first, _, third = work()
+    if call == "Ibarrier":
+        assert first and third  # whom it waits for, not who is the cause
+    else:
+        assert (first, third) == ([1], [1])
+    os.close(reader)
+    os.close(writer)
+
+
+def test_errors_travel(double: Doubles) -> None:
+    @sf.parallel(n=2, on_error="return", timeout=60)
+    def work() -> None:
+        if sf.comm().rank == 0:
+            sf.comm().recv(source=1)
+
+    error = work()[0]
+    assert isinstance(error, sf.CloneLost)
+    assert isinstance(error, MPI.Exception)
+    assert error.rank == 1
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.rank, int(again)) == (str(error), 1, MPI.ERR_PROC_FAILED)
