@@ -51,9 +51,14 @@ from sfparallel.runtime.mpi.environment import (
     Wtime,
     get_vendor,
 )
+from sfparallel.runtime.mpi.environment import address_of as _addressof
 from sfparallel.runtime.mpi.environment import comm_lock as _comm_lock
 from sfparallel.runtime.mpi.environment import comm_lock_table as _comm_lock_table
+from sfparallel.runtime.mpi.environment import context_between as _commctx_inter
+from sfparallel.runtime.mpi.environment import context_within as _commctx_intra
+from sfparallel.runtime.mpi.environment import handle_of as _handleof
 from sfparallel.runtime.mpi.environment import set_abort_status as _set_abort_status
+from sfparallel.runtime.mpi.environment import size_of as _sizeof
 from sfparallel.runtime.mpi.errhandler import ERRHANDLER_NULL, ERRORS_ABORT, ERRORS_ARE_FATAL, ERRORS_RETURN, Errhandler
 from sfparallel.runtime.mpi.errors import CODES as _CODES
 from sfparallel.runtime.mpi.errors import ERR_LASTCODE
@@ -80,7 +85,9 @@ from sfparallel.runtime.mpi.topology import UNWEIGHTED, WEIGHTS_EMPTY, Cartcomm,
 from sfparallel.runtime.mpi.types import NAMED as _NAMED
 from sfparallel.runtime.mpi.types import Datatype, _typedict, _typedict_c, _typedict_f
 from sfparallel.runtime.mpi.types import alignment as _typealign
-from sfparallel.runtime.mpi.types import sizeof as _sizeof
+from sfparallel.runtime.mpi.types import code_of as _typecode
+from sfparallel.runtime.mpi.types import create as _datatype_create
+from sfparallel.runtime.mpi.types import decode as _datatype_decode
 from sfparallel.runtime.mpi.unsupported import FILE_NULL, WIN_NULL, File, Win
 
 memory = buffer

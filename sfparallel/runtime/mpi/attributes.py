@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sfparallel.runtime.mpi.constants import KEYVAL_INVALID
-from sfparallel.runtime.mpi.errors import ERR_KEYVAL, MPIException
+from sfparallel.runtime.mpi.errors import ERR_KEYVAL, MPIException, call_user
 
 _numbers = itertools.count(0x6C000001)
 
@@ -41,8 +41,8 @@ class Attributes:
     _keyvals: ClassVar[Keyvals]
     _core: Any
 
-    def _live(self) -> Any:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        def _live(self) -> Any: ...
 
     def _predefined_attribute(self, keyval: int) -> tuple[bool, Any]:
         return False, None
@@ -63,7 +63,7 @@ class Attributes:
         if nopython and not isinstance(attrval, int):
             raise TypeError("an integer is required")
         if keyval in core.attributes and delete_fn is not None and callable(delete_fn):
-            delete_fn(self, keyval, core.attributes[keyval])
+            call_user(delete_fn, self, keyval, core.attributes[keyval])
         core.attributes[keyval] = attrval
 
     def Delete_attr(self, keyval: int) -> None:
@@ -72,9 +72,9 @@ class Attributes:
         _, delete_fn, _ = self._keyvals.require(keyval)
         if keyval not in core.attributes:
             raise MPIException(ERR_KEYVAL, f"{keyval} has no value here")
+        value = core.attributes.pop(keyval)
         if callable(delete_fn):
-            delete_fn(self, keyval, core.attributes[keyval])
-        del core.attributes[keyval]
+            call_user(delete_fn, self, keyval, value)
 
     @classmethod
     def Create_keyval(cls, copy_fn: Callable[[Any, int, Any], Any] | bool | None = None,
@@ -100,7 +100,7 @@ class Attributes:
             if copy_fn is True:
                 copy.attributes[keyval] = value
             elif callable(copy_fn):
-                new = copy_fn(self, keyval, value)
+                new = call_user(copy_fn, self, keyval, value)
                 if new is not NotImplemented:
                     copy.attributes[keyval] = new
 
@@ -108,5 +108,5 @@ class Attributes:
         for keyval, value in reversed(list(core.attributes.items())):
             _, delete_fn, _ = self._keyvals.require(keyval)
             if callable(delete_fn):
-                delete_fn(self, keyval, value)
+                call_user(delete_fn, self, keyval, value)
         core.attributes.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import warnings
 from typing import Any, Self, SupportsIndex
 
@@ -88,8 +89,11 @@ class buffer(np.ndarray[Any, np.dtype[np.uint8]]):
     _released: bool
     obj: Any
 
-    def __new__(cls, buf: Any = None, /) -> buffer:
-        return cls._of(np.empty(0, np.uint8) if buf is None else byte_array(buf, readonly=True), buf)
+    def __new__(cls, *buf: Any) -> buffer:
+        if not buf:
+            return cls._of(np.empty(0, np.uint8), None)
+        (obj,) = buf
+        return cls._of(byte_array(obj, readonly=True), obj)
 
     @classmethod
     def _of(cls, data: Bytes, obj: Any, *, readonly: bool = False) -> buffer:
@@ -176,6 +180,13 @@ class buffer(np.ndarray[Any, np.dtype[np.uint8]]):
         else:
             super().__setitem__(self._index(item), value)
 
+    def __delitem__(self, item: Any) -> None:
+        raise NotImplementedError("memory buffers cannot shrink")
+
+    def tobytes(self, order: Any = None) -> bytes:
+        """A copy; the order does not matter."""
+        return bytes(self.data[:self.nbytes])
+
     def _slice(self, item: slice) -> slice:
         start, stop, step = item.indices(self.nbytes)
         if step != 1:
@@ -233,6 +244,7 @@ _DLPACK_FORMATS = {
     (1, 64, 1): "L", (2, 16, 1): "e", (2, 32, 1): "f", (2, 64, 1): "d", (2, 128, 1): "g", (2, 32, 2): "F", (2, 64, 2): "D",
     (2, 128, 2): "G", (5, 64, 1): "F", (5, 128, 1): "D", (6, 8, 1): "?",
 }
+_DLPACK_HOST = 1
 _DLPACK_READ_ONLY = 1
 _CUDA_FORMATS = {
     "b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "l", "u1": "B", "u2": "H", "u4": "I", "u8": "L", "f2": "e", "f4": "f",
@@ -269,12 +281,15 @@ def _contiguous(shape: list[int], strides: list[float]) -> bool:
 
 def _dlpack_tensor(obj: Any) -> tuple[Any, _DLTensor, bool]:
     """The capsule, what is in it, and whether it is read-only."""
-    obj.__dlpack_device__()
+    device, number = obj.__dlpack_device__()
+    operator.index(number)
+    # What is not the host's memory is handed over in step with the device's default stream.
+    stream = {} if operator.index(device) == _DLPACK_HOST else {"stream": -1}
     try:
-        capsule = obj.__dlpack__(max_version=(1, 0), copy=False)
+        capsule = obj.__dlpack__(**stream, max_version=(1, 0), copy=False)
         name = b"dltensor_versioned"
     except TypeError:  # before version 1.0
-        capsule = obj.__dlpack__()
+        capsule = obj.__dlpack__(**stream)
         name = b"dltensor"
     try:
         pointer = _CAPSULE(capsule, name)
@@ -334,6 +349,11 @@ def _from_cuda_interface(obj: Any) -> _Exported:
     if readonly and len(data):
         data.flags.writeable = False
     return _Exported(data, _CUDA_FORMATS.get(typestr[1:], "B"))
+
+
+def exports(obj: Any) -> bool:
+    """Whether an object is memory for MPI, though it does not export a buffer."""
+    return hasattr(obj, "__dlpack__") or hasattr(obj, "__cuda_array_interface__")
 
 
 def exported(obj: Any) -> _Exported | None:

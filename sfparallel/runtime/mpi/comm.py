@@ -31,9 +31,6 @@ class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Survival, WithErrh
     _keyvals: ClassVar[Keyvals] = _KEYVALS
     _core: Any
 
-    def __hash__(self) -> int:
-        return id(self._core)
-
     def __repr__(self) -> str:
         if self._core is None:
             return f"<{type(self).__name__} null>"
@@ -52,6 +49,10 @@ class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Survival, WithErrh
     @classmethod
     def _family(cls) -> type[Handle]:
         return Comm
+
+    @classmethod
+    def fromhandle(cls, handle: int) -> Any:
+        return wrap(super().fromhandle(handle)._core)
 
     @classmethod
     def _wrapped(cls, core: Any) -> Comm:
@@ -210,7 +211,9 @@ class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Survival, WithErrh
         known = (c.COMM_TYPE_SHARED, c.COMM_TYPE_HW_GUIDED, c.COMM_TYPE_HW_UNGUIDED, c.COMM_TYPE_RESOURCE_GUIDED, c.UNDEFINED)
         if split_type not in known:
             parent.raise_error(MPIException(ERR_ARG, f"split type {split_type}"))
-        return self.Split(parent.rank if split_type == c.COMM_TYPE_SHARED else c.UNDEFINED, key)
+        guided = split_type in (c.COMM_TYPE_HW_GUIDED, c.COMM_TYPE_RESOURCE_GUIDED)
+        alone = split_type == c.COMM_TYPE_SHARED or (guided and info.get("mpi_hw_resource_type") == "mpi_shared_memory")
+        return self.Split(parent.rank if alone else c.UNDEFINED, key)
 
     def Free(self) -> None:
         core = self._any()
@@ -327,7 +330,7 @@ class Intracomm(Comm, ObjectScans, BlockScans):
 
     def Graph_map(self, index: Sequence[int], edges: Sequence[int]) -> int:
         from sfparallel.runtime.mpi import topology
-        return topology.map_rank(self, len(index))
+        return topology.map_rank(self, len(topology.graph_index(index)))
 
     def Spawn(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not offered."""

@@ -7,7 +7,7 @@ computes the same number from the parent's context and a count. Numbers have 64 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from sfparallel.errors import RegionTimeout
@@ -87,6 +87,9 @@ class CommCore(Core):
         self.calls = 0
         self.children = 0
         self.locks: dict[Hashable, Any] = {}
+        self.hidden: Any = None
+        """A duplicate for what a library does beside the program (`environment.context_within`)."""
+        self.tags: Iterator[int] = iter(())
         self.local: CommCore | None = None
         """Of an intercommunicator's own group, for agreements there."""
         self.group_counts: dict[tuple[int, ...], int] = {}

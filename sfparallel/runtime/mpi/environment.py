@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -9,12 +10,15 @@ from typing import Any, NoReturn
 
 from sfparallel.runtime import lowlevel
 from sfparallel.runtime.mpi import constants as c
-from sfparallel.runtime.mpi.buffers import BOTTOM, buffer, byte_array
-from sfparallel.runtime.mpi.comm import COMM_WORLD, Comm
+from sfparallel.runtime.mpi.buffers import BottomType, BufferAutomaticType, InPlaceType, buffer, byte_array
+from sfparallel.runtime.mpi.comm import COMM_WORLD, Comm, Intracomm
 from sfparallel.runtime.mpi.core import world_endpoint
 from sfparallel.runtime.mpi.errors import ERR_DIMS, ERR_NAME, ERR_PORT, MPIException
+from sfparallel.runtime.mpi.handle import Handle
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
+from sfparallel.runtime.mpi.intercomm import Intercomm, local_comm
 from sfparallel.runtime.mpi.request import Finished, Request
+from sfparallel.runtime.mpi.status import Status
 from sfparallel.runtime.mpi.unsupported import unsupported
 
 
@@ -112,7 +116,9 @@ def Pcontrol(level: int) -> None:
 
 def Get_address(location: Any) -> int:
     """Where memory lies."""
-    return 0 if location is BOTTOM else int(byte_array(location, readonly=True).ctypes.data)
+    if location is None or isinstance(location, BottomType | InPlaceType | BufferAutomaticType):
+        return int(location or 0)
+    return int(byte_array(location, readonly=True).ctypes.data)
 
 
 def Aint_add(base: int, disp: int) -> int:
@@ -121,6 +127,32 @@ def Aint_add(base: int, disp: int) -> int:
 
 def Aint_diff(addr1: int, addr2: int) -> int:
     return addr1 - addr2
+
+
+def handle_of(arg: Any) -> int:
+    """The handle of an object as an integer (mpi4py's `_handleof`)."""
+    if isinstance(arg, Status):
+        return address_of(arg)
+    if not isinstance(arg, Handle):
+        raise TypeError(f"expecting an MPI object, got {type(arg).__name__}")
+    return arg.handle
+
+
+def address_of(arg: Any) -> int:
+    """Something unique to an object (mpi4py's `_addressof`: there is no C object here)."""
+    if not isinstance(arg, Handle | Status):
+        raise TypeError(f"expecting an MPI object, got {type(arg).__name__}")
+    return id(arg)
+
+
+def size_of(arg: Any) -> int:
+    """Size of a handle (mpi4py's `_sizeof`)."""
+    kind = arg if isinstance(arg, type) else type(arg)
+    if issubclass(kind, Status):
+        return 64
+    if not issubclass(kind, Handle):
+        raise TypeError(f"expecting an MPI object or class, got {arg!r}")
+    return 8
 
 
 def Alloc_mem(size: int, info: Info = INFO_NULL) -> buffer:
@@ -134,6 +166,8 @@ def Free_mem(mem: buffer) -> None:
 
 def Attach_buffer(buf: Any) -> None:
     """Not needed; remembered for `Detach_buffer`."""
+    if not isinstance(buf, BufferAutomaticType) and buf is not None:
+        byte_array(buf, readonly=False)
     _process.buffer = buf
 
 
@@ -212,6 +246,24 @@ def comm_lock_table(comm: Comm) -> dict[Hashable, Any]:
 def comm_lock(comm: Comm, key: Hashable | None = None) -> Any:
     """One of them (mpi4py's `_comm_lock`)."""
     return comm._live().lock(key)
+
+
+def context_within(comm: Intracomm) -> tuple[Intracomm, int]:
+    """A hidden duplicate of a communicator, and a tag of its own for each call (mpi4py's `_commctx_intra`)."""
+    core = comm._live()
+    if core.hidden is None:
+        core.hidden = Intracomm(comm).Dup()
+        core.tags = itertools.count(1)
+    return core.hidden, next(core.tags)
+
+
+def context_between(comm: Intercomm) -> tuple[Intercomm, int, Intracomm, bool]:
+    """The same for two groups; also a communicator of the own group, and whether it is the first (`_commctx_inter`)."""
+    core = comm._live()
+    if core.hidden is None:
+        core.hidden = Intercomm(comm).Dup()
+        core.tags = itertools.count(1)
+    return core.hidden, next(core.tags), local_comm(comm), min(core.ranks) < min(core.remote)
 
 
 def set_abort_status(status: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sfparallel.runtime.mpi.errors import ERR_ERRHANDLER, MPIException
 from sfparallel.runtime.mpi.handle import Core, Handle, predefined
@@ -61,8 +61,8 @@ class WithErrhandler:
 
     _core: Any
 
-    def _live(self) -> Any:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        def _live(self) -> Any: ...
 
     @classmethod
     def _wrapped(cls, core: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from typing import Any
 
 from sfparallel.errors import CloneLost
@@ -49,11 +50,11 @@ ERR_IN_STATUS, ERR_INFO_KEY, ERR_INFO_VALUE = (CODES[name] for name in ("ERR_IN_
 ERR_INFO_NOKEY, ERR_ERRHANDLER, ERR_SESSION = (CODES[name] for name in ("ERR_INFO_NOKEY", "ERR_ERRHANDLER", "ERR_SESSION"))
 ERR_PROC_FAILED, ERR_REVOKED = (CODES[name] for name in ("ERR_PROC_FAILED", "ERR_REVOKED"))
 ERR_PROC_FAILED_PENDING, ERR_NAME = (CODES[name] for name in ("ERR_PROC_FAILED_PENDING", "ERR_NAME"))
-ERR_LASTCODE = 0x3FFFFFFF
+ERR_LASTCODE = 0x3FFF
 
 _class_of: dict[int, int] = {number: number for number in CODES.values()}
 _string_of: dict[int, str] = {CODES[name]: f"MPI_{name}: {text}" for name, text in _STRINGS.items()}
-_numbers = itertools.count(0x1000)
+_numbers = itertools.count(ERR_LASTCODE + 1)
 _used: dict[str, int] = {"last": ERR_LASTCODE}
 
 
@@ -149,6 +150,15 @@ def error(code: int, detail: str = "") -> MPIException:
     return MPIException(code, detail)
 
 
+def call_user(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the program's on behalf of MPI: what it raises is shown, and becomes an error code."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as failure:  # whatever the program's function may raise
+        traceback.print_exc()
+        raise MPIException(int(failure) if isinstance(failure, MPIException) else ERR_OTHER) from failure
+
+
 def get_error_class(errorcode: int) -> int:
     """Convert an error code into an error class."""
     try:
@@ -208,7 +218,7 @@ def last_used_code() -> int:
 
 
 def _require_added(number: int) -> None:
-    if number not in _class_of or number < 0x1000:
+    if number not in _class_of or number <= ERR_LASTCODE:
         raise MPIException(ERR_ARG, f"not an error class or code that was added: {number}")
 
 

@@ -149,9 +149,8 @@ class Info(Handle):
         return type(self)() if self._core is None else self.Dup()
 
     def clear(self) -> None:
-        if self._core is None:
-            raise KeyError("null Info")
-        self._pairs().clear()
+        if self._core is not None:
+            self._core.items.clear()
 
 
 def _check_key(key: str) -> str:

@@ -53,7 +53,7 @@ class Intercomm(Comm):
         return self._child(Intracomm, core.child_context(6), ranks)
 
 
-def _local(comm: Comm) -> Intracomm:
+def local_comm(comm: Comm) -> Intracomm:
     """A communicator of the own group, for what has to be agreed on there."""
     core = comm._core
     if core.local is None:
@@ -83,7 +83,7 @@ def connect(comm: Intracomm, local_leader: int, peer_comm: Comm, remote_leader: 
 def split(comm: Comm, color: int, key: int) -> Any:
     """`Comm.Split` between groups: those of both groups with the same color."""
     core = comm._live()
-    local = _local(comm).allgather((color, key))
+    local = local_comm(comm).allgather((color, key))
     remote = comm.allgather((color, key))
     ctx = core.child_context(1, color & 0xFFFFFFFF)
 

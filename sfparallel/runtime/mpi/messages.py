@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sfparallel.runtime.mpi.buffers import BOTTOM, Bytes, at_address, byte_array, exported, is_buffer, item_format
+from sfparallel.runtime.mpi.buffers import BOTTOM, Bytes, at_address, byte_array, exports, is_buffer, item_format
 from sfparallel.runtime.mpi.constants import PROC_NULL
 from sfparallel.runtime.mpi.datatype import TypeCore
 from sfparallel.runtime.mpi.errors import ERR_BUFFER, ERR_TYPE, MPIException
@@ -109,7 +109,7 @@ def _extent(core: TypeCore | None, purpose: str) -> int:
 def _split(message: Any, *, vector: bool) -> tuple[Any, Any, Any, Any]:
     """Buffer, count(s), displacement(s) and type, as far as they are given."""
     if not isinstance(message, list | tuple):
-        if message is None or is_buffer(message) or exported(message) is not None:
+        if message is None or is_buffer(message) or exports(message):
             if message is None:
                 raise TypeError("message: expecting buffer or list/tuple")
             return message, None, None, None
@@ -183,6 +183,14 @@ def _block(data: Bytes, offset: int, count: int, core: TypeCore | None, absolute
     return Block(data, offset, count, core)
 
 
+def _is_integral(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _integers(value: Any, parts: int, what: str) -> list[int]:
     numbers = [operator.index(each) for each in (value.tolist() if isinstance(value, np.ndarray) else value)]
     if len(numbers) != parts:
@@ -205,13 +213,13 @@ def vector(message: Any, *, readonly: bool, parts: int, peer: int = 0) -> list[B
                                  f"{extent} (lb:{core.lb if core else 0}, ub:{(core.lb if core else 0) + extent})")
             entries = len(data) // extent
         counts = [entries // parts + (entries % parts > i) for i in range(parts)]
-    elif isinstance(o_counts, int | np.integer):
+    elif _is_integral(o_counts):
         counts = [operator.index(o_counts)] * parts
     else:
         counts = _integers(o_counts, parts, "counts")
     if o_displs is None:
         displs = [sum(counts[:i]) for i in range(parts)]
-    elif isinstance(o_displs, int | np.integer):
+    elif _is_integral(o_displs):
         displs = [operator.index(o_displs) * i for i in range(parts)]
     else:
         displs = _integers(o_displs, parts, "displacements")

@@ -161,9 +161,8 @@ class ObjectScans:
 
 
 def _as_many(objects: Sequence[Any] | None, count: int) -> list[Any]:
-    if objects is None:
-        raise TypeError(f"expecting {count} objects, got None")
-    values = list(objects)
+    """As many objects as there are ranks; None stands for None for each of them."""
+    values = [None] * count if objects is None else list(objects)
     if len(values) != count:
         raise ValueError(f"expecting {count} items, got {len(values)}")
     return values

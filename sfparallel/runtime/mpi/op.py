@@ -125,7 +125,7 @@ def _min_location(x: Any, y: Any) -> Any:
 
 def _location(x: Any, y: Any, first: bool) -> Any:
     if x[0] == y[0]:
-        return (x[0], x[1] if x[1] < y[1] else y[1])
+        first = not y[1] < x[1]
     return (x[0], x[1]) if first else (y[0], y[1])
 
 
@@ -162,7 +162,17 @@ class Op(Handle):
     @classmethod
     def Create(cls, function: Callable[[Any, Any, Datatype], None], commute: bool = False) -> Self:
         """An operation of the program's: function(in, inout, datatype) changes `inout`."""
-        return cls._of(OpCore(function, None, "*", commute, function))  # type: ignore[arg-type]
+
+        def on_objects(x: Any, y: Any) -> Any:
+            function(x, y, None)  # type: ignore[arg-type]
+            return y
+
+        return cls._of(OpCore(on_objects, None, "*", commute, function))
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        if self._core is not None and self._core.function is not None:
+            return type(self).Create, (self._core.function, self._core.commutative)
+        return super().__reduce__()
 
     def Free(self) -> None:
         if self._live().constant:

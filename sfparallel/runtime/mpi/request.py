@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 from sfparallel.errors import RegionTimeout
 from sfparallel.runtime.mpi.constants import ANY_SOURCE, ANY_TAG, PROC_NULL, UNDEFINED
 from sfparallel.runtime.mpi.endpoint import Endpoint
-from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_REQUEST, MPIException
+from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_REQUEST, MPIException, call_user
 from sfparallel.runtime.mpi.handle import Core, Handle, predefined
 from sfparallel.runtime.mpi.matching import RecvOp, SendOp
 from sfparallel.runtime.mpi.messages import Block
@@ -269,14 +269,14 @@ class Request(Handle):
         return done
 
     def Wait(self, status: Status | None = None, *, timeout: float | None = None) -> Literal[True]:
-        self.wait(status, timeout=timeout)
+        Request.wait(self, status, timeout=timeout)
         return True
 
     def Test(self, status: Status | None = None) -> bool:
-        return self.test(status)[0]
+        return Request.test(self, status)[0]
 
     def Get_status(self, status: Status | None = None) -> bool:
-        return self.get_status(status)
+        return Request.get_status(self, status)
 
     @classmethod
     def waitany(cls, requests: Sequence[Request], status: Status | None = None, *,
@@ -399,28 +399,28 @@ class Request(Handle):
 
     @classmethod
     def Waitany(cls, requests: Sequence[Request], status: Status | None = None, *, timeout: float | None = None) -> int:
-        return cls.waitany(requests, status, timeout=timeout)[0]
+        return Request.waitany(requests, status, timeout=timeout)[0]
 
     @classmethod
     def Testany(cls, requests: Sequence[Request], status: Status | None = None) -> tuple[int, bool]:
-        return cls.testany(requests, status)[:2]
+        return Request.testany(requests, status)[:2]
 
     @classmethod
     def Waitall(cls, requests: Sequence[Request], statuses: Any = None, *, timeout: float | None = None) -> Literal[True]:
-        cls.waitall(requests, statuses, timeout=timeout)
+        Request.waitall(requests, statuses, timeout=timeout)
         return True
 
     @classmethod
     def Testall(cls, requests: Sequence[Request], statuses: Any = None) -> bool:
-        return cls.testall(requests, statuses)[0]
+        return Request.testall(requests, statuses)[0]
 
     @classmethod
     def Waitsome(cls, requests: Sequence[Request], statuses: Any = None, *, timeout: float | None = None) -> list[int] | None:
-        return cls.waitsome(requests, statuses, timeout=timeout)[0]
+        return Request.waitsome(requests, statuses, timeout=timeout)[0]
 
     @classmethod
     def Testsome(cls, requests: Sequence[Request], statuses: Any = None) -> list[int] | None:
-        return cls.testsome(requests, statuses)[0]
+        return Request.testsome(requests, statuses)[0]
 
     Get_status_any = get_status_any
     Get_status_all = get_status_all
@@ -514,7 +514,7 @@ class Generalized(RequestCore):
         filled.clear()
         filled.Set_source(ANY_SOURCE)
         if self._query is not None:
-            self._query(filled, *self._args, **self._kwargs)
+            call_user(self._query, filled, *self._args, **self._kwargs)
         return self.value
 
     def release(self) -> None:
@@ -522,11 +522,11 @@ class Generalized(RequestCore):
         if not self._freed:
             self._freed = True
             if self._free is not None:
-                self._free(*self._args, **self._kwargs)
+                call_user(self._free, *self._args, **self._kwargs)
 
     def cancel(self) -> None:
         if self._cancel is not None:
-            self._cancel(self._done, *self._args, **self._kwargs)
+            call_user(self._cancel, self._done, *self._args, **self._kwargs)
 
     def complete(self, value: Any) -> None:
         with self.endpoint.lock:

@@ -127,11 +127,13 @@ def create_cart(comm: Comm, dims: Sequence[int], periods: Sequence[bool] | bool 
     return _made(comm, Cartcomm, volume(dims), grid)
 
 
+def graph_index(index: Sequence[int]) -> list[int]:
+    """The standard's index; mpi4py also takes one that begins with a 0."""
+    return list(index[1:] if len(index) > 1 and index[0] == 0 else index)
+
+
 def create_graph(comm: Comm, index: Sequence[int], edges: Sequence[int]) -> Any:
-    """The standard lets `index` begin with a 0 in mpi4py's form."""
-    first = list(index)
-    if first and first[0] == 0 and len(first) > 1 and first[-1] == len(edges) and len(first) > comm.size:
-        first = first[1:]
+    first = graph_index(index)
     if any(not 0 <= edge < len(first) for edge in edges):
         raise MPIException(ERR_ARG, "an edge leads nowhere")
     return _made(comm, Graphcomm, len(first), Graph(first, edges))

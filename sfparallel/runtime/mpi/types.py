@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 from sfparallel.runtime.mpi import constants as c
 from sfparallel.runtime.mpi import datatype as make
 from sfparallel.runtime.mpi.attributes import Attributes, Keyvals
@@ -25,9 +23,6 @@ class Datatype(Attributes, Handle):
     _invalid = ERR_TYPE
     _null_name = "DATATYPE_NULL"
     _keyvals: ClassVar[Keyvals] = _KEYVALS
-
-    def __hash__(self) -> int:
-        return id(self._core)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         core = self._core
@@ -486,6 +481,21 @@ def lookup(code: str) -> Datatype:
         raise KeyError(f"cannot map {code!r} to MPI datatype") from None
 
 
+def code_of(datatype: Datatype) -> str | None:
+    """The type code, None if there is none (mpi4py's `_typecode`)."""
+    return (make.type_code(datatype._core)[0] or None) if datatype._core is not None else None
+
+
+def decode(datatype: Datatype, mark: bool = False) -> tuple[Datatype, str, dict[str, Any]]:
+    """mpi4py's `_datatype_decode`."""
+    return datatype.decode()
+
+
+def create(datatype: Datatype, combiner: str, params: dict[str, Any], free: bool = False) -> Datatype:
+    """mpi4py's `_datatype_create`, the reverse of `decode`."""
+    return _recreate(datatype, combiner, params)
+
+
 def alignment(datatype: Datatype) -> int | None:
     """Alignment of an elementary type in memory, None for others (mpi4py's `_typealign`)."""
     core = datatype._core
@@ -494,6 +504,3 @@ def alignment(datatype: Datatype) -> int | None:
     return int(core.align) or None
 
 
-def sizeof(arg: Any) -> int:
-    """Size of the C object that stands for an MPI object."""
-    return np.dtype("intp").itemsize
