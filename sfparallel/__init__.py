@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from sfparallel.runtime.api import ParallelFunction, RegionFuture, parallel, parallel_map
+    from sfparallel.runtime.checkpoints import Checkpoint, checkpoint_parent, create_clones
     from sfparallel.runtime.communicator import comm
     from sfparallel.runtime.here import in_clone, on_clone
     from sfparallel.runtime.lowlevel import Ticket, clone, exit, join, kill, request_ticket
@@ -44,6 +45,7 @@ _HOMES = {
     "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "OutsideVMError", "RankError", "RankExit",
                "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError", "UsageError"),
     "runtime.api": ("ParallelFunction", "RegionFuture", "parallel", "parallel_map"),
+    "runtime.checkpoints": ("Checkpoint", "checkpoint_parent", "create_clones"),
     "runtime.communicator": ("comm",),
     "runtime.here": ("in_clone", "on_clone"),
     "runtime.lowlevel": ("Ticket", "clone", "exit", "join", "kill", "request_ticket"),
@@ -54,6 +56,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "MPI",
     "CapacityError",
+    "Checkpoint",
     "CloneLost",
     "Closed",
     "CollectConflict",
@@ -70,8 +73,10 @@ __all__ = [
     "StateError",
     "Ticket",
     "UsageError",
+    "checkpoint_parent",
     "clone",
     "comm",
+    "create_clones",
     "exit",
     "in_clone",
     "join",

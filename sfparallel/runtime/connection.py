@@ -26,7 +26,7 @@ from sfparallel.errors import (
     UsageError,
     VMError,
 )
-from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Moment, Sibling
 
 AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
 
@@ -74,10 +74,17 @@ class Connection:
         return Grant(number=reply["ticket"], granted=reply["granted"])
 
     def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
-        reply = self._request("clone", ticket=ticket, context=context)
-        siblings = tuple(Sibling(each["rank"], each["address"], each.get("host") or "") for each in reply["clones"])
-        return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
-                    entropy=reply.get("entropy") or b"")
+        return _fork(self._request("clone", ticket=ticket, context=context))
+
+    def checkpoint(self) -> Moment:
+        reply = self._request("checkpoint")
+        return Moment(number=reply["checkpoint"], batch=reply["batch"], fork=_fork(reply))
+
+    def create(self, ticket: int, checkpoint: int) -> None:
+        self._request("create", ticket=ticket, checkpoint=checkpoint)
+
+    def drop(self, checkpoint: int) -> None:
+        self._request("drop", checkpoint=checkpoint)
 
     def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
         self._post("exit", status=status, ran_ns=ran_ns, **({"answer": answer} if answer else {}))
@@ -160,6 +167,12 @@ class Connection:
                                      host=message.get("host") or "", console=message.get("console") or "",
                                      end=End(message.get("end", End.DIED)), status=message.get("status", 0)))
         return None
+
+
+def _fork(reply: dict[str, Any]) -> Fork:
+    siblings = tuple(Sibling(each["rank"], each["address"], each.get("host") or "") for each in reply["clones"])
+    return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
+                entropy=reply.get("entropy") or b"")
 
 
 def _error(op: str, reply: dict[str, Any]) -> SfError:

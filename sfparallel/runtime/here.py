@@ -160,11 +160,14 @@ class Here:
         own = threading.current_thread()
         self._other_threads = tuple(thread for thread in threading.enumerate() if thread is not own)
 
-    def became_clone(self, fork: Fork, hypervisor: Hypervisor) -> None:
-        """First thing in a clone: from here on this process is not the parent any more."""
+    def became_clone(self, fork: Fork, hypervisor: Hypervisor, batch: int = 0) -> None:
+        """First thing in a clone: from here on this process is not the parent any more.
+
+        `batch` tells clones of one checkpoint apart that were made at different times and have the same rank.
+        """
         self.generation += 1
         self.rank = fork.rank
-        self.seed_path = (*self.seed_path, self.forks, fork.rank)
+        self.seed_path = (*self.seed_path, self.forks, *([batch] if batch else []), fork.rank)
         self.forks = 0
         self.own_streams = None
         self.membership = None

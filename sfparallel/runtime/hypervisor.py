@@ -68,6 +68,20 @@ class Fork(NamedTuple):
     entropy: bytes = b""
 
 
+class Moment(NamedTuple):
+    """How the request for a checkpoint returns: once in the VM that made it, and once in each clone that is made from it.
+
+    Attributes:
+        number: of the checkpoint; 0 in a clone.
+        batch: which call of `create_clones` made this clone, from 1; 0 in the VM that made the checkpoint.
+        fork: as for a fork; rank 0 in the VM that made the checkpoint.
+    """
+
+    number: int
+    batch: int
+    fork: Fork
+
+
 class End(enum.StrEnum):
     """How a clone ended that did not call exit."""
 

@@ -109,12 +109,17 @@ class Checkpoint:
             self._plan = MapPlan(self.memory, self.store.descriptors(self.layers))
         return self._plan
 
+    def forget_plan(self) -> None:
+        """Give the plan's descriptors back, of which it has one for each layer; `plan` makes a new one."""
+        if self._plan:
+            self._plan.close()
+            self._plan = None
+
     def close(self) -> None:
         """Let go of layers and descriptors; clones made from it go on."""
         if self._closed:
             return
         self._closed = True
-        if self._plan:
-            self._plan.close()
+        self.forget_plan()
         os.close(self.device_state)
         self.store.release(self)

@@ -17,13 +17,14 @@ from typing import Any
 
 from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import CommitMode, CommitPlan, CommitResult, MapPlan, PagingRefused, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
 
 MAX_LAYERS = 64
-"""An image of more layers is merged into one; each layer costs every clone mappings and a descriptor at its load."""
+"""Of an image of more layers, the small ones are merged; each layer costs every clone mappings and a descriptor at its load."""
 
 WAKE_TIMEOUT_S = 60.0
 """A clone whose agent has not answered within this time is given up."""
@@ -61,8 +62,18 @@ async def _commit(vm: Vm, plan: CommitPlan) -> CommitResult:
         raise
 
 
-async def _flatten(vm: Vm, store: LayerStore) -> None:
-    """Merge a stopped VM's layers into one and lay that over its memory: they, or their mappings, have become too many.
+def _to_merge(memory: MemoryMap) -> list[int]:
+    """Three quarters of an image's layers: those that hold least. What is copied is little then, and each page is copied
+    seldom, however many forks there are."""
+    by_size = sorted(memory.layers, key=memory.pages_of)
+    return by_size[: len(by_size) * 3 // 4]
+
+
+async def _flatten(vm: Vm, store: LayerStore, only: Sequence[int] | None) -> None:
+    """Merge layers of a stopped VM into one, and lay the image over its memory anew.
+
+    Args:
+        only: layers to merge; None for all, when it is their mappings that have become too many.
 
     Raises:
         PagingError: the VM's mappings do not match its image any more; it is ended.
@@ -70,9 +81,9 @@ async def _flatten(vm: Vm, store: LayerStore) -> None:
     assert vm.memory is not None
     number = store.create(vm.ram_bytes, vm)
     try:
-        plan = vm.memory.flatten(number)
+        plan = vm.memory.flatten(number, only)
         copy_pages(plan, store.descriptors(vm.memory.layers), store.descriptors([number])[number])
-        with MapPlan(plan.memory_map, store.descriptors([number])) as mapping:
+        with MapPlan(plan.memory_map, store.descriptors(plan.memory_map.layers)) as mapping:
             await vm.paging.map(vm.ram_address, mapping)
             vm.memory = mapping.memory_map
     except (VMError, OSError) as error:
@@ -119,7 +130,7 @@ async def _freeze_and_save(
                 flat = not result.remapped or len(vm.memory.layers) >= MAX_LAYERS
                 if flat:
                     vm.memory = vm.memory.apply(result.runs, plan.target_number)
-                    await _flatten(vm, store)
+                    await _flatten(vm, store, _to_merge(vm.memory) if result.remapped else None)
                 committed = time.monotonic()
             finally:
                 await vm.resume()
@@ -187,8 +198,9 @@ async def launch(
 
     async def load(shell: Vm) -> None:
         try:
+            plan = checkpoint.plan()
             checkpoint.store.hold(shell, checkpoint.layers)
-            times = await shell.load(checkpoint.plan(), checkpoint.device_state)
+            times = await shell.load(plan, checkpoint.device_state)
         finally:
             muster.arrive()
         report.note(shell.name, Phase.MAP, times.begun, times.mapped)

@@ -165,7 +165,7 @@ class Job:
             data_images=tuple(data), qemu=QEMU.get(),
         )  # fmt: skip
         boot = Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE)
-        template = await ensure_template(spec, boot, image.key, self._say)
+        template, manifest = await ensure_template(spec, boot, image.key, self._say)
         store = LayerStore()
         stack.callback(store.close)
         network = CloneNetwork(mtu=spec.mtu, vnet_header=False)
@@ -175,7 +175,8 @@ class Job:
         stack.push_async_callback(self._end)
         for host_port, guest_port in options.forwards:
             await network.forward(host_port, address_of(0), guest_port)
-        checkpoint = open_template(template, store)
+        # In a thread: the digest of its memory takes a while, and Ctrl-C is to work meanwhile.
+        checkpoint = await asyncio.to_thread(open_template, template, manifest, store)
         stack.callback(checkpoint.close)
         connection = await asyncio.to_thread(Connection, options.connect, self._places.private, self._places.public)
         stack.push_async_callback(asyncio.to_thread, connection.close)

@@ -170,6 +170,11 @@ class MemoryMap:
         """Number of pages that layer `number` holds (0: zero pages)."""
         return int(np.count_nonzero(self.source == number))
 
+    def rows_of(self, number: int) -> list[tuple[int, int]]:
+        """Where the pages of layer `number` are: offset and length of each row, in bytes, ascending."""
+        edges = np.flatnonzero(np.diff(self.source == number, prepend=False, append=False)) * PAGE_BYTES
+        return [(int(begin), int(end - begin)) for begin, end in edges.reshape(-1, 2)]
+
     def apply(self, runs: npt.NDArray[Any], target_number: int) -> MemoryMap:
         """The map after a commit.
 

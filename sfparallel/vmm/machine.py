@@ -13,7 +13,8 @@ domain) and shells (raw QEMU) must come from one description. The addresses are 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -77,8 +78,7 @@ class MachineSpec:
             "memory_bytes": self.memory_bytes,
             "machine": self.machine,
             "cpu_model": self.cpu_model,
-            "nic": NIC_OPTIONS,
-            "data_slots": DATA_SLOTS,
+            "devices": devices(replace(self, data_images=())),
             "mtu": self.mtu,
         }
 
@@ -167,6 +167,12 @@ def arguments(spec: MachineSpec, endpoints: Endpoints, boot: Boot | None = None)
             "-device", f"virtio-blk-pci,id=data-disk{slot},bus=data{slot},drive=data-image{slot},serial=sfdata{slot}",
         ]  # fmt: skip
     return argv
+
+
+def devices(spec: MachineSpec) -> list[str]:
+    """The devices of a VM as QEMU's options have them, in order: those of a shell must be equal to those of the state it loads."""
+    argv = arguments(spec, Endpoints(qmp=0, agent=0, console=0, tap=None))
+    return [value for option, value in itertools.pairwise(argv) if option == "-device"]
 
 
 @dataclass(frozen=True)

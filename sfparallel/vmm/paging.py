@@ -524,7 +524,7 @@ async def _writable(control: socket.socket) -> None:
 
 
 def copy_pages(plan: FlattenPlan, layers: Mapping[int, int], target: int) -> None:
-    """Carry out a flatten plan.
+    """Carry out a flatten plan. Pages that are zero, because a gap of the image was absorbed, stay holes.
 
     Args:
         plan: what to copy.
@@ -538,4 +538,20 @@ def copy_pages(plan: FlattenPlan, layers: Mapping[int, int], target: int) -> Non
             data = os.pread(layers[number], min(_COPY_BYTES, end - offset), offset)
             if not data:
                 raise PagingError(f"layer {number} ends at {offset}, before a page that it should hold")
-            offset += os.pwrite(target, data, offset)
+            for begin, end_of_piece in _not_zero(data):
+                _write(target, data[begin:end_of_piece], offset + begin)
+            offset += len(data)
+
+
+def _not_zero(data: bytes) -> list[tuple[int, int]]:
+    """Where there are pages that are not zero: begin and end of each row, in bytes."""
+    filled = np.frombuffer(data, dtype="<u8").reshape(-1, PAGE_BYTES // 8).any(axis=1)
+    edges = np.flatnonzero(np.diff(filled, prepend=False, append=False)) * PAGE_BYTES
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,11 @@ from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
+from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.shells import Pool
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.wire import FrameType, pack, unpack
+from sfparallel.wire import Frame, FrameType, pack, unpack
 
 log = logging.getLogger("sfparallel")
 
@@ -79,12 +80,14 @@ class Regions:
         self._tickets: dict[int, Ticket] = {}
         self._members: dict[Vm, tuple[Ticket, Member]] = {}
         self._capacity = Capacity(spec)
+        self._saved = SavedStates()
         self._fork_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_ticket = 1
         self._forks = 0
         self._handlers: dict[str, Handler] = {
             "hello": self._hello, "ticket": self._ticket, "clone": self._clone, "exit": self._exit,
+            "checkpoint": self._checkpoint, "create": self._create, "drop": self._drop,
             "join": self._join, "kill": self._kill, "stats": self._stats,
         }  # fmt: skip
 
@@ -208,51 +211,127 @@ class Regions:
             raise
         return None
 
-    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
-        n = ticket.granted
+    def _new_report(self, n: int, vm: Vm) -> ForkReport:
         self._forks += 1
-        report = ForkReport(n, time.monotonic(), self._forks, vm.name)
-        ticket.report = report
-        shells = await self._pool.take(n)
-        self._pool.aim(n)
+        return ForkReport(n, time.monotonic(), self._forks, vm.name)
+
+    async def _take_shells(self, report: ForkReport) -> list[Vm]:
+        shells = await self._pool.take(report.n)
+        self._pool.aim(report.n)
         report.note(SUPERVISOR, Phase.SHELLS, report.started)
+        return shells
+
+    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
+        ticket.report = report = self._new_report(ticket.granted, vm)
+        shells = await self._take_shells(report)
         try:
             checkpoint, crossing = await engine.save(vm, self._store, report)
         except BaseException:
             self._pool.give_back(shells)
             raise
+        clones = self._start(ticket, shells, report)
+        vm.thaw(_thaw(ticket.channel, {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}))
+        self._answer(vm, crossing)
+        try:
+            await self._launch(ticket, clones, Saved(0, vm, ticket.channel, message["id"], checkpoint, crossing), report)
+        finally:
+            checkpoint.close()
+
+    def _start(self, ticket: Ticket, shells: list[Vm], report: ForkReport) -> list[dict[str, Any]]:
+        """From here on the shells are clones of the ticket; returns what all of them are told about each."""
         members = [Member(rank, shell, address_of(shell.number)) for rank, shell in enumerate(shells, 1)]
         for member in members:
             report.note(member.vm.name, Phase.START, member.vm.started, member.vm.ready)
             report.mark(member.vm.name, Phase.TAKEN, rank=member.rank)
             self._adopt(ticket, member)
         ticket.start(members)
-        clones = [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
-        answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}
-        vm.thaw(_thaw(ticket.channel, answer))
+        return [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
 
-        def answer_crossing(asker: Vm) -> None:
-            for frame in crossing:
-                self._answer_file_request(asker, frame.channel, frame.payload)
+    def _answer(self, asker: Vm, crossing: Sequence[Frame]) -> None:
+        """Answer requests for files that stand unanswered in a VM, because they crossed the order to freeze."""
+        for frame in crossing:
+            self._answer_file_request(asker, frame.channel, frame.payload)
 
-        answer_crossing(vm)
-        births = [Birth(member.vm, self._birth_message(vm, ticket, member, message["id"], clones)) for member in members]
+    async def _launch(self, ticket: Ticket, clones: list[dict[str, Any]], saved: Saved, report: ForkReport) -> None:
+        members = ticket.members.values()
+        births = [Birth(member.vm, self._birth_message(saved, member, clones)) for member in members]
         launched = time.monotonic()
         try:
-            await engine.launch(births, checkpoint, report, self._could_not_start, answer_crossing)
+            await engine.launch(
+                births, saved.checkpoint, report, self._could_not_start, lambda clone: self._answer(clone, saved.crossing)
+            )
         finally:
             report.note(SUPERVISOR, Phase.LAUNCH, launched)
-            checkpoint.close()
 
-    def _birth_message(
-        self, source: Vm, ticket: Ticket, member: Member, number: int, clones: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _birth_message(self, saved: Saved, member: Member, clones: list[dict[str, Any]]) -> dict[str, Any]:
+        source = saved.owner.number
         answer = {
-            "id": number, "rank": member.rank, "role": "clone", "parent": address_of(source.number),
+            "id": saved.request, "rank": member.rank, "role": "clone", "parent": address_of(source),
             "address": member.address, "clones": clones, "entropy": os.urandom(32),
+            **({"checkpoint": saved.number, "batch": saved.batches} if saved.number else {}),
         }  # fmt: skip
-        parent = [address_of(source.number), mac_of(source.number)]
-        return _thaw(ticket.channel, answer, identity("clone", member.vm.number, self._settings.job, self._spec.mtu, [parent]))
+        parent = [address_of(source), mac_of(source)]
+        return _thaw(saved.channel, answer, identity("clone", member.vm.number, self._settings.job, self._spec.mtu, [parent]))
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    async def _checkpoint(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
+        async with self._fork_lock:
+            report = self._new_report(0, vm)
+            try:
+                checkpoint, crossing = await engine.save(vm, self._store, report)
+            except (SfError, OSError) as error:
+                if vm.state is not VmState.FROZEN:
+                    raise
+                vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
+                return None
+        saved = self._saved.add(vm, channel, message["id"], checkpoint, crossing)
+        answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": [], "checkpoint": saved.number, "batch": 0}
+        vm.thaw(_thaw(channel, answer))
+        self._answer(vm, crossing)
+        self._on_report(report)
+        return None
+
+    async def _create(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
+        """Clones of a checkpoint: as for a fork, but for the save; the VM that asks goes on meanwhile."""
+        ticket = self._find(vm, message)
+        ticket.require(TicketState.GRANTED)
+        self._saved.find(vm, int(message["checkpoint"]))
+        ticket.state = TicketState.CLONING
+        ticket.channel = channel
+        try:
+            async with self._fork_lock:
+                self._pool.hold()
+                try:
+                    await self._create_clones(vm, ticket, message)
+                finally:
+                    self._pool.go_on()
+        except (SfError, OSError):
+            ticket.give_up()
+            raise
+
+    async def _create_clones(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
+        ticket.report = report = self._new_report(ticket.granted, vm)
+        shells = await self._take_shells(report)
+        try:
+            # Looked up only now: it may have been closed while another fork was under way.
+            saved = self._saved.find(vm, int(message["checkpoint"]))
+        except StateError:
+            self._pool.give_back(shells)
+            raise
+        saved.batches += 1
+        clones = self._start(ticket, shells, report)
+        vm.send(FrameType.REPLY, pack({"id": message["id"]}), ticket.channel)
+        try:
+            await self._launch(ticket, clones, saved, report)
+        finally:
+            saved.checkpoint.forget_plan()
+
+    async def _drop(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        # Not while clones are being made from it.
+        async with self._fork_lock:
+            self._saved.drop(self._saved.find(vm, int(message["checkpoint"])))
+        return {}
 
     def _adopt(self, ticket: Ticket, member: Member) -> None:
         label = f"[{member.rank - 1 + ticket.label_base}] " if self._settings.labels else ""
@@ -285,6 +364,7 @@ class Regions:
     def vm_gone(self, vm: Vm, cause: str) -> None:
         """A VM has ended; everything that it owned ends with it."""
         self._store.release(vm)
+        self._saved.drop_all(vm)
         self._pool.discard(vm)
         for ticket in [ticket for ticket in self._tickets.values() if ticket.owner is vm]:
             ticket.discard()
@@ -335,12 +415,13 @@ class Regions:
             member.measured = {"private_bytes": private_bytes(member.vm.pid), "host_cpu_s": cpu_seconds(member.vm.pid)}
 
     async def close(self) -> None:
-        """End all clones and forget all requests."""
+        """End all clones and forget all requests and checkpoints."""
         for vm in list(self._members):
             vm.kill()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._saved.drop_all()
 
 
 def _note_user_code(report: ForkReport, vm: Vm, ran_ns: int) -> None:

@@ -1,6 +1,6 @@
 """Templates: the checkpoint of a freshly booted guest, made once for each image and machine shape, kept in the cache folder.
 
-    <cache>/templates/<key>/manifest.json   what it was made of
+    <cache>/templates/<key>/manifest.json   what it was made of, and digests (vmm.manifest)
                             memory          pages, sparse
                             memory.map      which pages (layers.MemoryMap)
                             devices         CPU and device state
@@ -18,11 +18,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ImageBuildError
+from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Boot, MachineSpec
@@ -30,7 +31,9 @@ from sfparallel.vmm.paging import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import VmState
 
-FORMAT = 1
+FORMAT = 2
+_LAYERS = {"memory": 1}
+_FILES = ("devices", "memory.map")
 BOOT_TIMEOUT_S = 180.0
 
 
@@ -70,8 +73,11 @@ async def _locked(path: Path) -> AsyncIterator[None]:
         yield
 
 
-async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Callable[[str], None]) -> Path:
-    """The template's folder; boots a guest and saves it when there is none yet (10 to 20 s under emulation).
+async def ensure_template(
+    spec: MachineSpec, boot: Boot, image_key: str, say: Callable[[str], None]
+) -> tuple[Path, dict[str, object]]:
+    """The template's folder, and what its manifest must say of the machine; boots a guest and saves it when there is none yet (10
+    to 20 s under emulation).
 
     Raises:
         GuestError: the guest did not come up; the message has the end of its console.
@@ -79,18 +85,18 @@ async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Ca
     """
     key, manifest = template_key(spec, boot, image_key)
     folder = cache_folder() / "templates" / key
-    if (folder / "manifest.json").exists():
-        return folder
+    if (folder / manifests.NAME).exists():
+        return folder, manifest
     async with _locked(folder.with_suffix(".lock")):
-        if (folder / "manifest.json").exists():
-            return folder
+        if (folder / manifests.NAME).exists():
+            return folder, manifest
         say("booting the guest once to make a template")
         for stale in folder.parent.glob(f".{key}-*"):
             shutil.rmtree(stale, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
         try:
-            await _boot_and_save(spec, boot, work)
-            (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            memory_map = await _boot_and_save(spec, boot, work)
+            manifests.write(work, manifest, _LAYERS, _FILES, memory_map)
             work.rename(folder)
         except OSError as error:
             raise ImageBuildError(
@@ -100,10 +106,10 @@ async def ensure_template(spec: MachineSpec, boot: Boot, image_key: str, say: Ca
         finally:
             shutil.rmtree(work, ignore_errors=True)
     folder.with_suffix(".lock").unlink(missing_ok=True)
-    return folder
+    return folder, manifest
 
 
-async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
+async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> MemoryMap:
     vm = await start_shell(spec, 0, None, boot=boot, name="template")
     try:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
@@ -121,24 +127,29 @@ async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> None:
             os.ftruncate(memory, spec.memory_bytes)
             empty = MemoryMap.zero(spec.memory_bytes // PAGE_BYTES)
             result = await vm.paging.commit(vm.ram_address, empty, memory, 1, CommitMode.NO_REMAP)
-            (folder / "memory.map").write_bytes(empty.apply(result.runs, 1).encode())
+            memory_map = empty.apply(result.runs, 1)
+            (folder / "memory.map").write_bytes(memory_map.encode())
+            return memory_map
         finally:
             os.close(memory)
     finally:
         vm.kill()
 
 
-def open_template(folder: Path, store: LayerStore) -> Checkpoint:
+def open_template(folder: Path, manifest: Mapping[str, object], store: LayerStore) -> Checkpoint:
     """The template as a checkpoint; its memory is mapped straight from the file, so that jobs share the page cache.
 
+    Args:
+        manifest: what its own must say of the machine.
+
     Raises:
-        EnvironmentProblem: files are missing or damaged.
+        EnvironmentProblem: files are missing or damaged, or are of another machine; the message says what differs.
     """
     holder = object()
     try:
+        memory_map = manifests.check(folder, manifest, _LAYERS, _FILES)
         memory = os.open(folder / "memory", os.O_RDONLY | os.O_CLOEXEC)
         number = store.add(memory, holder, fixed=True)
-        memory_map = MemoryMap.decode((folder / "memory.map").read_bytes())
         if memory_map.layers != (1,) or number != 1:
             raise EnvironmentProblem(f"template {folder.name} is damaged", hint="run `sf clean`")
         devices = os.open(folder / "devices", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,136 @@
+"""Checkpoints at the low level: clones that begin in the past of this VM.
+
+(SnowFlock's `sf_checkpoint_parent` and `sf_create_clones`: H. A. Lagar-Cavilla et al., "SnowFlock: Rapid Virtual Machine Cloning for
+Cloud Computing", EuroSys 2009, table 1.)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, runtime_checkable
+
+from sfparallel.errors import Closed, SfError, StateError, UsageError
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Moment
+from sfparallel.runtime.identity import Renewal
+from sfparallel.runtime.lowlevel import Ticket, TicketState, flush_output
+
+
+@runtime_checkable
+class Checkpointing(Protocol):
+    """What a line to the supervisor can do beyond `Hypervisor`, if VMs are forked and not processes."""
+
+    def checkpoint(self) -> Moment:
+        """Keep the state of this VM; returns again in every clone made from it."""
+
+    def create(self, ticket: int, checkpoint: int) -> None:
+        """Make clones from a checkpoint."""
+
+    def drop(self, checkpoint: int) -> None:
+        """Forget a checkpoint."""
+
+
+class Checkpoint:
+    """One immutable state of this VM, from which clones can be made at any later time; `close` it to give its memory back.
+
+    Attributes:
+        rank: 0 in the VM that made the checkpoint; 1..m in a clone that was made from it.
+    """
+
+    def __init__(self, number: int, rank: int) -> None:
+        self.rank = rank
+        self._number = number
+        self._closed = False
+        self._generation = HERE.generation
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self._number}{' (closed)' if self._closed else ''}, rank {self.rank}>"
+
+    def number(self) -> int:
+        """The supervisor's number for it.
+
+        Raises:
+            StateError: it belongs to another VM: this is a clone.
+            Closed: it was closed.
+        """
+        if self.rank or self._generation != HERE.generation:
+            raise StateError("this checkpoint belongs to the VM that made it; this is a clone",
+                             hint="a clone makes checkpoints of its own with checkpoint_parent()")
+        if self._closed:
+            raise Closed("this checkpoint was closed", hint="make a new one with checkpoint_parent()")
+        return self._number
+
+    def close(self) -> None:
+        """Give up the checkpoint; clones that were made from it go on. Does nothing in a clone."""
+        if self._closed or self.rank or self._generation != HERE.generation:
+            return
+        line = HERE.take_hypervisor()
+        _require_checkpoints(line).drop(self._number)
+        self._closed = True
+        HERE.give_back(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _require_checkpoints(line: object) -> Checkpointing:
+    if not isinstance(line, Checkpointing):
+        raise UsageError("checkpoints are states of virtual machines; there are none with `sfrun --local`")
+    return line
+
+
+def checkpoint_parent() -> Checkpoint:
+    """Keep this VM's present state: memory, processes, open files. This VM goes on.
+
+    The call returns once more in every clone that `create_clones` makes from the checkpoint later: a clone begins here, and
+    tells what it is by `rank`.
+
+    Returns:
+        the checkpoint; its `rank` is 0 in this VM, and 1..m in the clones.
+
+    Raises:
+        OutsideVMError: this is not a VM of sfparallel.
+        VMError: the state could not be kept; the VM goes on.
+    """
+    with HERE.interrupts_deferred():
+        line = HERE.take_hypervisor()
+        renewal = Renewal()
+        # What is still buffered would otherwise be printed by this VM and by every clone.
+        flush_output()
+        HERE.about_to_fork()
+        try:
+            moment = _require_checkpoints(line).checkpoint()
+        except SfError:
+            HERE.give_back(line)
+            raise
+        rank = moment.fork.rank
+        if not rank:
+            HERE.give_back(line)
+            return Checkpoint(moment.number, 0)
+        HERE.became_clone(moment.fork, line, moment.batch)
+        renewal.apply(moment.fork.entropy)
+        for hook in HERE.hooks:
+            hook(rank)
+        return Checkpoint(moment.number, rank)
+
+
+def create_clones(checkpoint: Checkpoint, ticket: Ticket) -> None:
+    """Make `ticket.granted` clones of an earlier state of this VM: in them, `checkpoint_parent` returns, with ranks 1..m.
+
+    May be called any number of times for one checkpoint, each time with a new ticket. This VM is not stopped for it.
+
+    Args:
+        checkpoint: from `checkpoint_parent`, called in this VM.
+        ticket: from `request_ticket`; `join` and `kill` take it afterwards.
+
+    Raises:
+        StateError: the ticket was used, or ticket or checkpoint belong to another VM.
+        Closed: the checkpoint was closed.
+        VMError: the clones could not be started.
+    """
+    ticket.require(TicketState.GRANTED)
+    number = checkpoint.number()
+    _require_checkpoints(ticket.hypervisor).create(ticket.number, number)
+    ticket.state = TicketState.CLONED

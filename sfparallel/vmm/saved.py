@@ -1,0 +1,69 @@
+"""Checkpoints that programs asked for (`sf.checkpoint_parent`): kept in memory until they are closed, or their VM ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sfparallel.errors import StateError
+from sfparallel.vmm.checkpoint import Checkpoint
+from sfparallel.vmm.vm import Vm
+from sfparallel.wire import Frame
+
+
+@dataclass(eq=False)
+class Saved:
+    """One checkpoint of a VM.
+
+    Attributes:
+        number: by which programs name it.
+        owner: the VM that it is a state of, and that alone may use it.
+        channel: of the program that made it; there the answer is awaited in every clone.
+        request: id of the request that is to be answered.
+        crossing: agent frames that stand unanswered in it.
+        batches: how often clones were made from it.
+    """
+
+    number: int
+    owner: Vm
+    channel: int
+    request: int
+    checkpoint: Checkpoint
+    crossing: Sequence[Frame]
+    batches: int = 0
+
+
+class SavedStates:
+    """All checkpoints of a job's programs."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, Saved] = {}
+        self._numbers = itertools.count(1)
+
+    def add(self, owner: Vm, channel: int, request: int, checkpoint: Checkpoint, crossing: Sequence[Frame]) -> Saved:
+        """Keep a checkpoint; it belongs to this object from here on."""
+        saved = Saved(next(self._numbers), owner, channel, request, checkpoint, crossing)
+        self._saved[saved.number] = saved
+        return saved
+
+    def find(self, owner: Vm, number: int) -> Saved:
+        """A checkpoint of a VM.
+
+        Raises:
+            StateError: there is none of that number, or it is not this VM's.
+        """
+        saved = self._saved.get(number)
+        if saved is None or saved.owner is not owner:
+            raise StateError(f"there is no checkpoint {number} here", hint="make one with checkpoint_parent")
+        return saved
+
+    def drop(self, saved: Saved) -> None:
+        """Forget one."""
+        if self._saved.pop(saved.number, None):
+            saved.checkpoint.close()
+
+    def drop_all(self, owner: Vm | None = None) -> None:
+        """Forget those of a VM that has ended, or all."""
+        for saved in [saved for saved in self._saved.values() if owner is None or saved.owner is owner]:
+            self.drop(saved)
