@@ -1,7 +1,7 @@
 """Checkpoints at the low level: clones that begin in the past of this VM.
 
-(SnowFlock's `sf_checkpoint_parent` and `sf_create_clones`: H. A. Lagar-Cavilla et al., "SnowFlock: Rapid Virtual Machine Cloning for
-Cloud Computing", EuroSys 2009, table 1.)
+(SnowFlock's `sf_checkpoint_parent` and `sf_create_clones`: H. A. Lagar-Cavilla et al., "SnowFlock: Rapid Virtual Machine Cloning
+for Cloud Computing", EuroSys 2009, table 1.)
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def arguments(spec: MachineSpec, endpoints: Endpoints, boot: Boot | None = None)
 
 
 def devices(spec: MachineSpec) -> list[str]:
-    """The devices of a VM as QEMU's options have them, in order: those of a shell must be equal to those of the state it loads."""
+    """The devices of a VM as QEMU's options have them, in order: a shell must have those of the state that it loads."""
     argv = arguments(spec, Endpoints(qmp=0, agent=0, console=0, tap=None))
     return [value for option, value in itertools.pairwise(argv) if option == "-device"]
 
