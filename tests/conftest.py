@@ -18,6 +18,9 @@ import pytest
 from sfparallel.errors import SfError
 from sfparallel.vmm import image as images
 
+# A shell without job control starts background programs with SIGINT ignored (POSIX), and with them all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 BIN = Path(sys.prefix) / "bin"
 LEAK_GRACE_S = 5.0
 """What a test started must be gone this long after it, at the latest (issue 2: "within 5 s nothing is left")."""
