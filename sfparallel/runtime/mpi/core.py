@@ -86,6 +86,7 @@ class CommCore(Core):
         self.acknowledged: frozenset[int] = frozenset()
         self.calls = 0
         self.children = 0
+        self.agreements = 0
         self.locks: dict[Hashable, Any] = {}
         self.hidden: Any = None
         """A duplicate for what a library does beside the program (`environment.context_within`)."""
@@ -140,10 +141,15 @@ class CommCore(Core):
         self.endpoint.entered[self.ctx] = number
         return Call(self, mix(self.ctx, 1), number)
 
-    def run(self, name: str, prepared: Prepared, timeout: float | None = None) -> Any:
+    def new_agreement(self) -> Call:
+        """Number the next agreement: they are counted apart, as others may call them in another order with collective calls."""
+        self.agreements += 1
+        return Call(self, mix(self.ctx, 3), self.agreements)
+
+    def run(self, name: str, prepared: Prepared, timeout: float | None = None, call: Call | None = None) -> Any:
         """Do a collective call now. Calls of the same name in several threads come one after the other."""
         with self.lock(name):
-            return self._run(name, prepared, timeout)
+            return self._run(name, prepared, timeout, call or self.new_call())
 
     def lock(self, name: Hashable) -> Any:
         """A lock of this communicator."""
@@ -152,8 +158,7 @@ class CommCore(Core):
         except KeyError:
             return self.locks.setdefault(name, threading.Lock())
 
-    def _run(self, name: str, prepared: Prepared, timeout: float | None) -> Any:
-        call = self.new_call()
+    def _run(self, name: str, prepared: Prepared, timeout: float | None, call: Call) -> Any:
         deadline = deadline_of(timeout)
         steps = prepared(call)
         waiting: Wait = ()

@@ -50,7 +50,7 @@ def agree(core: CommCore, call: Call, value: int) -> Generator[Any, None, tuple[
     M. Raynal, "Fault-Tolerant Agreement in Synchronous Message-Passing Systems", 2010). Who has decided says so once more.
     """
     engine, me = core.engine, core.endpoint.rank
-    ctx = mix(call.ctx, 3, call.number)
+    ctx = mix(call.ctx, call.number)
     view = _View(me, value, frozenset(engine.dead) & core.members)
     decided = False
     for number in range(len(core.members) + 2):
@@ -133,7 +133,7 @@ class Survival:
     def Agree(self, flag: int) -> int:
         """Bitwise AND of all flags, the same at all who live."""
         core = self._any()
-        result, _ = core.run("Agree", lambda call: agree(core, call, flag))
+        result, _ = core.run("Agree", lambda call: agree(core, call, flag), call=core.new_agreement())
         return int(result)
 
     def Iagree(self, flag: Any) -> Request:
@@ -147,12 +147,12 @@ class Survival:
             result, _ = yield from agree(core, call, int(data.view(np.int32)[0]))
             data.view(np.int32)[0] = result
 
-        return Request._of(core.start(steps))
+        return Request._of(core.start(steps, core.new_agreement()))
 
     def Shrink(self) -> Any:
         """A communicator of those who live."""
         core = self._any()
-        _, failed = core.run("Shrink", lambda call: agree(core, call, -1))
+        _, failed = core.run("Shrink", lambda call: agree(core, call, -1), call=core.new_agreement())
         return self._survivors(failed)
 
     def Ishrink(self) -> tuple[Any, Request]:
@@ -167,7 +167,7 @@ class Survival:
                 remote = None if core.remote is None else [rank for rank in core.remote if rank not in failed]
                 comm._core.place(core.endpoint, mix(comm._core.ctx, *sorted(failed)), ranks, remote)
 
-        return comm, Request._of(core.start(steps))
+        return comm, Request._of(core.start(steps, core.new_agreement()))
 
     def _survivors(self, failed: frozenset[int]) -> Any:
         from sfparallel.runtime.mpi.comm import Intracomm
