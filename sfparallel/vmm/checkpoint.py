@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sfparallel.errors import StateError
 from sfparallel.vmm.layers import MemoryMap
@@ -86,11 +87,15 @@ class Checkpoint:
     """One immutable state of a VM: memory image and device state.
 
     It holds its layers in the job's store until it is closed.
+
+    Attributes:
+        disks: data disks that the VM had, in the order of their slots.
     """
 
     memory: MemoryMap
     device_state: int
     store: LayerStore
+    disks: tuple[Path, ...] = ()
     _plan: MapPlan | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
 

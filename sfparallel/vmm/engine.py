@@ -20,6 +20,7 @@ from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import CommitMode, CommitPlan, CommitResult, MapPlan, PagingRefused, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
+from sfparallel.vmm.shells import plug_data_disks
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
 
@@ -137,7 +138,7 @@ async def _freeze_and_save(
             resumed = time.monotonic()
         if not flat:
             vm.memory = vm.memory.apply(result.runs, plan.target_number)
-        checkpoint = Checkpoint(vm.memory, device_state, store)
+        checkpoint = Checkpoint(vm.memory, device_state, store, vm.disks)
     except BaseException:
         os.close(device_state)
         raise
@@ -198,6 +199,8 @@ async def launch(
 
     async def load(shell: Vm) -> None:
         try:
+            if missing := checkpoint.disks[len(shell.disks):]:
+                await plug_data_disks(shell, missing)
             plan = checkpoint.plan()
             checkpoint.store.hold(shell, checkpoint.layers)
             times = await shell.load(plan, checkpoint.device_state)

@@ -201,7 +201,7 @@ class Job:
         who = identity("parent", 0, self.name, spec.mtu, neighbours)
         parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})
         await parent.woken
-        await plug_data_disks(parent, spec)
+        await plug_data_disks(parent, spec.data_images)
         self._run_program(parent)
         self._pool.aim(options.pool if options.pool is not None else options.default_n)
 

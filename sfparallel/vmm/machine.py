@@ -49,7 +49,7 @@ class MachineSpec:
     Attributes:
         memory_bytes: size of guest RAM.
         root_image: squashfs with the guest's root.
-        data_images: squashfs images of `--data` folders, in slot order.
+        data_images: squashfs images of `--data` folders, in slot order; a VM may get more of them while it runs (`Vm.disks`).
         mtu: largest packet on the clone network, bytes.
     """
 
@@ -128,10 +128,10 @@ def _root_ports() -> list[str]:
     return ports
 
 
-def data_disk(spec: MachineSpec, slot: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def data_disk(image: Path, slot: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of QMP `blockdev-add` and `device_add` for the data disk in a slot."""
     node = {"driver": "raw", "node-name": f"data-image{slot}", "read-only": True,
-            "file": {"driver": "file", "filename": str(spec.data_images[slot]), "read-only": True}}  # fmt: skip
+            "file": {"driver": "file", "filename": str(image), "read-only": True}}  # fmt: skip
     device: dict[str, Any] = {"driver": "virtio-blk-pci", "id": f"data-disk{slot}", "bus": f"data{slot}",
                                  "drive": f"data-image{slot}", "serial": f"sfdata{slot}"}  # fmt: skip
     return dict(node), device

@@ -8,18 +8,28 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from sfparallel import native
-from sfparallel.errors import EnvironmentProblem, VMError
+from sfparallel.errors import EnvironmentProblem, UsageError, VMError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.libvirt_domain import Connection
-from sfparallel.vmm.machine import Boot, Confinement, DomainPaths, Endpoints, MachineSpec, arguments, data_disk, domain_xml
+from sfparallel.vmm.machine import (
+    DATA_SLOTS,
+    Boot,
+    Confinement,
+    DomainPaths,
+    Endpoints,
+    MachineSpec,
+    arguments,
+    data_disk,
+    domain_xml,
+)
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import PARENT
-from sfparallel.vmm.vm import Sockets, Vm
+from sfparallel.vmm.vm import Sockets, Vm, VmState
 
 LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
 """The paging layer, loaded into each QEMU."""
@@ -73,6 +83,7 @@ async def start_shell(
         except OSError as error:
             raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint="see `sf doctor`") from error
         vm = Vm(name, pid, Sockets(qmp, agent, paging, console), child=True, number=number)
+        vm.disks = spec.data_images
         ours.pop_all()
     try:
         await vm.prepare(spec.memory_bytes)
@@ -130,12 +141,24 @@ async def start_parent(spec: MachineSpec, connection: Connection, network: Clone
     return vm
 
 
-async def plug_data_disks(vm: Vm, spec: MachineSpec) -> None:
-    """Hot-plug the data disks into a parent that runs; shells have them from the start, at the same addresses."""
-    for slot in range(len(spec.data_images)):
-        node, device = data_disk(spec, slot)
+async def plug_data_disks(vm: Vm, images: Sequence[Path]) -> None:
+    """Hot-plug data disks into the next free slots of a VM that runs, or of a shell that is to load the state of one.
+
+    What a VM has is part of its checkpoints: a shell can load a state only with the same devices at the same addresses.
+
+    Raises:
+        UsageError: there are not so many slots.
+        StateError: the VM is just being saved.
+        VMError: QEMU refused.
+    """
+    vm.require(VmState.RUNNING, VmState.SHELL)
+    if len(vm.disks) + len(images) > DATA_SLOTS:
+        raise UsageError(f"{vm.name} can have {DATA_SLOTS} data disks at most")
+    for image in images:
+        node, device = data_disk(image, len(vm.disks))
         await vm.qmp.execute("blockdev-add", **node)
         await vm.qmp.execute("device_add", **device)
+        vm.disks = (*vm.disks, image)
 
 
 class Pool:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
@@ -110,7 +111,8 @@ async def ensure_template(
 
 
 async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> MemoryMap:
-    vm = await start_shell(spec, 0, None, boot=boot, name="template")
+    # Data disks are no part of a template: they are plugged in when its guest runs.
+    vm = await start_shell(replace(spec, data_images=()), 0, None, boot=boot, name="template")
     try:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
         await vm.qmp.execute("cont")

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
@@ -110,6 +111,7 @@ class Vm:
         self.state = VmState.SHELL
         self.events = VmEvents()
         self.memory: MemoryMap | None = None
+        self.disks: tuple[Path, ...] = ()
         self.ram_address = 0
         self.ram_bytes = 0
         self.woken: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
