@@ -105,6 +105,17 @@ def _have_program(name: str) -> Callable[[], bool]:
     return lambda: shutil.which(name) is not None
 
 
+def _opens(device: str) -> Callable[[], bool]:
+    def probe() -> bool:
+        try:
+            os.close(os.open(device, os.O_RDWR))
+        except OSError:
+            return False
+        return True
+
+    return probe
+
+
 def _have_image(name: str) -> Callable[[], bool]:
     def probe() -> bool:
         try:
@@ -120,7 +131,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "root": lambda: os.geteuid() == 0,
     "net": lambda: os.path.exists("/dev/net/tun"),
     "fuse": lambda: os.path.exists("/dev/fuse"),
-    "kvm": lambda: os.access("/dev/kvm", os.R_OK | os.W_OK),
+    "kvm": _opens("/dev/kvm"),
     "qemu": _have_program("qemu-system-x86_64"),
     "libvirtd": _have_program("libvirtd"),
     "squashfs": _have_program("mksquashfs"),
