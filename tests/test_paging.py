@@ -553,6 +553,7 @@ async def test_requests_that_nobody_should_send(rig: Rig) -> None:
 async def test_cancelled_request_does_not_confuse_the_next(rig: Rig) -> None:
     guest = rig.guest()
     guest.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, guest.process.pid, os.WSTOPPED)  # all of its threads stand still
     task = asyncio.create_task(guest.layer.hello())
     await asyncio.sleep(0)  # it runs up to the point where it waits for the answer
     task.cancel()
