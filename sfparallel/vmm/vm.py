@@ -215,6 +215,8 @@ class Vm:
                 future.exception()
         self.closing.close()
         self.events.on_gone(self, self._cause or cause)
+        # The VM, its monitor and its port refer to each other, until the collector comes; its map is as large as half a MiB.
+        self.memory = None
         os.close(self._console)
 
     def _drain_port(self) -> None:
