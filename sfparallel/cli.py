@@ -17,7 +17,7 @@ from pathlib import Path
 from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.vmm.confinement import Places, confine
-from sfparallel.vmm.options import JobOptions, Program, default_uri
+from sfparallel.vmm.options import JobOptions, Program, RunIn, default_uri
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -59,6 +59,11 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-n", type=int, metavar="N", help="clones of every sf.parallel that does not say n itself")
     add("--local", action="store_true", help="for development: clones are processes of this host (os.fork), not VMs")
+    whole = parser.add_mutually_exclusive_group()
+    whole.add_argument("--spmd", action="store_const", dest="run_in", const=RunIn.CLONES, default=RunIn.PARENT,
+                       help="run the whole program in each of N clones, as the ranks of sf.comm()")  # fmt: skip
+    whole.add_argument("--mpi4py", action="store_const", dest="run_in", const=RunIn.CLONES_MPI4PY,
+                       help="the same, and `from mpi4py import MPI` finds ours")  # fmt: skip
     add("--memory", default="1G", metavar="SIZE", help="RAM of the parent, and of each clone (copy-on-write); default 1G")
     add("--cpus", type=int, default=1, metavar="K", help="virtual CPUs of parent and clones; default 1")
     add("--image", default="default", metavar="NAME", help="guest image (see `sf image list`)")
@@ -193,8 +198,8 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
             raise UsageError(f"--data {path}: not a folder")
     program = Program(mode, tuple(words), cwd, folder, path0, _environment(options.env))
     return JobOptions(
-        program, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus, image=options.image,
-        labels=options.label, timeout_s=options.timeout, data=data,
+        program, run_in=options.run_in, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus,
+        image=options.image, labels=options.label, timeout_s=options.timeout, data=data,
         forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats,
         trace=options.trace.absolute() if options.trace else None, connect=options.connect or default_uri(),
         pool=options.pool, seed=options.seed,

@@ -31,6 +31,8 @@ BELOW = {
     # `import sfparallel`: what users import, and nothing of the host's half.
     "": frozenset({"MPI", "runtime", "errors"}),
     "MPI": frozenset({"runtime"}),
+    # Packages that stand in for others, for programs that import those.
+    "shims": frozenset({"MPI", "runtime", "errors"}),
     # Run by setuptools alone.
     "_native_build": frozenset[str](),
 }

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sfparallel.vmm.regions import cpu_seconds
+from sfparallel.vmm.processes import cpu_seconds
 from tests.conftest import BIN, Sfrun, children_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")

@@ -34,12 +34,13 @@ BACKLOG = 4096
 
 
 class Kind(enum.StrEnum):
-    """Kinds of messages; up to WHO_LEFT from clone to parent, the others from parent to clone."""
+    """Kinds of messages; up to DONE from clone to parent, the others from parent to clone."""
 
     RESULT = "result"
     ERROR = "error"
     COMM = "comm"
     WHO_LEFT = "who left"
+    DONE = "done"
     KEYS = "keys"
     LOST = "lost"
     LEFT = "left"

@@ -6,6 +6,7 @@ which knows SystemExit, KeyboardInterrupt (death by SIGINT), non-daemon threads 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -17,7 +18,10 @@ from typing import Any, NoReturn, TextIO, cast
 
 import msgpack
 
-HIDDEN_FILES = {__file__, runpy.__file__, "<frozen runpy>"}
+SHIMS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "shims")
+"""Holds a package `mpi4py` that is ours."""
+
+HIDDEN_FILES = {__file__, runpy.__file__, contextlib.__file__, "<frozen runpy>"}
 """What runs around the program: left out of its tracebacks. Whoever calls `run` adds itself."""
 
 
@@ -61,9 +65,16 @@ def set_up_streams() -> None:
 
 
 def run(program: Program) -> None:
-    """Run it as `__main__`."""
+    """Run it as `__main__`; with `ranks`, in each of so many clones, while the parent looks after them and does not return."""
     _prepare(program)
-    _execute(program)
+    if not program.ranks:
+        _execute(program)
+        return
+    # Late: it imports ZeroMQ, which programs that never fork need not wait for.
+    from sfparallel.runtime import spmd
+    HIDDEN_FILES.add(spmd.__file__)
+    with spmd.enter_world(program.ranks):
+        _execute(program)
 
 
 def _prepare(program: Program) -> None:
@@ -78,6 +89,9 @@ def _prepare(program: Program) -> None:
         refuse(f"cannot enter the working directory {program.cwd}: {error.strerror}")
     sys.argv[:] = program.argv
     sys.path.insert(0, program.path0)
+    if program.mpi4py:
+        # Behind the program's own folder, which programs expect in the first place; before all that is installed.
+        sys.path.insert(1, SHIMS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -21,14 +21,14 @@ import traceback
 import msgpack
 
 import sfparallel.runtime
-from sfparallel.errors import SfError
+from sfparallel.errors import GuestError, SfError
 from sfparallel.runtime import program as programs
 from sfparallel.runtime.data_disks import mount_data_disks
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.program import Program
 
 ROLE_FILE = "/run/sfparallel/role"
-"""Written by the agent with the VM's identity: "parent" or "clone"."""
+"""Written by the agent with the VM's identity: "parent", "clone", or "rank" (a clone that runs the whole program)."""
 
 USER_CGROUP = "/sys/fs/cgroup/user/cgroup.procs"
 COPY_BACK_MODULE = "sfparallel.runtime.copyback"
@@ -87,7 +87,7 @@ def _serve(control: socket.socket, payload: bytes, fds: list[int]) -> Program | 
     os.close(stdout)
     control.send(msgpack.packb({"pid": pid}))
     status = _wait(pid)
-    if _is_parent() and not _copy_back(stderr):
+    if _writes_back() and not _copy_back(stderr):
         status = 1 << 8
     os.close(stderr)
     control.send(msgpack.packb({"exited": pid, "status": status}))
@@ -106,10 +106,11 @@ def _wait(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def _is_parent() -> bool:
-    """Whether this VM is the parent now: a clone's zygote began to wait when it was still the parent's."""
+def _writes_back() -> bool:
+    """Whether what this VM's program changed belongs on the host. Asked when it has ended: a clone's zygote began to wait when it
+    was still the parent's."""
     with open(ROLE_FILE, encoding="ascii") as file:
-        return file.read().strip() == "parent"
+        return file.read().strip() in ("parent", "rank")
 
 
 def _copy_back(stderr: int) -> bool:
@@ -118,6 +119,9 @@ def _copy_back(stderr: int) -> bool:
         return True
     try:
         importlib.import_module(COPY_BACK_MODULE).copy_back()
+    except GuestError as error:
+        os.write(stderr, f"sfrun: {error}\n".encode(errors="replace"))
+        return False
     except Exception:  # whatever it was: the program's results are not where its user expects them, and has to know
         text = f"sfrun: changed files could not be copied back to the host\n{traceback.format_exc()}"
         os.write(stderr, text.encode(errors="replace"))

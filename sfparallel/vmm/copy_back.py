@@ -54,8 +54,8 @@ class CopyBack:
     """Applies the changes that the parent VM's copy-back reports (`sfparallel.runtime.copyback`) to the exported folders.
 
     A file appears under its name when it is whole, with its mode and time, and belongs to the user who started the job;
-    set-user-id and set-group-id bits do not leave a guest. Only requests of the parent VM may be handed to it, and only
-    after its program has ended.
+    set-user-id and set-group-id bits do not leave a guest. Only requests of a VM that runs the
+    program may be handed to it, and only after that has ended.
 
     Args:
         exports: host folders by tag, as given to the file server.
@@ -174,6 +174,10 @@ class CopyBack:
         transfer = self._transfers.pop((tag, path), None)
         if transfer is not None:
             transfer.discard()
+
+    def discard(self, tag: int, path: bytes) -> None:
+        """Give up the transfer of a file, if there is one."""
+        self._drop(tag, path)
 
     def _begin(self, tag: int, path: bytes) -> None:
         self._drop(tag, path)

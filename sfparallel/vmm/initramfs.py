@@ -70,8 +70,9 @@ def write_cpio(entries: list[Entry]) -> bytes:
 def package_files() -> Iterator[Path]:
     """The Python files that a guest needs, relative to the package."""
     yield from (Path(name) for name in _TOP_MODULES)
-    for path in sorted((_PACKAGE / "runtime").rglob("*.py")):
-        yield path.relative_to(_PACKAGE)
+    for folder in ("runtime", "shims"):
+        for path in sorted((_PACKAGE / folder).rglob("*.py")):
+            yield path.relative_to(_PACKAGE)
 
 
 def build_agent() -> Path:

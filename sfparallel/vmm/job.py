@@ -32,8 +32,9 @@ from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
-from sfparallel.vmm.options import JobOptions
+from sfparallel.vmm.options import JobOptions, RunIn
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
+from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
@@ -77,6 +78,7 @@ class Job:
         self._exports = exports_for(options.program.cwd, options.program.folder)
         self._files = FileServer(dict(self._exports))
         self._copy_back = CopyBack(dict(self._exports))
+        self._rank_files = RankFiles(dict(self._exports))
         self._parent: Vm | None = None
         self._pool: Pool | None = None
         self._regions: Regions | None = None
@@ -88,6 +90,7 @@ class Job:
         self._forks = 0
         self._started = time.monotonic()
         self._interrupts = 0
+        self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
         self._next_number = 1
         self._free_numbers: list[int] = []
@@ -184,10 +187,12 @@ class Job:
         settings = RegionSettings(
             job=self.name, default_n=options.default_n, labels=options.labels,
             statistics=options.statistics or options.trace is not None, seed=options.seed,
+            world=options.ranks > 0,
         )  # fmt: skip
         self._regions = Regions(
             settings, spec, self._pool, store,
-            on_clone=self._clone_starts, on_report=self._report, answer_file_request=self._serve_files,
+            on_clone=self._clone_starts, on_world=self._world_starts, on_report=self._report,
+            answer_file_request=self._serve_files,
         )  # fmt: skip
         parent = await start_parent(spec, connection, network, self.name)
         self._parent = parent
@@ -210,9 +215,11 @@ class Job:
         parent.send(FrameType.RUN, pack({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
             "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
+            "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,
             "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
         }))  # fmt: skip
-        self._feed_stdin(parent)
+        if not self._options.ranks:
+            self._feed_stdin(parent)
 
     async def _end(self) -> None:
         """End all VMs and wait until the kernel has let go of them."""
@@ -234,10 +241,11 @@ class Job:
         )
 
     def _close_copy_back(self) -> None:
-        for problem in self._copy_back.problems:
+        for problem in (*self._copy_back.problems, *self._rank_files.problems):
             self._say(f"sfrun: not written back: {problem}")
         self._copy_back.abort()
         self._copy_back.close()
+        self._rank_files.close()
 
     # -- VMs -------------------------------------------------------------------------------------------------------
 
@@ -310,7 +318,7 @@ class Job:
             case FrameType.GONE if self._regions:
                 self._regions.client_gone(vm, frame.channel)
             case FrameType.TAKEN:
-                if vm is self._parent:
+                if vm is self._reader:
                     self._stdin_taken.set()
             case FrameType.EXITED:
                 self._exited(vm, frame)
@@ -319,9 +327,11 @@ class Job:
 
     def _request(self, vm: Vm, frame: Frame) -> None:
         assert self._regions is not None
-        # Only the parent's own copy-back reaches the host's files.
-        if vm is self._parent and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
-            answer = self._copy_back.handle(unpack(frame.payload))
+        # Only the copy-back of a VM that runs the program itself reaches the host's files.
+        rank = self._regions.rank_of(vm)
+        if (vm is self._parent or rank is not None) and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
+            request = unpack(frame.payload)
+            answer = self._copy_back.handle(request) if rank is None else self._rank_files.handle(rank, request)
             vm.send(FrameType.REPLY, pack(answer), frame.channel)
             return
         self._regions.request(vm, frame.channel, frame.payload)
@@ -375,17 +385,24 @@ class Job:
         else:
             self._stop(128 + number)
 
-    def _feed_stdin(self, parent: Vm) -> None:
+    def _world_starts(self, ranks: list[Vm]) -> None:
+        """Each rank of a whole program has an input of its own; ours is that of the first."""
+        for vm in ranks[1:]:
+            vm.send(FrameType.STDIN)
+        self._feed_stdin(ranks[0])
+
+    def _feed_stdin(self, reader: Vm) -> None:
         """Pass our standard input on, in a thread: it may be a file, which epoll does not take."""
+        self._reader = reader
         loop = asyncio.get_running_loop()
         if not _may_read_stdin():
-            parent.send(FrameType.STDIN)
+            reader.send(FrameType.STDIN)
             return
 
         async def pass_on(data: bytes) -> None:
             # One piece at a time: what the program does not read would pile up in the guest's memory.
             self._stdin_taken.clear()
-            parent.send(FrameType.STDIN, data)
+            reader.send(FrameType.STDIN, data)
             await self._stdin_taken.wait()
 
         def read() -> None:

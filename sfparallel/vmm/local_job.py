@@ -19,10 +19,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from sfparallel import native
+from sfparallel.vmm import processes
 from sfparallel.vmm.confinement import FORWARDED, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions, RunIn
@@ -81,28 +81,13 @@ def _supervise(options: JobOptions, front: int) -> NoReturn:
 def end_descendants() -> None:
     """Kill all children until there are none; theirs become ours as they die, because this process is a subreaper."""
     while True:
-        for pid in processes(lambda parent, _session: parent == os.getpid()):
+        for pid in processes.matching(lambda parent, _session: parent == os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
-
-
-def processes(wanted: Callable[[int, int], bool]) -> list[int]:
-    """Process ids of all whose parent and session (process ids too) are `wanted`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # proc(5): the name, in brackets, may hold anything; after it come state, parent, process group, session.
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if wanted(int(fields[1]), int(fields[3])):
-                found.append(int(entry.name))
-    return found
 
 
 @dataclass(eq=False)
@@ -274,7 +259,7 @@ class LocalSupervisor:
         clone.shown.close()
         asyncio.get_running_loop().remove_reader(clone.pidfd)
         os.close(clone.pidfd)
-        for pid in processes(lambda _parent, session: session == clone.pid):
+        for pid in processes.matching(lambda _parent, session: session == clone.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for other in list(self._clones.values()):

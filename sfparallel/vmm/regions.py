@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +22,7 @@ from sfparallel.vmm.capacity import Capacity
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
+from sfparallel.vmm.processes import cpu_seconds, private_bytes
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.shells import Pool
@@ -49,6 +51,8 @@ class RegionSettings:
     labels: bool
     statistics: bool
     seed: int | None = None
+    world: bool = False
+    """The parent's own clones run the whole program (`--spmd`)."""
 
 
 class Regions:
@@ -56,6 +60,7 @@ class Regions:
 
     Args:
         on_clone: called with each new clone, and the label of its output, before it runs.
+        on_world: called with the clones that run the whole program, in the order of ranks, when all run.
         on_report: called when a fork's clones are all gone and its program is done with them.
     """
 
@@ -67,6 +72,7 @@ class Regions:
         store: LayerStore,
         *,
         on_clone: Callable[[Vm, str], None],
+        on_world: Callable[[list[Vm]], None],
         on_report: Callable[[ForkReport], None],
         answer_file_request: Callable[[Vm, int, bytes], None],
     ) -> None:
@@ -75,6 +81,7 @@ class Regions:
         self._pool = pool
         self._store = store
         self._on_clone = on_clone
+        self._on_world = on_world
         self._on_report = on_report
         self._answer_file_request = answer_file_request
         self._tickets: dict[int, Ticket] = {}
@@ -89,6 +96,7 @@ class Regions:
             "hello": self._hello, "ticket": self._ticket, "clone": self._clone, "exit": self._exit,
             "checkpoint": self._checkpoint, "create": self._create, "drop": self._drop,
             "join": self._join, "kill": self._kill, "stats": self._stats,
+            "abort": self._abort, "signal": self._signal,
         }  # fmt: skip
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -178,6 +186,20 @@ class Regions:
             self._finish(ticket)
         return {}
 
+    async def _abort(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
+        ticket, member = self._members[vm]
+        self._tell_end(ticket, member, str(message["cause"]), "aborted", int(message["status"]))
+
+    async def _signal(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
+        ticket, number = self._find(vm, message), int(message["number"])
+        if not 0 < number < signal.NSIG:
+            raise UsageError(f"there is no signal {number}")
+        ranks = message.get("ranks")
+        for member in ticket.members.values():
+            if ranks is None or member.rank in ranks:
+                member.vm.send(FrameType.SIGNAL, number.to_bytes(4, "little"))
+        return {}
+
     async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         report = self._find(vm, message).report
         if report:
@@ -196,6 +218,7 @@ class Regions:
         ticket.channel = channel
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
         ticket.label_base = 0 if message.get("context") else 1
+        ticket.world = self._settings.world and vm not in self._members
         try:
             async with self._fork_lock:
                 self._pool.hold()
@@ -262,6 +285,8 @@ class Regions:
             )
         finally:
             report.note(SUPERVISOR, Phase.LAUNCH, launched)
+        if ticket.world:
+            self._on_world([member.vm for member in members])
 
     def _birth_message(self, saved: Saved, member: Member, clones: list[dict[str, Any]]) -> dict[str, Any]:
         source = saved.owner.number
@@ -271,7 +296,8 @@ class Regions:
             **({"checkpoint": saved.number, "batch": saved.batches} if saved.number else {}),
         }  # fmt: skip
         parent = [address_of(source), mac_of(source)]
-        return _thaw(saved.channel, answer, identity("clone", member.vm.number, self._settings.job, self._spec.mtu, [parent]))
+        role = "clone" if self.rank_of(member.vm) is None else "rank"
+        return _thaw(saved.channel, answer, identity(role, member.vm.number, self._settings.job, self._spec.mtu, [parent]))
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -358,7 +384,7 @@ class Regions:
                 cause = f"the guest ran out of memory ({self._spec.memory_bytes >> 20} MiB) and its kernel killed the program"
         self._sample(ticket, member)
         if member.status is None or not member.discarded:
-            self._lost(ticket, member, cause)
+            self._lost(ticket, member, cause, "exited", os.waitstatus_to_exitcode(status))
         vm.kill()
 
     def vm_gone(self, vm: Vm, cause: str) -> None:
@@ -399,13 +425,16 @@ class Regions:
             self._capacity.learn(report.private_bytes)
             self._on_report(report)
 
-    def _lost(self, ticket: Ticket, member: Member, cause: str) -> None:
+    def _lost(self, ticket: Ticket, member: Member, cause: str, end: str = "died", status: int = 0) -> None:
         member.lost = cause
-        console = member.vm.console_tail()
         log.info("%s (rank %d of ticket %d) is lost: %s", member.vm.name, member.rank, ticket.number, cause)
+        self._tell_end(ticket, member, cause, end, status)
+
+    def _tell_end(self, ticket: Ticket, member: Member, cause: str, end: str, status: int) -> None:
+        """Tell the ticket's owner how a clone ended (hypervisor.End)."""
         if ticket.owner.state is not VmState.GONE:
             event = {"event": "lost", "ticket": ticket.number, "rank": member.rank, "cause": cause, "host": "",
-                     "console": console}  # fmt: skip
+                     "console": member.vm.console_tail(), "end": end, "status": status}  # fmt: skip
             ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
 
     def _sample(self, ticket: Ticket, member: Member) -> None:
@@ -413,6 +442,11 @@ class Regions:
         member.leaving = time.monotonic()
         if self._settings.statistics or not any(other.measured for other in ticket.members.values()):
             member.measured = {"private_bytes": private_bytes(member.vm.pid), "host_cpu_s": cpu_seconds(member.vm.pid)}
+
+    def rank_of(self, vm: Vm) -> int | None:
+        """The rank of a clone that runs the whole program; None for other VMs."""
+        ticket, member = self._members.get(vm, (None, None))
+        return member.rank - 1 if ticket and member and ticket.world else None
 
     async def close(self) -> None:
         """End all clones and forget all requests and checkpoints."""
@@ -428,25 +462,6 @@ def _note_user_code(report: ForkReport, vm: Vm, ran_ns: int) -> None:
     """From the first line of the user's function to now; the clone has measured how long that is on its own clock."""
     if vm.woken_at is not None and ran_ns > 0:
         report.note(vm.name, Phase.USER, max(vm.woken_at, time.monotonic() - ran_ns / 1e9))
-
-
-def private_bytes(pid: int) -> int:
-    """Memory that only this process has (Private_* of smaps_rollup, proc(5)); 0 when it is gone."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Private_"))
-    except OSError:
-        return 0
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used (utime and stime, proc(5)); 0 when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def identity(role: str, number: int, job: str, mtu: int, neighbours: list[list[Any]]) -> dict[str, Any]:

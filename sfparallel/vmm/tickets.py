@@ -45,13 +45,19 @@ class Member:
 
 @dataclass(eq=False)
 class Ticket:
-    """Permission for `granted` clones, given to one program (a channel of a VM's agent)."""
+    """Permission for `granted` clones, given to one program (a channel of a VM's agent).
+
+    Attributes:
+        label_base: with what number the labels of their output begin.
+        world: they run the whole program, as ranks.
+    """
 
     number: int
     owner: Vm
     channel: int
     granted: int
     label_base: int = 1
+    world: bool = False
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None

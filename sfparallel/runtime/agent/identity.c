@@ -149,7 +149,8 @@ static int set_names(struct host *host, const struct identity *identity)
     result = write_hosts(host->hosts, address, identity->hostname);
     if (result < 0)
         return result;
-    return replace_text(&host->role, identity->role == ROLE_CLONE ? "clone\n" : "parent");
+    snprintf(text, sizeof text, "%-6s", role_name(identity->role)); /* of equal length: see replace_text */
+    return replace_text(&host->role, text);
 }
 
 static struct batch new_batch(const struct host *host)

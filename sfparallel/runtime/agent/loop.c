@@ -83,7 +83,7 @@ static void take_identity(struct agent *agent, const struct thaw *thaw)
     const char *step = "discard the parent's output";
     uint8_t *scratch = port_payload(&agent->port);
     int result = 0;
-    bool clone = identity->role == ROLE_CLONE;
+    bool clone = identity->role != ROLE_PARENT;
     if (clone)
         result = program_discard(&agent->program, scratch, FRAME_MAX_PAYLOAD);
     if (result == 0)
@@ -94,7 +94,8 @@ static void take_identity(struct agent *agent, const struct thaw *thaw)
         fail_step(agent, step, result);
     if (clone) {
         clients_cancel(&agent->clients, thaw->channel, thaw->reply, thaw->reply_size, scratch);
-        program_close_stdin(&agent->program);
+        if (identity->role == ROLE_CLONE)
+            program_close_stdin(&agent->program);
         agent->program.stdin_owed = false;
     }
 }

@@ -68,15 +68,24 @@ static int as_mac(const msgpack_object *object, uint8_t *mac)
     return 0;
 }
 
+const char *role_name(enum role role)
+{
+    static const char *const names[] = { [ROLE_PARENT] = "parent", [ROLE_CLONE] = "clone", [ROLE_RANK] = "rank" };
+    return names[role];
+}
+
 static int as_role(const msgpack_object *object, enum role *role)
 {
     char text[8];
     if (as_text(object, sizeof text - 1, text) < 0)
         return -EPROTO;
-    if (strcmp(text, "parent") != 0 && strcmp(text, "clone") != 0)
-        return -EPROTO;
-    *role = text[0] == 'p' ? ROLE_PARENT : ROLE_CLONE;
-    return 0;
+    for (enum role known = ROLE_PARENT; known <= ROLE_RANK; known++) {
+        if (strcmp(text, role_name(known)) == 0) {
+            *role = known;
+            return 0;
+        }
+    }
+    return -EPROTO;
 }
 
 /* A pair in a list of pairs, or NULL. */

@@ -8,7 +8,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum role { ROLE_PARENT, ROLE_CLONE };
+enum role {
+    ROLE_PARENT,
+    ROLE_CLONE,
+    ROLE_RANK, /* a clone that goes on as a whole program, with an input of its own */
+};
 
 #define ENTROPY_SIZE 64u
 #define MAC_SIZE 6u
@@ -48,6 +52,9 @@ struct thaw {
     size_t reply_size;
     const msgpack_object_array *mounts;    /* each one checked; see thaw_export() */
 };
+
+/* What a role is called on the wire and in the role file. */
+const char *role_name(enum role role);
 
 /* Decode a THAW payload. Returns 0, or -EPROTO and in *what the field that is wrong. `payload` must outlive `thaw`;
    call thaw_free() after success. */

@@ -1,0 +1,263 @@
+"""Whole programs in every clone (`sfrun --spmd`): forked before the program's first line, all of it runs in each rank.
+
+The parent only looks after its clones: it tells ranks who has left, ends the job when one fails, and knows the exit code. A rank
+is an ordinary process that ends by itself, so that exit codes, threads, atexit handlers and tracebacks are Python's own. But it
+does not go before the others are done: what it sent may still be on its way out of it.
+
+    rank                                            parent
+    program ends, atexit handlers   -- DONE -->
+                                   <-- RELEASE --   when all are done, or gone
+    process ends                   -- (event) -->    Lost with End.EXITED: the exit code
+    uncaught exception             -- abort -->      the programs of the others are killed
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import zmq
+
+from sfparallel.errors import CapacityError, SfError
+from sfparallel.runtime import lowlevel
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Answer, End, Lost
+from sfparallel.runtime.link import CloneLink, Kind, Message, ParentLink
+from sfparallel.runtime.region import JOIN_LIMIT_S, bind_link, free_port
+from sfparallel.runtime.rng import region_streams
+from sfparallel.runtime.worker import clone_link, die, membership
+
+EXIT_LOST = 70
+"""Exit code of a job that lost a clone (EX_SOFTWARE of sysexits.h)."""
+
+LEAVE_S = 5.0
+"""How long a rank that failed may take for its atexit handlers before its program is killed."""
+
+COPY_S = 60.0
+"""How long machines whose programs were killed may take to bring their files to the host before they are killed too."""
+
+
+@contextlib.contextmanager
+def enter_world(ranks: int) -> Iterator[None]:
+    """Fork; the block runs in each clone, as a rank of a world of its own. The parent leaves with the job's exit code."""
+    try:
+        world = World(ranks)
+        link = world.fork()
+    except SfError as error:
+        print(f"sfrun: {error}", file=sys.stderr)
+        sys.exit(EXIT_LOST)
+    if link is None:
+        sys.exit(world.watch())
+    rank = _Rank(link)
+    # Before the program can register any: it is the last one to be called.
+    atexit.register(rank.leave)
+    try:
+        yield
+    except SystemExit as error:
+        rank.status = _exit_status(error.code)
+        raise
+    except BaseException as error:
+        rank.fail(error)
+        raise
+
+
+def _exit_status(code: object) -> int:
+    """What the interpreter makes of `sys.exit(code)`."""
+    if code is None:
+        return 0
+    return code & 255 if isinstance(code, int) else 1
+
+
+class _Rank:
+    """In a clone: how it leaves the world."""
+
+    def __init__(self, link: CloneLink) -> None:
+        self.status = 0
+        self._link = link
+        self._failed = False
+        # A process that the program forks inherits the atexit handler, and so does a clone of this clone.
+        self._owner = (os.getpid(), HERE.generation)
+
+    def fail(self, error: BaseException) -> None:
+        """The program raised: the traceback is still to be printed, but the others need not go on."""
+        self._failed = True
+        if not isinstance(error, KeyboardInterrupt):
+            assert HERE.lifeline is not None
+            HERE.lifeline.abort(1, f"raised {type(error).__qualname__}")
+        elif self._link.rank:
+            sys.excepthook = lambda *_: None  # Ctrl-C goes to all ranks: one traceback will do
+
+    def leave(self) -> None:
+        """Say that the program is done, and wait for the others."""
+        if self._failed or self._owner != (os.getpid(), HERE.generation):
+            return
+        assert HERE.membership is not None
+        HERE.membership.leave()
+        lowlevel.flush_output()
+        self._link.send(Kind.DONE, status=self.status)
+        while self._link.receive()[0] is not Kind.RELEASE:
+            pass
+
+
+class World:
+    """In the parent: the clones that run the program."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._code = 0
+        self._verdict = ""
+        self._running = set(range(ranks))
+        """Ranks whose process has not ended."""
+        self._done: set[int] = set()
+        """Ranks whose program has ended."""
+        self._curious: set[int] = set()
+        """Ranks that want to know who is done."""
+        self._deadlines: list[tuple[float, int | None]] = []
+        """When to kill the program of a rank, or (None) all clones."""
+
+    def fork(self) -> CloneLink | None:
+        """Fork; returns the line to the parent in a clone, None in the parent.
+
+        Raises:
+            CapacityError: the host cannot hold so many clones.
+        """
+        generation = HERE.generation
+        with HERE.interrupts_deferred():
+            self._ticket = lowlevel.request_ticket(self._ranks)
+            if self._ticket.granted < self._ranks:
+                raise CapacityError(f"{self._ranks} clones do not fit on this host now; {self._ticket.granted} would",
+                                    fits=self._ticket.granted, hint="use a smaller -n, or give each VM less memory (--memory)")
+            hello = HERE.hello(self._ticket.hypervisor)
+            self._link: ParentLink = bind_link(hello.address)
+            port = free_port(hello.address)
+            streams = region_streams(None, hello.seed)
+            try:
+                fork = lowlevel.fork(self._ticket, "--spmd")
+                if fork.rank:
+                    link = clone_link(self._ticket, self._link, fork)
+                    lowlevel.assume_identity(self._ticket, fork.entropy, fork.rank - 1)
+                    HERE.membership = membership(fork, link, port, streams, fork.rank - 1)
+                    return link
+            except BaseException:
+                if HERE.generation != generation:
+                    die()  # or the clone would take itself for the parent
+                raise
+        self._link.expect([clone.address for clone in fork.clones])
+        return None
+
+    def watch(self) -> int:
+        """Wait until all clones are gone; the exit code of the job."""
+        alarm, rings = socket.socketpair()
+        rings.setblocking(False)
+        # A signal that comes just before `poll` begins to wait must end the wait too.
+        signal.set_wakeup_fd(rings.fileno())
+        while self._running:
+            try:
+                self._step(alarm)
+            except KeyboardInterrupt:
+                alarm.recv(1)
+                self._interrupt()
+        hypervisor, number = self._ticket.hypervisor, self._ticket.number
+        if hypervisor.join(number, JOIN_LIMIT_S) is None:
+            hypervisor.kill(number, None)
+        if self._verdict:
+            print(f"sfrun: {self._verdict}", file=sys.stderr)
+        return self._code
+
+    def _step(self, alarm: socket.socket) -> None:
+        poller = zmq.Poller()
+        poller.register(alarm, zmq.POLLIN)
+        poller.register(self._link.router, zmq.POLLIN)
+        poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
+        next_s = min((when for when, _ in self._deadlines), default=None)
+        poller.poll(None if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1))
+        # Events first: what a clone said before it died is here by then.
+        events = self._ticket.hypervisor.events()
+        while (message := self._link.receive()) is not None:
+            self._on_message(message)
+        for event in events:
+            if event.ticket == self._ticket.number and not isinstance(event, Answer):
+                self._on_end(event.rank - 1, event)
+        self._keep_deadlines()
+
+    def _on_message(self, message: Message) -> None:
+        rank = message.rank
+        if message.kind is Kind.WHO_LEFT:
+            self._curious.add(rank)
+            self._link.send(rank, Kind.LEFT, ranks=sorted(self._done))
+        elif message.kind is Kind.DONE:
+            # Whatever its exit code: ranks that wait for it hear that it has left, and the others may finish what they do.
+            self._fail(int(message.header.get("status", 0)), "")
+            self._leaves(rank)
+
+    def _on_end(self, rank: int, event: Lost) -> None:
+        match event.end:
+            case End.ABORTED:
+                self._abort(rank, event.status, f"rank {rank} {event.cause}; the other ranks were ended")
+                return
+            case End.EXITED if rank in self._done or not event.status:
+                code = 128 - event.status if event.status < 0 else event.status
+                self._fail(code, "")  # changed files could not be copied back, say; the rank itself has told
+                self._leaves(rank)
+            case End.EXITED:
+                code = 128 - event.status if event.status < 0 else event.status
+                self._abort(rank, code, f"rank {rank} is lost: {event.cause}; the other ranks were ended")
+            case End.DIED:
+                console = f"\n{event.console}" if event.console else ""
+                self._abort(rank, EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended{console}")
+        self._running.discard(rank)
+        self._release()
+
+    def _fail(self, code: int, verdict: str) -> None:
+        """Note the first failure."""
+        if not self._code and not self._verdict:
+            self._code, self._verdict = code, verdict
+
+    def _abort(self, rank: int, code: int, verdict: str) -> None:
+        """End all ranks; the one that failed may tidy up."""
+        if self._deadlines:
+            return  # that is under way
+        self._fail(code, verdict)
+        now = time.monotonic()
+        self._signal(self._running - {rank}, signal.SIGKILL)
+        self._deadlines = [(now + LEAVE_S, rank), (now + LEAVE_S + COPY_S, None)]
+
+    def _interrupt(self) -> None:
+        """Ctrl-C: each rank gets its KeyboardInterrupt."""
+        self._fail(128 + signal.SIGINT, "interrupted")
+        if not self._deadlines:
+            now = time.monotonic()
+            self._signal(self._running, signal.SIGINT)
+            self._deadlines = [*((now + LEAVE_S, rank) for rank in self._running), (now + LEAVE_S + COPY_S, None)]
+
+    def _keep_deadlines(self) -> None:
+        now = time.monotonic()
+        due = [rank for when, rank in self._deadlines if when <= now]
+        self._deadlines = [(when, rank) for when, rank in self._deadlines if when > now]
+        self._signal(self._running & set(due), signal.SIGKILL)
+        if None in due:
+            self._ticket.hypervisor.kill(self._ticket.number, None)
+            self._running.clear()
+
+    def _signal(self, ranks: set[int], number: int) -> None:
+        if ranks:
+            self._ticket.hypervisor.signal(self._ticket.number, [rank + 1 for rank in sorted(ranks)], number)
+
+    def _leaves(self, rank: int) -> None:
+        if rank not in self._done:
+            self._done.add(rank)
+            for other in self._curious - self._done:
+                self._link.send(other, Kind.LEFT, ranks=[rank])
+        self._release()
+
+    def _release(self) -> None:
+        """Let all go when nobody needs anybody any more."""
+        if self._running <= self._done:
+            for rank in self._running:
+                self._link.send(rank, Kind.RELEASE)
