@@ -16,7 +16,7 @@ from sfparallel.errors import EnvironmentProblem
 from sfparallel.vmm import manifest
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, MachineSpec
-from sfparallel.vmm.paging import copy_pages
+from sfparallel.vmm.plans import copy_pages
 from tests.conftest import Sfrun
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 
 from sfparallel.errors import Closed, PagingError, UsageError
-from sfparallel.vmm import paging
+from sfparallel.vmm import paging, plans
 from sfparallel.vmm.layers import EXTENT, PAGE_BYTES, STORED, ZERO, ZERO_LAYER, Extents, MemoryMap, Records
-from sfparallel.vmm.paging import CommitMode, MapPlan, PagingLayer, PagingRefused, PagingStep, ScanMethod
+from sfparallel.vmm.paging import PagingLayer, PagingRefused, PagingStep, ScanMethod
+from sfparallel.vmm.plans import CommitMode, MapPlan
 
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "sfparallel/vmm/native"
@@ -325,7 +326,7 @@ async def test_random_generations(rig: Rig) -> None:
             number = len(layers) + 1
             plan = parent.map.flatten(number)
             layers[number] = rig.memfd()
-            paging.copy_pages(plan, layers, layers[number])
+            plans.copy_pages(plan, layers, layers[number])
             await parent.load(plan.memory_map, layers)
             exclusive = number
             assert parent.show() == expected.tolist(), round_
@@ -434,7 +435,7 @@ class RawPlan(MapPlan):
         content = np.array(extents, dtype=EXTENT)
         self.extents = Extents(np.zeros(len(content) if announced is None else announced, dtype=EXTENT), ())
         os.close(self._fds.pop())
-        self._fds = [paging._memfd("extents", content.tobytes()), *map(os.dup, layers)]
+        self._fds = [plans._memfd("extents", content.tobytes()), *map(os.dup, layers)]
 
 
 HALF = BYTES // 2
@@ -552,6 +553,7 @@ async def test_requests_that_nobody_should_send(rig: Rig) -> None:
 async def test_cancelled_request_does_not_confuse_the_next(rig: Rig) -> None:
     guest = rig.guest()
     guest.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, guest.process.pid, os.WSTOPPED)  # all of its threads stand still
     task = asyncio.create_task(guest.layer.hello())
     await asyncio.sleep(0)  # it runs up to the point where it waits for the answer
     task.cancel()

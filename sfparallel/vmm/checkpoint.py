@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sfparallel.errors import StateError
 from sfparallel.vmm.layers import MemoryMap
-from sfparallel.vmm.paging import MapPlan
+from sfparallel.vmm.plans import MapPlan
 
 MAX_LAYERS = 65535
 

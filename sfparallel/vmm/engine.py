@@ -18,7 +18,8 @@ from typing import Any
 from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import MemoryMap
-from sfparallel.vmm.paging import CommitMode, CommitPlan, CommitResult, MapPlan, PagingRefused, copy_pages
+from sfparallel.vmm.paging import CommitResult, PagingRefused
+from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
 from sfparallel.vmm.vm import Vm

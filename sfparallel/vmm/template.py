@@ -28,7 +28,7 @@ from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Boot, MachineSpec
-from sfparallel.vmm.paging import CommitMode
+from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import VmState
 

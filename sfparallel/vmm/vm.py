@@ -21,7 +21,8 @@ from typing import Any
 
 from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
 from sfparallel.vmm.layers import MemoryMap
-from sfparallel.vmm.paging import MapPlan, PagingLayer
+from sfparallel.vmm.paging import PagingLayer
+from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.qmp import Event, Qmp, reopened
 from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
 
