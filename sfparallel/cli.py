@@ -266,6 +266,7 @@ def _image(options: argparse.Namespace) -> int:
         for image in images.list_images():
             print(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
+        images.find(options.name)  # a wrong name is the user's first concern
         if asyncio.run(running_jobs()):
             raise StateError("a job runs now, and may need the image", hint="wait for it; `sf ps` lists the jobs")
         images.remove(options.name)

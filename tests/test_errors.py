@@ -154,6 +154,53 @@ def test_ctrl_c_stops_the_clones_and_reaches_the_parent(sfrun: Sfrun) -> None:
     assert process.returncode == 0
 
 
+def test_the_second_ctrl_c_ends_the_job_without_ado(sfrun: Sfrun) -> None:
+    process = sfrun.start(
+        """
+        import time
+
+        try:
+            print("alive", flush=True)
+            time.sleep(1000)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+            time.sleep(1000)
+        """
+    )
+    assert process.stdout
+    for line in ("alive\n", "interrupted\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "lost" not in err
+
+
+def test_tickets_of_another_program_are_out_of_reach(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import sfparallel as sf
+        from sfparallel.runtime.connection import connect
+
+        ticket = sf.request_ticket(1)
+        if sf.clone(ticket):
+            sf.exit(7)
+        stranger = connect()
+        for attack in (stranger.kill, stranger.join):
+            try:
+                attack(ticket.number, None)
+            except sf.StateError as error:
+                print(error.message)
+        try:
+            stranger.request_ticket(float("inf"))
+        except sf.UsageError as error:
+            print("malformed" in error.message)
+        print(sf.join(ticket))
+        """
+    ).ok()
+    assert ended.out.splitlines() == ["there is no ticket 1 here"] * 2 + ["True", "{1: 7}"]
+
+
 def test_a_result_that_cannot_be_pickled(sfrun: Sfrun) -> None:
     ended = sfrun(
         """

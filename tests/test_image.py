@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -330,6 +331,19 @@ def test_guest_half(cache: Path) -> None:
     assert not any(name.endswith(".pyc") for name in package), "bytecode of another Python is of no use"
     (folder / "modules" / "a.ko").write_bytes(b"another")
     assert image.guest_half(image.find()) != first
+
+
+def test_an_initramfs_that_cannot_be_written_leaves_nothing(cache: Path) -> None:
+    folder = make_image(cache)
+    initramfs.build_agent()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"cannot write(.|\n)*SF_CACHE"):
+            initramfs.write_initramfs(folder / "modules", "00")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((cache / "initrd").iterdir()) == []
 
 
 def test_bytecode_is_ready_for_a_guest_with_our_python(cache: Path) -> None:

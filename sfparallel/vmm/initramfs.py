@@ -136,9 +136,10 @@ def write_initramfs(modules: Path, guest_magic: str) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
-            file.write(archive)
-        os.replace(file.name, target)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+            made = Path(work) / target.name
+            made.write_bytes(archive)
+            os.replace(made, target)
     except OSError as error:
         raise EnvironmentProblem(f"cannot write {target}: {error.strerror}", hint="set SF_CACHE to another folder") from error
     return target

@@ -298,8 +298,9 @@ class Job:
             self._regions.vm_gone(vm, cause)
         if vm is self._parent:
             if not self._done.done():
-                tail = vm.console_tail()
-                self._say(f"sfrun: the parent VM is lost: {cause}" + (f"\n{tail}" if tail else ""))
+                if not self._stopped.done():  # else we ended it ourselves
+                    tail = vm.console_tail()
+                    self._say(f"sfrun: the parent VM is lost: {cause}" + (f"\n{tail}" if tail else ""))
                 self._done.set_result(EXIT_PARENT_LOST)
         else:
             self._free_numbers.append(vm.number)

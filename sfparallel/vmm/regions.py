@@ -119,14 +119,15 @@ class Regions:
         except (SfError, OSError) as error:
             log.info("%s: request failed: %s", vm.name, error)
             answer = failure(error)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             answer = {"error": "invalid", "message": f"malformed request: {error!r}"}
         if answer is not None:
             vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
 
-    def _find(self, vm: Vm, message: dict[str, Any]) -> Ticket:
+    def _find(self, vm: Vm, channel: int, message: dict[str, Any]) -> Ticket:
         ticket = self._tickets.get(int(message["ticket"]))
-        if ticket is None or ticket.owner is not vm:
+        # Of another program in this VM, too: its region would wait for clones that nobody says are lost.
+        if ticket is None or ticket.owner is not vm or ticket.channel != channel:
             raise StateError(f"there is no ticket {message['ticket']} here", hint="ask for one with request_ticket")
         return ticket
 
@@ -169,14 +170,14 @@ class Regions:
         vm.kill()
 
     async def _join(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        ticket = self._find(vm, message)
+        ticket = self._find(vm, channel, message)
         ticket.require(TicketState.RUNNING, TicketState.ENDED)
         await ticket.wait_ended()
         self._finish(ticket)
         return {"status": ticket.statuses()}
 
     async def _kill(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        ticket = self._find(vm, message)
+        ticket = self._find(vm, channel, message)
         if ticket.state is TicketState.GRANTED:
             ticket.give_up()
         ranks = message.get("ranks")
@@ -191,7 +192,7 @@ class Regions:
         self._tell_end(ticket, member, str(message["cause"]), "aborted", int(message["status"]))
 
     async def _signal(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        ticket, number = self._find(vm, message), int(message["number"])
+        ticket, number = self._find(vm, channel, message), int(message["number"])
         if not 0 < number < signal.NSIG:
             raise UsageError(f"there is no signal {number}")
         ranks = message.get("ranks")
@@ -201,7 +202,7 @@ class Regions:
         return {}
 
     async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
-        report = self._find(vm, message).report
+        report = self._find(vm, channel, message).report
         if report:
             # The program tells it at once when it has the last answer; its clock is not ours, so only the difference counts.
             now = time.monotonic()
@@ -212,10 +213,9 @@ class Regions:
     # -- the fork --------------------------------------------------------------------------------------------------
 
     async def _clone(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
-        ticket = self._find(vm, message)
+        ticket = self._find(vm, channel, message)
         ticket.require(TicketState.GRANTED)
         ticket.state = TicketState.CLONING
-        ticket.channel = channel
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
         ticket.label_base = 0 if message.get("context") else 1
         ticket.world = self._settings.world and vm not in self._members
@@ -320,11 +320,10 @@ class Regions:
 
     async def _create(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         """Clones of a checkpoint: as for a fork, but for the save; the VM that asks goes on meanwhile."""
-        ticket = self._find(vm, message)
+        ticket = self._find(vm, channel, message)
         ticket.require(TicketState.GRANTED)
         self._saved.find(vm, int(message["checkpoint"]))
         ticket.state = TicketState.CLONING
-        ticket.channel = channel
         try:
             async with self._fork_lock:
                 self._pool.hold()

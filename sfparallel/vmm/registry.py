@@ -73,6 +73,7 @@ def clean(*, everything: bool) -> Iterator[str]:
     """
     cache = cache_folder()
     candidates = [*cache.glob("templates/*"), *cache.glob("images/.*"), *cache.glob("templates/.*"), *cache.glob("data/.*")]
+    candidates += cache.glob("initrd/.*")
     if everything:
         candidates += [*cache.glob("images/*"), *cache.glob("data/*"), *cache.glob("initrd/*"), cache / "libvirt"]
     for path in dict.fromkeys(candidates):

@@ -28,6 +28,7 @@ from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Boot, MachineSpec
+from sfparallel.vmm.paging import PagingRefused
 from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import VmState
@@ -99,9 +100,10 @@ async def ensure_template(
             memory_map = await _boot_and_save(spec, boot, work)
             manifests.write(work, manifest, _LAYERS, _FILES, memory_map)
             work.rename(folder)
-        except OSError as error:
+        except (OSError, PagingRefused) as error:
+            reason = error.message if isinstance(error, PagingRefused) else error
             raise ImageBuildError(
-                f"the template could not be written to {folder.parent}: {error}",
+                f"the template could not be written to {folder.parent}: {reason}",
                 hint="free some space there, or choose another folder with SF_CACHE",
             ) from error
         finally:
