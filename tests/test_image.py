@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
-from sfparallel.vmm import guest_root, image, initramfs, subprocesses
+from sfparallel.vmm import guest_root, image, initramfs, registry, subprocesses
 from sfparallel.vmm.apt_sources import debian_sources, parse_deb822, parse_one_line
 
 DEB822 = """\
@@ -184,6 +184,17 @@ def test_second_builder_waits_for_the_first(cache: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert other.wait(60) == 0
             assert other.stdout.read() == ""
+
+
+def test_clean_leaves_a_build_that_is_going_on(cache: Path) -> None:
+    folder = cache / "images"
+    for name in ("busy", "dead"):
+        (folder / f".build-{name}" / "root").mkdir(parents=True)
+    with open(folder / ".lock-busy", "w") as lock, open(folder / ".lock-dead", "w"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        removed = list(registry.clean(everything=False))
+    assert (folder / ".build-busy" / "root").exists() and (folder / ".lock-busy").exists()
+    assert not (folder / ".build-dead").exists() and "removed images/.build-dead" in removed
 
 
 def test_missing_tool_names_its_package(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def clean(*, everything: bool) -> Iterator[str]:
 
 def _in_use(path: Path) -> bool:
     """Whether a build holds the lock that belongs to this entry. Open files outlive their names, so that jobs need none."""
-    lock = path if path.suffix == ".lock" else path.with_suffix(".lock")
+    lock = _lock_of(path)
     if not lock.is_file():
         return False
     with open(lock) as file:
@@ -97,3 +97,13 @@ def _in_use(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _lock_of(path: Path) -> Path:
+    """The lock of the build that an entry of the cache folder comes from; a lock's own is the lock itself."""
+    if path.suffix == ".lock" or path.name.startswith(".lock-"):
+        return path
+    for prefix in (".build-", ".doomed-"):
+        if path.name.startswith(prefix):  # of an image, which is locked by its name
+            return path.with_name(f".lock-{path.name.removeprefix(prefix)}")
+    return path.with_suffix(".lock")
