@@ -159,12 +159,16 @@ def test_the_second_ctrl_c_ends_the_job_without_ado(sfrun: Sfrun) -> None:
         """
         import time
 
+        def forever():
+            while True:  # a signal just before the system call does not end a sleep (signal(7)): the next one must come soon
+                time.sleep(0.05)
+
         try:
             print("alive", flush=True)
-            time.sleep(1000)
+            forever()
         except KeyboardInterrupt:
             print("interrupted", flush=True)
-            time.sleep(1000)
+            forever()
         """
     )
     assert process.stdout
