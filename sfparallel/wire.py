@@ -44,6 +44,7 @@ class FrameType(enum.IntEnum):
     FUSE_REPLY = 36
     SIGNAL = 37
     RUN = 38
+    CLOSE = 39
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def digest(payload: bytes) -> int:
 
 @FUZZ
 @given(
-    frames=st.lists(st.tuples(st.integers(32, 38), st.integers(0, 65535), st.binary(max_size=300)), max_size=8),
+    frames=st.lists(st.tuples(st.integers(32, 39), st.integers(0, 65535), st.binary(max_size=300)), max_size=8),
     piece=st.integers(1, 700),
 )
 def test_frames_come_out_as_they_went_in(pure: Pure, frames: list[tuple[int, int, bytes]], piece: int) -> None:

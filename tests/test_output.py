@@ -150,11 +150,46 @@ def test_order_is_kept_where_both_streams_are_one_pipe(sfrun: Sfrun) -> None:
     assert ended.stdout.split() == [str(i) for i in range(20)]
 
 
-def test_a_reader_that_goes_away_ends_the_output(sfrun: Sfrun) -> None:
-    process = sfrun.start(MUCH)
-    assert process.stdout and process.stdout.readline() == EXPECTED[:16]
+@pytest.mark.parametrize("options", [(), ("--local",)], ids=["vm", "local"])
+def test_who_prints_to_a_reader_that_has_gone_gets_an_error(sfrun: Sfrun, options: tuple[str, ...]) -> None:
+    process = sfrun.start(ENDLESS, *options)
+    assert process.stdout and process.stdout.readline() == "x" * 65535 + "\n"
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.stderr and "BrokenPipeError" in process.stderr.read()
+    assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--local",)], ids=["vm", "local"])
+def test_a_rank_that_prints_to_a_reader_that_has_gone_gets_an_error(sfrun: Sfrun, options: tuple[str, ...]) -> None:
+    process = sfrun.start(
+        """
+        import sfparallel as sf
+
+        @sf.parallel(n=2)
+        def endless():
+            while True:
+                print("x" * 1000)
+
+        try:
+            endless()
+        except BrokenPipeError as error:
+            open("note.txt", "w").write(error.__notes__[0])
+        """,
+        "--no-label", *options,
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "x" * 1000 + "\n"
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "raised in rank" in (sfrun.folder / "note.txt").read_text()
+
+
+def test_a_program_that_prints_no_more_outlives_its_reader(sfrun: Sfrun) -> None:
+    process = sfrun.start("import os; print('one line', flush=True); input(); open('done', 'w')", stdin=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "one line\n"
+    process.stdout.close()
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0 and (sfrun.folder / "done").exists()
 
 
 @pytest.mark.parametrize("program", ["print('hello')", ENDLESS], ids=["at its end", "midway"])

@@ -86,10 +86,13 @@ class Job:
         self._output = Output(self._output_has_room, self._output_lost)
         self._outputs: dict[Vm, LabelledOutput] = {}
         self._held: set[Vm] = set()
+        self._unread: set[int] = set()
+        self._closed: set[tuple[Vm, int]] = set()
         self._vms: set[Vm] = set()
         self._forks = 0
         self._started = time.monotonic()
         self._interrupts = 0
+        self._guest_told = False
         self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
         self._next_number = 1
@@ -269,6 +272,13 @@ class Job:
         self._outputs[vm] = LabelledOutput(label, self._output.write)
 
     def _print(self, vm: Vm, stream: int, data: bytes) -> None:
+        if stream in self._unread:
+            # As where the reader of a pipe has gone: who prints again gets SIGPIPE or EPIPE. It is done when a VM prints, because
+            # clones of an earlier state do not know of it.
+            if (vm, stream) not in self._closed:
+                self._closed.add((vm, stream))
+                vm.send(FrameType.CLOSE, channel=stream)
+            return
         output = self._outputs.get(vm)
         if output:
             output.feed(stream, data)
@@ -285,12 +295,15 @@ class Job:
             vm.release()
 
     def _output_lost(self, stream: int, error: OSError) -> None:
-        if not self._stopped.done():
+        if isinstance(error, BrokenPipeError):
+            self._unread.add(stream)
+        elif not self._stopped.done():
             self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
             self._stop(EXIT_OUTPUT_LOST)
 
     def _gone(self, vm: Vm, cause: str) -> None:
         self._vms.discard(vm)
+        self._closed -= {(vm, STDOUT), (vm, STDERR)}
         output = self._outputs.pop(vm, None)
         if output:
             output.close()

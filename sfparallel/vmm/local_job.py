@@ -122,6 +122,7 @@ class LocalSupervisor:
         self._program = 0
         self._output = Output(self._output_has_room, self._output_lost)
         self._held: set[tuple[_Clone, int]] = set()
+        self._unread: set[int] = set()
         self._settling: set[asyncio.Task[None]] = set()
         # What the program ended with; and with what the job is stopped, without waiting for anything.
         self._done: asyncio.Future[int] = loop.create_future()
@@ -232,6 +233,9 @@ class LocalSupervisor:
             data = os.read(descriptor, _PIECE_BYTES)
         except BlockingIOError:
             return False
+        if data and stream in self._unread:
+            self._close(clone, stream)  # as where the reader of a pipe has gone: who prints again gets SIGPIPE or EPIPE
+            return False
         if data:
             clone.shown.feed(stream, data)
             if self._output.full(stream):
@@ -273,7 +277,9 @@ class LocalSupervisor:
                 asyncio.get_running_loop().add_reader(clone.outputs[stream], self._read, clone, stream)
 
     def _output_lost(self, stream: int, error: OSError) -> None:
-        if not self._stopped.done():
+        if isinstance(error, BrokenPipeError):
+            self._unread.add(stream)
+        elif not self._stopped.done():
             self._say(f"sfrun: cannot write to standard {'output' if stream == STDOUT else 'error'}: {error}")
             self._stop(EXIT_OUTPUT_LOST)
 

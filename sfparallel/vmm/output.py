@@ -62,8 +62,8 @@ class Output:
 
     Args:
         on_room: called in the event loop when a stream that was full has room again.
-        on_error: called in the event loop, once for each stream, when it cannot be written; what follows is dropped. A reader
-            that went away (`| head`) is no error, and ends only the output.
+        on_error: called in the event loop, once for each stream, when it cannot be written; what follows is dropped. Where a
+            reader went away (`| head`) it is a BrokenPipeError.
     """
 
     def __init__(self, on_room: Callable[[], None], on_error: Callable[[int, OSError], None]) -> None:
@@ -144,8 +144,6 @@ class _Outlet:
         try:
             while view:
                 view = view[os.write(stream, view) :]
-        except BrokenPipeError:
-            return False
         except OSError as error:
             self._loop.call_soon_threadsafe(self._on_error, stream, error)
             return False

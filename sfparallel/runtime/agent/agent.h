@@ -108,6 +108,7 @@ int program_stdin(struct program *program, const uint8_t *data, size_t size);
 void program_stdin_event(struct program *program);
 void program_close_stdin(struct program *program);
 int program_stdin_taken(struct program *program, struct port *port); /* tells the host when it may send more input */
+void program_close_output(struct program *program, uint16_t channel); /* nobody reads it any more: EPIPE for who prints */
 int program_output_event(int *fd, struct port *port, uint16_t channel); /* one piece */
 int program_drain(struct program *program, struct port *port);          /* all that is in the pipes now */
 int program_discard(struct program *program, uint8_t *scratch, size_t size);

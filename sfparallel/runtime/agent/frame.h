@@ -25,6 +25,7 @@ enum frame_type {
     FRAME_FUSE_REPLY = 36,
     FRAME_SIGNAL = 37,
     FRAME_RUN = 38,
+    FRAME_CLOSE = 39,
 };
 
 struct frame {

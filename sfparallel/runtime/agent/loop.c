@@ -215,6 +215,9 @@ static void on_frame(struct agent *agent, const struct frame *frame)
     case FRAME_RUN:
         must(program_run(&agent->program, frame->payload, frame->size), "RUN");
         break;
+    case FRAME_CLOSE:
+        program_close_output(&agent->program, frame->channel);
+        break;
     default:
         die("unknown frame", EPROTO);
     }

@@ -130,6 +130,14 @@ static int relay_piece(int *fd, struct port *port, uint16_t channel)
     return result < 0 ? result : 1;
 }
 
+void program_close_output(struct program *program, uint16_t channel)
+{
+    if (channel == CHANNEL_STDOUT)
+        close_end(&program->output);
+    else if (channel == CHANNEL_STDERR)
+        close_end(&program->error);
+}
+
 int program_output_event(int *fd, struct port *port, uint16_t channel)
 {
     int result = relay_piece(fd, port, channel);
