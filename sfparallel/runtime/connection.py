@@ -27,6 +27,7 @@ from sfparallel.errors import (
     VMError,
 )
 from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Moment, Sibling
+from sfparallel.runtime.wakeup import SignalAlarm
 
 AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
 
@@ -99,7 +100,8 @@ class Connection:
         self._request("signal", ticket=ticket, number=number, **some)
 
     def join(self, ticket: int, timeout_s: float | None) -> dict[int, int | None] | None:
-        reply = self._request("join", timeout_s=timeout_s, ticket=ticket)
+        with SignalAlarm() as signals:  # this may take long, and Ctrl-C is to end it
+            reply = self._request("join", timeout_s=timeout_s, signals=signals, ticket=ticket)
         return None if reply is None else {int(rank): status for rank, status in reply["status"].items()}
 
     def kill(self, ticket: int, ranks: list[int] | None) -> None:
@@ -130,24 +132,34 @@ class Connection:
         except OSError as error:
             raise GuestError(f"the guest agent does not take the request {op!r}: {error}") from error
 
-    def _request(self, op: str, *, timeout_s: float | None = None, **fields: Any) -> Any:
+    def _request(self, op: str, *, timeout_s: float | None = None, signals: SignalAlarm | None = None, **fields: Any) -> Any:
         """Send a request and wait for its reply; None only when a time limit was given and ran out."""
         number = next(self._ids)
         self._post(op, id=number, **fields)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while deadline is None or self._readable(max(0.0, deadline - time.monotonic())):
+        while True:
+            if signals is not None or deadline is not None:
+                remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not self._readable(remaining, signals):
+                    if remaining == 0.0:
+                        return None
+                    continue
             message = self._receive()
             if message is not None and message.get("id") == number:
                 if "error" in message:
                     raise _error(op, message)
                 return message
             # Otherwise the late reply to a request whose caller was interrupted, or had a time limit.
-        return None
 
-    def _readable(self, timeout_s: float) -> bool:
+    def _readable(self, timeout_s: float | None, signals: SignalAlarm | None = None) -> bool:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
+        if signals is not None:
+            poll.register(signals, select.POLLIN)
+        ready = poll.poll(None if timeout_s is None else timeout_s * 1000)
+        if signals is not None:
+            signals.reset()
+        return any(descriptor == self._socket.fileno() for descriptor, _ in ready)
 
     def _receive(self) -> dict[str, Any] | None:
         """Take one packet; None when it was an event, which is kept for `events`."""

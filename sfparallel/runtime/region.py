@@ -35,6 +35,7 @@ from sfparallel.runtime.hypervisor import Answer, Lost, Sibling
 from sfparallel.runtime.link import Kind, Message, ParentLink, unpack_answer
 from sfparallel.runtime.payload import load_error, loads
 from sfparallel.runtime.progress import Progress
+from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.work import OnError, Work
 from sfparallel.runtime.worker import Place, die, live
 
@@ -158,7 +159,8 @@ class Region:
         with self._resources:
             progress = Progress(self._work.name, len(self._schedule), self._work.progress)
             try:
-                failed = self._gather(progress)
+                with SignalAlarm() as signals:
+                    failed = self._gather(progress, signals)
             finally:
                 progress.close()
             now = time.monotonic() - self._started
@@ -183,7 +185,7 @@ class Region:
                                 hint="use a smaller n, or give each VM less memory (sfrun --memory)")
         return granted
 
-    def _gather(self, progress: Progress) -> BaseException | None:
+    def _gather(self, progress: Progress, signals: SignalAlarm) -> BaseException | None:
         """Take answers until there are enough of them; the error that ends the region, if any."""
         deadline = None if self._work.timeout_s is None else self._started + self._work.timeout_s
         hypervisor = self._ticket.hypervisor
@@ -191,6 +193,7 @@ class Region:
         poller.register(self._link.router, zmq.POLLIN)
         poller.register(hypervisor.fileno(), zmq.POLLIN)
         poller.register(self._alarm.fileno(), zmq.POLLIN)
+        poller.register(signals.fileno(), zmq.POLLIN)
         done = 0
         while True:
             # Events first: a clone that died may have answered before, and its answer is here by then.
@@ -210,6 +213,7 @@ class Region:
             if remaining is not None and remaining <= 0:
                 return self._timed_out()
             poller.poll(None if remaining is None else int(remaining * 1000) + 1)
+            signals.reset()
             self._look_around()
 
     def _look_around(self) -> None:

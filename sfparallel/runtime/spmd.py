@@ -17,7 +17,6 @@ import atexit
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from sfparallel.runtime.hypervisor import Answer, End, Lost
 from sfparallel.runtime.link import CloneLink, Kind, Message, ParentLink
 from sfparallel.runtime.region import JOIN_LIMIT_S, bind_link, free_port
 from sfparallel.runtime.rng import region_streams
+from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.worker import clone_link, die, membership
 
 EXIT_LOST = 70
@@ -153,16 +153,12 @@ class World:
 
     def watch(self) -> int:
         """Wait until all clones are gone; the exit code of the job."""
-        alarm, rings = socket.socketpair()
-        rings.setblocking(False)
-        # A signal that comes just before `poll` begins to wait must end the wait too.
-        signal.set_wakeup_fd(rings.fileno())
-        while self._running:
-            try:
-                self._step(alarm)
-            except KeyboardInterrupt:
-                alarm.recv(1)
-                self._interrupt()
+        with SignalAlarm() as signals:
+            while self._running:
+                try:
+                    self._step(signals)
+                except KeyboardInterrupt:
+                    self._interrupt()
         hypervisor, number = self._ticket.hypervisor, self._ticket.number
         if hypervisor.join(number, JOIN_LIMIT_S) is None:
             hypervisor.kill(number, None)
@@ -170,13 +166,14 @@ class World:
             print(f"sfrun: {self._verdict}", file=sys.stderr)
         return self._code
 
-    def _step(self, alarm: socket.socket) -> None:
+    def _step(self, signals: SignalAlarm) -> None:
         poller = zmq.Poller()
-        poller.register(alarm, zmq.POLLIN)
+        poller.register(signals.fileno(), zmq.POLLIN)
         poller.register(self._link.router, zmq.POLLIN)
         poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
         next_s = min((when for when, _ in self._deadlines), default=None)
         poller.poll(None if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1))
+        signals.reset()
         # Events first: what a clone said before it died is here by then.
         events = self._ticket.hypervisor.events()
         while (message := self._link.receive()) is not None:
