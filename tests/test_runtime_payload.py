@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -103,11 +105,19 @@ def test_cloudpickle_is_the_fallback() -> None:
 
 
 def test_what_cannot_be_pickled_says_so() -> None:
-    with pytest.raises(ResultNotPicklable, match=r"generator cannot be sent.*\n.*hint"):
-        dumps(x for x in range(3))
+    with pytest.raises(ResultNotPicklable, match=r"result of rank 7, a generator, cannot be sent.*\n.*hint"):
+        dumps((x for x in range(3)), "rank 7")
+    for mode in ("r", "rb", "w", "a+"):
+        with open(os.devnull, mode) as file, pytest.raises(ResultNotPicklable, match=r"of rank 7, a list, cannot.*\n.*collect="):
+            dumps([1, file], "rank 7")
     with pytest.raises(ResultNotPicklable, match="not here"):
         travel(RefusesToLoad())
     assert pickle.loads(pickle.dumps(ResultNotPicklable("x", hint="y"))).hint == "y"
+
+
+def test_a_standard_stream_arrives_as_that_of_the_parent(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        assert travel([sys.stdout, lambda: 1])[0] is sys.stdout
 
 
 def raised(error: BaseException) -> BaseException:

@@ -6,9 +6,10 @@ nor out of it. Pure functions, no sockets.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,26 +23,29 @@ receive buffer, where an array would not be aligned; large ones have memory of t
 libzmq 4.3.4 and 4.3.5)."""
 
 
-def dumps(value: Any) -> list[Buffer]:
+def dumps(value: Any, origin: str = "this rank") -> list[Buffer]:
     """Pickle `value` into frames; buffers are referred to, not copied.
+
+    Args:
+        origin: whose result it is, for the error.
 
     Raises:
         ResultNotPicklable: neither pickle nor cloudpickle can.
     """
     try:
-        return _dumps(pickle.dumps, value)
+        return _dumps(functools.partial(pickle.dumps, protocol=5), value)
     except Exception:  # a class's own __reduce__ may raise anything
         pass
     try:
-        # Seldom needed, and no part of what `import sfparallel` costs; in a guest the zygote has imported it.
-        import cloudpickle
-        return _dumps(cloudpickle.dumps, value)
+        from sfparallel.runtime import by_value
+        return _dumps(by_value.dumps, value)
     except Exception as error:
-        hint = "return plain data (numbers, arrays, containers), or write a file and use collect="
-        raise ResultNotPicklable(f"a {type(value).__qualname__} cannot be sent to the parent: {error}", hint=hint) from error
+        raise ResultNotPicklable(f"the result of {origin}, a {type(value).__qualname__}, cannot be sent to the parent: {error}",
+                                 hint="return plain data (numbers, arrays, containers, what was read from a file), "
+                                      "or write a file and use collect=") from error
 
 
-def _dumps(dump: Any, value: Any) -> list[Buffer]:
+def _dumps(dump: Callable[..., bytes], value: Any) -> list[Buffer]:
     buffers: list[Buffer] = []
 
     def keep(buffer: pickle.PickleBuffer) -> bool:
@@ -54,12 +58,15 @@ def _dumps(dump: Any, value: Any) -> list[Buffer]:
         buffers.append(view)
         return False
 
-    data = dump(value, protocol=5, buffer_callback=keep)
+    data = dump(value, buffer_callback=keep)
     return [data, *buffers]
 
 
-def loads(frames: Sequence[Buffer]) -> Any:
+def loads(frames: Sequence[Buffer], origin: str = "a rank") -> Any:
     """Rebuild what `dumps` was given. Arrays lie in the memory of `frames` and are writable.
+
+    Args:
+        origin: whose result it is, for the error.
 
     Raises:
         ResultNotPicklable: the pickle cannot be read here.
@@ -67,7 +74,7 @@ def loads(frames: Sequence[Buffer]) -> Any:
     try:
         return pickle.loads(frames[0], buffers=[_writable(frame) for frame in frames[1:]])
     except Exception as error:  # a class's own __setstate__ may raise anything
-        raise ResultNotPicklable(f"a result arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
+        raise ResultNotPicklable(f"the result of {origin} arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
                                  hint="its class must be importable, and rebuildable from its pickle, in the parent") from error
 
 

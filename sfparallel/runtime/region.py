@@ -263,15 +263,16 @@ class Region:
             self._link.send(rank, Kind.RELEASE)
 
     def _on_result(self, message: Message, key: int) -> None:
+        where = self._where(message.rank, key)
         files = message.header.get("files", [])
         payload = len(message.frames) - len(files)
         try:
-            self._results[key] = loads(message.frames[:payload])
+            self._results[key] = loads(message.frames[:payload], where)
             if self._work.collector is not None:
                 self._work.collector.receive(message.rank, files, message.frames[payload:])
         except Exception as error:  # whatever a result's own __setstate__ raises is this key's error, not the region's
             self._results.pop(key, None)
-            error.add_note(f"in the result of {self._where(message.rank, key)}")
+            error.add_note(f"in the result of {where}")
             self._errors[key] = error
 
     def _on_lost(self, event: Lost) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-import cloudpickle  # noqa: F401
 import numpy as np
 import zmq
 

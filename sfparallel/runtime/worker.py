@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import zmq
 
-from sfparallel.runtime import lowlevel
+from sfparallel.runtime import full_disk, lowlevel
 from sfparallel.runtime.here import HERE, Membership
 from sfparallel.runtime.hypervisor import Fork
 from sfparallel.runtime.link import CloneLink, Kind, ParentLink, pack_answer
@@ -119,13 +119,17 @@ class _Worker:
         try:
             if failure is not None:
                 raise failure
-            frames = dumps(self._work.call(key))
+            result = self._work.call(key)
+            rank = self._membership.rank
+            frames = dumps(result, f"item {key}, computed by rank {rank}" if self._work.per_item else f"rank {rank}")
             self._membership.leave()
             if self._work.collector is not None:
                 fields["files"], contents = self._work.collector.changed()
                 frames += contents
             kind = Kind.RESULT
         except BaseException as error:
+            if self._ticket.hypervisor.keeps_threads:  # a VM
+                full_disk.explain(error)
             fields = {"key": key}
             fields["error"], frames = dump_error(error, self._membership.rank)
             kind = Kind.ERROR

@@ -111,9 +111,9 @@ class Pickle:
             data = python_pickle.dumps(obj, 5, buffer_callback=keep)
         except (python_pickle.PicklingError, AttributeError, TypeError):
             # Functions without a name that can be imported. Seldom needed, and dear to import.
-            import cloudpickle
+            from sfparallel.runtime import by_value
             outside.clear()
-            data = cloudpickle.dumps(obj, protocol=5, buffer_callback=keep)
+            data = by_value.dumps(obj, keep)
         if not outside:
             return 0, [data], len(data)
         return _joined(data, outside)
