@@ -214,10 +214,67 @@ def test_a_result_that_cannot_be_pickled(sfrun: Sfrun) -> None:
         try:
             sf.parallel(n=2)(lambda: threading.Lock())()
         except sf.ResultNotPicklable as error:
-            print(error, *error.__notes__)
+            print(error)
+        file = open(__file__)
+        try:
+            sf.parallel(n=2)(lambda: [file])()
+        except sf.ResultNotPicklable as error:
+            print(error)
         """
     ).ok()
-    assert "rank 0" in ended.out or "rank 1" in ended.out
+    assert ended.out.count("hint: ") == 2 and "open file" in ended.out
+    assert ended.out.count("the result of rank 0") + ended.out.count("the result of rank 1") == 2
+
+
+def test_a_full_disk_in_a_vm_says_that_files_are_in_memory(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import errno
+        import sfparallel as sf
+
+        def fill():
+            with open("big", "wb") as file:
+                while True:
+                    file.write(bytes(1 << 20))
+
+        try:
+            sf.parallel(n=1)(fill)()
+        except OSError as error:
+            print(error.errno == errno.ENOSPC, *error.__notes__)
+        fill()
+        """,
+        "--memory", "512M",
+    )  # fmt: skip
+    assert ended.code == 1
+    for text in (ended.out, ended.err):
+        for words in ("in its RAM", "--memory", "collect=", "--data"):
+            assert words in text
+    assert ended.out.startswith("True") and "rank 0" in ended.out
+
+
+def test_what_cannot_be_written_to_the_host_is_told_once(sfrun: Sfrun) -> None:
+    (sfrun.folder / "closed").mkdir()
+    program = """
+        import os
+        open("open.txt", "w").write("arrives")
+        os.chdir("closed")
+        os.makedirs("deep/deeper")
+        for name in ("a", "b", "deep/c", "deep/deeper/d"):
+            open(name, "w").write("lost")
+        """
+    closed = str(sfrun.folder / "closed")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", closed], check=True)
+    try:
+        ended = sfrun(program)
+    finally:
+        subprocess.run(["umount", closed], check=True)
+    assert ended.code == 1
+    assert ended.err.splitlines() == [
+        "sfrun: 3 changes of the program could not be written to the host:",
+        *(f"  {closed}/{name}: Read-only file system" for name in ("a", "b", "deep")),
+        "  hint: make the folder writable, or work in another one, then run the program again; all other changes are on the host",
+    ]
+    assert (sfrun.folder / "open.txt").read_text() == "arrives"
 
 
 def test_more_clones_than_the_host_can_hold(sfrun: Sfrun) -> None:

@@ -34,6 +34,8 @@ MOUNTS = Path("/run/sfparallel/mnt")
 """Where the agent keeps the layers of every export: `<tag>/up` and `<tag>/low`."""
 
 DATA_BYTES = 64 << 10
+SHOWN = 20
+"""Problems that are told one by one; of more, only the number."""
 WINDOW = 16
 """Requests under way at a time: enough to hide the way to the host and back, and 1 MiB at most in the agent."""
 
@@ -60,6 +62,15 @@ class Change:
     reason: str = ""
 
 
+_REMEDIES = {
+    errno.EROFS: "make the folder writable, or work in another one",
+    errno.EACCES: "make the folder writable, or work in another one",
+    errno.EPERM: "make the folder writable, or work in another one",
+    errno.ENOSPC: "free space on the host's disk",
+    errno.EDQUOT: "free space on the host's disk",
+}
+
+
 @dataclass(slots=True)
 class Report:
     """What was brought back.
@@ -73,6 +84,18 @@ class Report:
     deleted: int = 0
     data_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    codes: set[int] = field(default_factory=set)
+    """Kernel's error numbers among them."""
+
+    def error(self) -> GuestError:
+        """What was not brought back, as one error that says what to do."""
+        shown = [*self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            shown.append(f"and {len(self.problems) - SHOWN} more")
+        what = "1 change" if len(self.problems) == 1 else f"{len(self.problems)} changes"
+        remedies = dict.fromkeys(_REMEDIES.get(code, "free the way") for code in sorted(self.codes)) or ["free the way"]
+        return GuestError("\n  ".join([f"{what} of the program could not be written to the host:", *shown]),
+                          hint=f"{' and '.join(remedies)}, then run the program again; all other changes are on the host")
 
 
 def copy_back(mounts: Path = MOUNTS, agent_socket: str = wire.AGENT_SOCKET) -> Report:
@@ -91,7 +114,7 @@ def copy_back(mounts: Path = MOUNTS, agent_socket: str = wire.AGENT_SOCKET) -> R
             sender.send_changes(tag, folder / "up", changes(folder / "up", folder / "low"))
         report = sender.finish()
     if report.problems:
-        raise GuestError("\n".join(report.problems), hint="the guest is gone with these; free the way and run the program again")
+        raise report.error()
     return report
 
 
@@ -223,7 +246,7 @@ class Sender:
             try:
                 self._send_change(tag, up, change)
             except OSError as error:
-                self._problem(tag, change.path, f"{os.fsdecode(change.path)!r} could not be read in the guest: {error.strerror}")
+                self._problem(tag, change.path, f"{os.fsdecode(change.path)!r} cannot be read in the guest: {error.strerror}")
 
     def _send_change(self, tag: int, up: bytes, change: Change) -> None:
         path = change.path
@@ -243,7 +266,7 @@ class Sender:
                 self._send(tag, path, "delete")
                 self._report.deleted += 1
             case Kind.UNSUPPORTED:
-                self._problem(tag, path, f"{os.fsdecode(path)!r} could not be brought back: {change.reason}")
+                self._problem(tag, path, f"{os.fsdecode(path)!r}: {change.reason}")
 
     def finish(self) -> Report:
         """Wait for the remaining answers."""
@@ -305,10 +328,22 @@ class Sender:
         if key is None:
             raise GuestError(f"the host answered a request that was not made: {answer['id']!r}")
         if "error" in answer:
-            self._problem(*key, str(answer.get("message", answer["error"])))
+            code = answer.get("errno")
+            self._problem(*key, str(answer.get("message", answer["error"])), code if isinstance(code, int) else 0)
 
-    def _problem(self, tag: int, path: bytes, message: str) -> None:
-        # One line per path: what was already on its way when a file failed fails too.
-        if (tag, path) not in self._failed:
-            self._failed.add((tag, path))
-            self._report.problems.append(message)
+    def _problem(self, tag: int, path: bytes, message: str, code: int = 0) -> None:
+        # One line per path: what was already on its way when a file failed fails too. So does what is in a folder that failed.
+        if (tag, path) in self._failed:
+            return
+        self._failed.add((tag, path))
+        if code == errno.ENOENT and any((tag, folder) in self._failed for folder in _folders_of(path)):
+            return
+        self._report.problems.append(message)
+        if code:
+            self._report.codes.add(code)
+
+
+def _folders_of(path: bytes) -> Iterator[bytes]:
+    """The folders above a path, innermost first."""
+    while path := os.path.dirname(path):
+        yield path

@@ -7,11 +7,13 @@ which knows SystemExit, KeyboardInterrupt (death by SIGINT), non-daemon threads 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import runpy
 import signal
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from typing import Any, NoReturn, TextIO, cast
@@ -64,9 +66,13 @@ def set_up_streams() -> None:
     cast(TextIO, sys.stdin).reconfigure(encoding="utf-8", errors="strict")  # type: ignore[attr-defined]
 
 
-def run(program: Program) -> None:
-    """Run it as `__main__`; with `ranks`, in each of so many clones, while the parent looks after them and does not return."""
-    _prepare(program)
+def run(program: Program, explain: Callable[[BaseException], None] = lambda error: None) -> None:
+    """Run it as `__main__`; with `ranks`, in each of so many clones, while the parent looks after them and does not return.
+
+    Args:
+        explain: adds to an exception that nobody caught what its reader should know.
+    """
+    _prepare(program, explain)
     if not program.ranks:
         _execute(program)
         return
@@ -77,9 +83,9 @@ def run(program: Program) -> None:
         _execute(program)
 
 
-def _prepare(program: Program) -> None:
+def _prepare(program: Program, explain: Callable[[BaseException], None]) -> None:
     """Make this process's environment, folder and arguments those of the program."""
-    sys.excepthook = _excepthook
+    sys.excepthook = functools.partial(_excepthook, explain)
     if program.env:
         os.environ.clear()
         os.environ.update(program.env)
@@ -133,8 +139,10 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+def _excepthook(explain: Callable[[BaseException], None], kind: type[BaseException], error: BaseException,
+                trace: types.TracebackType | None) -> None:
     """Python's own, without our frames on top of the program's."""
+    explain(error)
     first: Any = trace
     while first is not None and first.tb_frame.f_code.co_filename in HIDDEN_FILES:
         first = first.tb_next

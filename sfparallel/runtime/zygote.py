@@ -9,6 +9,7 @@ for stdin, stdout and stderr. The answers are `{"pid": int}` and, when the progr
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ import msgpack
 
 import sfparallel.runtime
 from sfparallel.errors import GuestError, SfError
+from sfparallel.runtime import full_disk
 from sfparallel.runtime import program as programs
 from sfparallel.runtime.data_disks import mount_data_disks
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
@@ -120,13 +122,14 @@ def _copy_back(stderr: int) -> bool:
     try:
         importlib.import_module(COPY_BACK_MODULE).copy_back()
     except GuestError as error:
-        os.write(stderr, f"sfrun: {error}\n".encode(errors="replace"))
-        return False
+        text = str(error)
     except Exception:  # whatever it was: the program's results are not where its user expects them, and has to know
-        text = f"sfrun: changed files could not be copied back to the host\n{traceback.format_exc()}"
-        os.write(stderr, text.encode(errors="replace"))
-        return False
-    return True
+        text = f"changed files could not be written to the host\n{traceback.format_exc()}"
+    else:
+        return True
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        os.write(stderr, f"sfrun: {text}\n".encode(errors="replace"))
+    return False
 
 
 # ---- in the child: the user's program ----
@@ -156,7 +159,7 @@ def _run(program: Program) -> None:
         mount_data_disks(program.data)
     except (SfError, OSError) as error:
         programs.refuse(f"cannot mount the data disks: {error}")
-    programs.run(program)
+    programs.run(program, full_disk.explain)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class CopyBack:
         exports: host folders by tag, as given to the file server.
 
     Attributes:
-        problems: what could not be written, one line each, for the end of the job.
+        problems: what could not be written, one line each. The guest tells its user; this is for where it cannot any more.
+        used: whether a guest has begun to bring changes back.
     """
 
     TRANSFERS = 16
@@ -71,6 +72,7 @@ class CopyBack:
 
     def __init__(self, exports: Mapping[int, Path]) -> None:
         self.problems: list[str] = []
+        self.used = False
         self._folders = dict(exports)
         self._roots: dict[int, int] = {}
         self._transfers: dict[tuple[int, bytes], _Transfer] = {}
@@ -104,8 +106,10 @@ class CopyBack:
             request: `{"op": "file", "id", "tag", "path", "kind", ...}`; see `sfparallel.runtime.copyback`.
 
         Returns:
-            `{"id", "ok": True}`, or `{"id", "error": "invalid" | "io", "message"}`; then nothing of the file is left.
+            `{"id", "ok": True}`, or `{"id", "error": "invalid" | "io", "message"}`, with "errno" where the kernel refused; then
+            nothing of the file is left.
         """
+        self.used = True
         number = request.get("id")
         answer: dict[str, Any] = {"id": number if isinstance(number, int) else None}
         try:
@@ -122,10 +126,11 @@ class CopyBack:
         except (OSError, RecursionError) as error:  # RecursionError: a tree too deep for shutil.rmtree
             self._drop(tag, path)
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else "too many levels of folders"
-            message = f"{where} could not be brought back from the guest: {reason}"
+            message = f"{where}: {reason}"
             if len(self.problems) < self.PROBLEMS:
                 self.problems.append(message)
-            return answer | {"error": "io", "message": message}
+            code = error.errno if isinstance(error, OSError) else None
+            return answer | {"error": "io", "message": message} | ({"errno": code} if code else {})
         return answer | {"ok": True}
 
     def _target(self, request: Mapping[str, Any]) -> tuple[int, bytes]:

@@ -244,8 +244,10 @@ class Job:
         )
 
     def _close_copy_back(self) -> None:
-        for problem in (*self._copy_back.problems, *self._rank_files.problems):
-            self._say(f"sfrun: not written back: {problem}")
+        # A guest that came to its end has told its user.
+        if not self._guest_told and (self._copy_back.used or self._rank_files.used):
+            self._say("\n  ".join(["sfrun: the job ended while changed files were being written to the host; the rest is lost",
+                                   *self._copy_back.problems, *self._rank_files.problems]))
         self._copy_back.abort()
         self._copy_back.close()
         self._rank_files.close()
@@ -365,7 +367,9 @@ class Job:
         if vm is not self._parent:
             assert self._regions is not None
             self._regions.clone_exited(vm, status, int(report.get("oom_kills", 0)))
-        elif not self._done.done():
+            return
+        self._guest_told = True
+        if not self._done.done():
             if os.WIFSIGNALED(status) and report.get("oom_kills"):
                 self._say("sfrun: the parent ran out of memory and its kernel killed the program; give it more with --memory")
             self._done.set_result(exit_code(status))

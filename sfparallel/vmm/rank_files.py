@@ -39,6 +39,11 @@ class RankFiles:
         """What could not be written, one line each."""
         return [problem for copy in self._copies.values() for problem in copy.problems]
 
+    @property
+    def used(self) -> bool:
+        """Whether a rank has begun to bring changes back."""
+        return bool(self._copies)
+
     def handle(self, rank: int, request: Mapping[str, Any]) -> dict[str, Any]:
         """Apply one request of a rank; see `CopyBack.handle`."""
         # Ranks send at the same time, and a transfer is known by its path.
