@@ -100,6 +100,11 @@ def pack(message: dict[str, Any]) -> bytes:
     return cast(bytes, msgpack.packb(message, use_bin_type=True))
 
 
+def pack_names(message: dict[str, Any]) -> bytes:
+    """Encode a message to a guest that has names of files, arguments or variables in it: those need not be UTF-8 (PEP 383)."""
+    return cast(bytes, msgpack.packb(message, use_bin_type=True, unicode_errors="surrogateescape"))
+
+
 def unpack(data: bytes) -> dict[str, Any]:
     """Decode a message.
 

@@ -272,6 +272,21 @@ def test_failed_command_is_told_with_its_own_words(tmp_path: Path) -> None:
         subprocesses.run([tmp_path / "nothing"], what="do it")
 
 
+@pytest.mark.needs("root", "squashfs")
+def test_a_disk_that_fills_up_in_the_middle_is_told(tmp_path: Path) -> None:
+    (tmp_path / "content").write_bytes(os.urandom(4 << 20))
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
+    try:
+        with pytest.raises(ImageBuildError, match="No space left") as caught:
+            subprocesses.run(["mksquashfs", tmp_path / "content", small / "root.sqfs", "-quiet"], what="compress",
+                             error=ImageBuildError)  # fmt: skip
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert caught.value.hint and "SF_CACHE" in caught.value.hint
+
+
 # -- kernel modules ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -188,10 +189,23 @@ def test_statistics(sfrun: Sfrun) -> None:
         assert words in ended.err
 
 
-def test_an_unusual_current_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "ein Ordner mit ü"
+@pytest.mark.parametrize("options", [(), ("--local",)], ids=["vm", "local"])
+def test_names_of_any_bytes(tmp_path: Path, options: tuple[str, ...]) -> None:
+    odd = os.fsdecode(b"a folder \n with \xc3\xbc and \xff")
+    folder = tmp_path / odd
     folder.mkdir()
-    assert Sfrun(folder)("import os; print(os.path.basename(os.getcwd()))").ok().out.strip() == "ein Ordner mit ü"
+    (folder / odd).write_text(
+        "import os, sys\n"
+        "print(ascii([os.path.basename(os.getcwd()), os.path.basename(__file__), *sys.argv[1:], os.environ['A']]))\n"
+        "open(sys.argv[1], 'w').write('written')\n"
+    )
+    command = [str(BIN / "sfrun"), *options, "--env", f"A={odd}", odd, f"new {odd}"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.strip()) == (0, ascii([odd, odd, f"new {odd}", odd])), ended.stderr
+    assert (folder / f"new {odd}").read_text() == "written"
+
+
+def test_a_current_folder_of_the_system_is_refused() -> None:
     ended = subprocess.run([str(BIN / "sfrun"), "-c", "print(1)"], cwd="/", capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "project" in ended.stderr
 

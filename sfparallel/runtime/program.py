@@ -53,7 +53,7 @@ class Program:
 
     @classmethod
     def decode(cls, payload: bytes) -> Program:
-        message = msgpack.unpackb(payload, raw=False)
+        message = msgpack.unpackb(payload, raw=False, unicode_errors="surrogateescape")
         return cls(argv=list(message["argv"]), mode=str(message["mode"]), cwd=str(message["cwd"]), env=dict(message["env"]),
                    path0=str(message["path0"]), data=[(str(serial), str(path)) for serial, path in message.get("data", [])],
                    ranks=int(message.get("ranks", 0)), mpi4py=bool(message.get("mpi4py", False)))

@@ -96,8 +96,8 @@ def _unpack_debian(work: Path, root: Path, suite: str, packages: Sequence[str], 
 
 def _explained(error: SfError) -> ImageBuildError:
     text = str(error.args[0])
-    if "No space left on device" in text:
-        hint = "the disk is full: free some space, or set SF_CACHE to a folder on another disk"
+    if error.hint:
+        hint = error.hint
     elif "Unable to locate package" in text or "has no installation candidate" in text:
         hint = "check the names of the packages with apt-cache policy"
     else:

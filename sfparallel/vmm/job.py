@@ -42,7 +42,7 @@ from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm
-from sfparallel.wire import Frame, FrameType, pack, unpack
+from sfparallel.wire import Frame, FrameType, pack, pack_names, unpack
 
 log = logging.getLogger("sfparallel")
 
@@ -149,7 +149,7 @@ class Job:
 
     def _say(self, line: str) -> None:
         """Show the user a line. May be called in any thread."""
-        self._output.write(STDERR, f"{line}\n".encode())
+        self._output.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
 
     async def _say_last_words(self) -> None:
         """What we have to say ourselves is to be seen, but nobody who does not read can keep us."""
@@ -215,7 +215,7 @@ class Job:
 
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program
-        parent.send(FrameType.RUN, pack({
+        parent.send(FrameType.RUN, pack_names({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
             "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
             "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,

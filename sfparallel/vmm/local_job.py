@@ -27,7 +27,7 @@ from sfparallel.vmm.confinement import FORWARDED, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions, RunIn
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
-from sfparallel.wire import MAX_MESSAGE_BYTES, pack, unpack
+from sfparallel.wire import MAX_MESSAGE_BYTES, pack, pack_names, unpack
 
 log = logging.getLogger("sfparallel")
 
@@ -163,7 +163,7 @@ class LocalSupervisor:
             self._stopped.set_result(code)
 
     def _say(self, line: str) -> None:
-        self._output.write(STDERR, f"{line}\n".encode())
+        self._output.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
 
     def _timed_out(self) -> None:
         if not self._stopped.done():
@@ -175,7 +175,7 @@ class LocalSupervisor:
         orders = os.memfd_create("sfrun-local", 0)
         os.set_inheritable(orders, True)
         control.set_inheritable(True)
-        run = pack({
+        run = pack_names({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {}, "path0": program.path0,
             "ranks": options.ranks, "mpi4py": options.run_in is RunIn.CLONES_MPI4PY,
         })  # fmt: skip

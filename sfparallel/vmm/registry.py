@@ -39,11 +39,17 @@ async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
-            writer.write(pack(asdict(status())))
+            now = status()
+            writer.write(pack({**asdict(now), "program": _in_one_line(now.program)}))
             with contextlib.suppress(OSError):
                 await writer.drain()
 
     return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{pid}")
+
+
+def _in_one_line(text: str) -> str:
+    """Names and commands may hold line breaks, control characters and bytes that are no text."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _job_pids() -> list[int]:

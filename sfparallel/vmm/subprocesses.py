@@ -14,6 +14,7 @@ from sfparallel.errors import EnvironmentProblem, SfError
 
 log = logging.getLogger("sfparallel")
 
+FULL_DISK = "the disk is full: free some space, or set SF_CACHE to a folder on another disk"
 _TAIL_LINES = 20
 
 
@@ -77,5 +78,7 @@ def _bound() -> list[str]:
 
 def _failure(what: str, words: Sequence[str], done: subprocess.CompletedProcess[str], error: type[SfError]) -> SfError:
     tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_TAIL_LINES:])
+    # On whatever step of whatever tool: what it says is all that there is to go by.
+    hint = FULL_DISK if "No space left on device" in tail else None
     ended = f"exit status {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
-    return error(f"cannot {what}: {words[0]} ended with {ended}\n  command: {shlex.join(words)}\n{tail}")
+    return error(f"cannot {what}: {words[0]} ended with {ended}\n  command: {shlex.join(words)}\n{tail}", hint=hint)

@@ -24,7 +24,7 @@ from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import PagingLayer
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.qmp import Event, Qmp, reopened
-from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
+from sfparallel.wire import Frame, FrameParser, FrameType, pack_names, unpack
 
 FREEZE_TIMEOUT_S = 60.0
 """A guest that does not stop its programs within this time is taken for hung (a busy one needs milliseconds)."""
@@ -292,7 +292,7 @@ class Vm:
         """Let a frozen guest go on; `message` is the THAW map of the agent protocol."""
         self.require(VmState.FROZEN)
         self.state = VmState.RUNNING
-        self._write(Frame(FrameType.THAW, pack(message)))
+        self._write(Frame(FrameType.THAW, pack_names(message)))
         held, self._held = self._held, []
         for frame in held:
             self._write(frame)
