@@ -316,6 +316,19 @@ def test_output_is_complete_and_in_order(guest: Guest) -> None:
     assert ended.err == "e" * 200_000
 
 
+@pytest.mark.parametrize("channel", [1, 2])
+def test_output_that_nobody_reads_is_a_broken_pipe(guest: Guest, channel: int) -> None:
+    guest.run(
+        "import os, subprocess\nprint('ready'); input()\n"
+        f"died = subprocess.run(['cat', '/proc/version'], stdout={channel}).returncode\n"
+        f"try: os.write({channel}, b'x')\nexcept BrokenPipeError: os.write({3 - channel}, b'broken %d' % died)\n"
+    )
+    guest.output_until("ready")
+    guest.send(FrameType.CLOSE, channel=channel)
+    guest.send(FrameType.STDIN, b"\n")
+    assert guest.ended().text[3 - channel].endswith(f"broken {-signal.SIGPIPE}".encode())
+
+
 @pytest.mark.parametrize(
     ("code", "status", "message"),
     [
