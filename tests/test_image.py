@@ -285,6 +285,10 @@ def test_a_disk_that_fills_up_in_the_middle_is_told(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", small], check=True)
     assert caught.value.hint and "SF_CACHE" in caught.value.hint
+    script = "import sys; print('No space left on device\\n' + 'and so on\\n' * 100, file=sys.stderr); sys.exit(1)"
+    with pytest.raises(ImageBuildError, match="No space left") as caught:
+        subprocesses.run([sys.executable, "-c", script], what="unpack", error=ImageBuildError)
+    assert caught.value.hint and "SF_CACHE" in caught.value.hint
 
 
 # -- kernel modules ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ from sfparallel.errors import EnvironmentProblem, SfError
 log = logging.getLogger("sfparallel")
 
 FULL_DISK = "the disk is full: free some space, or set SF_CACHE to a folder on another disk"
+_NO_SPACE = os.strerror(errno.ENOSPC)
 _TAIL_LINES = 20
 
 
@@ -52,7 +54,8 @@ def run(
     """
     words = [str(word) for word in argv]
     log.debug("run: %s", shlex.join(words))
-    full_environment = {**os.environ, **environment} if environment else None
+    # In English: their words are read by us too.
+    full_environment = {**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})}
     try:
         # On an exception (Ctrl-C) subprocess.run kills the child before it passes it on.
         done = subprocess.run([*_bound(), *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
@@ -77,8 +80,10 @@ def _bound() -> list[str]:
 
 
 def _failure(what: str, words: Sequence[str], done: subprocess.CompletedProcess[str], error: type[SfError]) -> SfError:
-    tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_TAIL_LINES:])
-    # On whatever step of whatever tool: what it says is all that there is to go by.
-    hint = FULL_DISK if "No space left on device" in tail else None
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    full = [line for line in lines if _NO_SPACE in line]
+    tail = "\n".join([*([line for line in full[:1] if line not in lines[-_TAIL_LINES:]]), *lines[-_TAIL_LINES:]])
+    # In whatever step of whatever tool, and whatever it went on to say: its words are all that there is to go by.
+    hint = FULL_DISK if full else None
     ended = f"exit status {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
     return error(f"cannot {what}: {words[0]} ended with {ended}\n  command: {shlex.join(words)}\n{tail}", hint=hint)
