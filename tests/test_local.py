@@ -42,6 +42,19 @@ def local(sfrun: Sfrun) -> Local:
     return run
 
 
+def test_a_mistaken_n_does_not_take_all_processes_of_the_host(local: Local) -> None:
+    ended = local(
+        """
+        import sfparallel as sf
+        try:
+            sf.parallel(n=10**6)(lambda: 1)()
+        except sf.CapacityError as error:
+            print(error.fits)
+        """
+    ).ok()
+    assert ended.out == "1024\n"
+
+
 def test_regions_maps_labels_and_the_communicator(local: Local) -> None:
     ended = local(
         """

@@ -332,11 +332,14 @@ class Sender:
             self._problem(*key, str(answer.get("message", answer["error"])), code if isinstance(code, int) else 0)
 
     def _problem(self, tag: int, path: bytes, message: str, code: int = 0) -> None:
-        # One line per path: what was already on its way when a file failed fails too. So does what is in a folder that failed.
+        # One line per path: what was already on its way when a file failed fails too. So does what is in a folder that failed,
+        # and a folder's time when nothing in it could be written.
         if (tag, path) in self._failed:
             return
+        follows = code == errno.ENOENT and any((tag, folder) in self._failed for folder in _folders_of(path))
+        follows |= code > 0 and any(other == tag and name.startswith(path + b"/") for other, name in self._failed)
         self._failed.add((tag, path))
-        if code == errno.ENOENT and any((tag, folder) in self._failed for folder in _folders_of(path)):
+        if follows:
             return
         self._report.problems.append(message)
         if code:

@@ -34,6 +34,8 @@ ENVIRONMENT = "SF_LOCAL"
 """Says by which descriptors the supervisor talks to the program that it started: "control,start"."""
 
 ANSWER_BYTES = 64 << 10
+MOST_CLONES = 1024
+"""In one fork. A job of VMs asks the host's memory; here a mistaken n would take all of the host's processes."""
 _PACKET_BYTES = 1 << 20
 _ENTROPY_BYTES = 96
 _EXIT_SOFTWARE = 70  # sysexits.h
@@ -180,7 +182,7 @@ class LocalLine:
     def request_ticket(self, n: int) -> Grant:
         self._tickets += 1
         self._children = [child for child in self._children if child.alive]
-        return Grant(self._tickets, n)
+        return Grant(self._tickets, min(n, MOST_CLONES))
 
     def host_of(self, rank: int) -> str:
         """The host that runs a clone; there is only one."""
