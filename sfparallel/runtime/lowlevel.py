@@ -196,7 +196,9 @@ def kill(ticket: Ticket) -> None:
 
 
 def flush_output() -> None:
-    """Flush what Python buffers of standard output and error; either may have been closed or taken away by the program."""
+    """Flush what Python buffers of standard output and error; either may have been closed or taken away by the program, or have
+    lost its reader: that is an error for who prints, and for nobody else."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            stream.flush()
+            with contextlib.suppress(BrokenPipeError):
+                stream.flush()
