@@ -1,4 +1,4 @@
-"""The paging layer over its real socket: in a harness that stands for QEMU (ASan and UBSan build), and in QEMU itself."""
+"""The paging layer over its real socket, in a harness that stands for QEMU: commits, images, errors, the connection."""
 
 from __future__ import annotations
 
@@ -6,141 +6,39 @@ import asyncio
 import errno
 import fcntl
 import os
-import select
-import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from sfparallel.errors import Closed, PagingError, UsageError
 from sfparallel.vmm import paging, plans
-from sfparallel.vmm.layers import EXTENT, PAGE_BYTES, STORED, ZERO, ZERO_LAYER, Extents, MemoryMap, Records
-from sfparallel.vmm.paging import PagingLayer, PagingRefused, PagingStep, ScanMethod
+from sfparallel.vmm.layers import (
+    EXTENT,
+    PAGE_BYTES,
+    STORED,
+    ZERO,
+    ZERO_LAYER,
+    Extents,
+    MemoryMap,
+)
+from sfparallel.vmm.paging import PagingLayer, PagingStep, ScanMethod
 from sfparallel.vmm.plans import CommitMode, MapPlan
-
-ROOT = Path(__file__).parent.parent
-NATIVE = ROOT / "sfparallel/vmm/native"
-PAGES = 64
-BYTES = PAGES * PAGE_BYTES
-
-
-@pytest.fixture(scope="session")
-def program() -> Path:
-    """The harness with sanitizers; also makes sure that the library itself is built."""
-    subprocess.run(["make", "-s", "-C", str(NATIVE), "all", "asan"], check=True)
-    return ROOT / "build/native/harness"
-
-
-class Guest:
-    """A harness process: "guest memory" that does what it is told, and its paging layer."""
-
-    def __init__(self, process: subprocess.Popen[str], layer: PagingLayer, pages: int) -> None:
-        assert process.stdout
-        self.process = process
-        self.layer = layer
-        self.address = int(process.stdout.readline().split()[1])
-        self.map = MemoryMap.zero(pages)
-
-    def tell(self, *words: object) -> str:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(" ".join(map(str, words)) + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def fill(self, page: int, pages: int, byte: int) -> None:
-        self.tell("fill", page, pages, byte)
-
-    def show(self, page: int = 0, pages: int = PAGES) -> list[int]:
-        return [int(word) for word in self.tell("show", page, pages).split()]
-
-    async def commit(
-        self, target: int, number: int, mode: CommitMode = CommitMode.FRESH, layers: dict[int, int] | None = None
-    ) -> paging.CommitResult:
-        result = await self.layer.commit(self.address, self.map, target, number, mode, layers=layers)
-        if not mode & CommitMode.NO_REMAP:
-            assert result.remapped
-            self.map = self.map.apply(result.runs, number)
-        return result
-
-    async def load(self, memory_map: MemoryMap, layers: dict[int, int]) -> None:
-        with MapPlan(memory_map, layers) as plan:
-            await self.layer.map(self.address, plan)
-            self.map = plan.memory_map
-
-
-Starter = Callable[..., Guest]
-
-
-class Rig:
-    """What a test starts: harness processes and layer files; all of it is gone afterwards."""
-
-    def __init__(self, program: Path, scan: ScanMethod, stack: ExitStack) -> None:
-        self.program, self.scan, self.stack = program, scan, stack
-        self.stderr = stack.enter_context(os.fdopen(os.memfd_create("stderr"), "w+"))
-
-    def guest(self, pages: int = PAGES) -> Guest:
-        ours, theirs = paging.control_pair()
-        with theirs:
-            process = self.spawn({"SFPAGE_FD": str(theirs.fileno())}, pages, (theirs.fileno(),))
-        layer = PagingLayer(ours, "guest", scan=self.scan)
-        self.stack.callback(layer.close)
-        return Guest(process, layer, pages)
-
-    def spawn(self, variables: dict[str, str], pages: int = PAGES, fds: tuple[int, ...] = ()) -> subprocess.Popen[str]:
-        environment = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1", **variables}
-        process = subprocess.Popen([str(self.program), str(pages)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=self.stderr, env=environment, pass_fds=fds, text=True)
-        self.stack.enter_context(process)
-        self.stack.callback(process.kill)
-        return process
-
-    def memfd(self, size_bytes: int = BYTES) -> int:
-        fd = os.memfd_create("layer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.stack.callback(os.close, fd)
-        os.ftruncate(fd, size_bytes)
-        return fd
-
-    def check_stderr(self) -> None:
-        self.stderr.seek(0)
-        assert self.stderr.read() == "", "a sanitizer complained"
-
-
-@pytest.fixture(params=list(ScanMethod), ids=lambda method: method.value)
-def rig(program: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    with ExitStack() as stack:
-        rig = Rig(program, request.param, stack)
-        yield rig
-        rig.check_stderr()
-
-
-def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[Rig], None]:
-    def wrapper(rig: Rig) -> None:
-        asyncio.run(asyncio.wait_for(test(rig), 60))
-
-    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
-    return wrapper
-
-
-def rows(runs: Records) -> list[tuple[int, int, int]]:
-    return [tuple(row) for row in runs.tolist()]
-
-
-def stored_pages(fd: int) -> int:
-    return os.fstat(fd).st_blocks * 512 // PAGE_BYTES
-
-
-async def refused(call: Awaitable[object], number: int, step: PagingStep) -> PagingRefused:
-    with pytest.raises(PagingRefused) as caught:
-        await call
-    assert (caught.value.errno, caught.value.step) == (number, step), caught.value
-    return caught.value
+from tests.paging_rig import (
+    BYTES,
+    PAGES,
+    Guest,
+    Rig,
+    refused,
+    rows,
+    run,
+    small_tmpfs,
+    stored_pages,
+)
+from tests.paging_rig import program_fixture as program_fixture
+from tests.paging_rig import rig_fixture as rig_fixture
 
 
 @run
@@ -267,13 +165,13 @@ async def test_short_clean_gaps_are_stored_too(rig: Rig) -> None:
     guest, target, other = rig.guest(), rig.memfd(), rig.memfd()
     guest.fill(0, 60, 1)
     await guest.commit(other, 2)
-    before = (await guest.layer.statistics(guest.address, BYTES)).mappings
+    before = guest.mappings()
     for page in (*range(0, 20, 2), 36, 53):
         guest.fill(page, 1, 3)
     result = await guest.commit(target, 1)
     assert rows(result.runs) == [(0, 19, STORED), (36, 18, STORED)]
     assert result.dirty_pages == 12 and result.stored_pages == stored_pages(target) == 37
-    assert (await guest.layer.statistics(guest.address, BYTES)).mappings <= before + 4
+    assert guest.mappings() <= before + 4
     for page in range(1, 20, 2):
         guest.fill(page, 1, 4)
     result = await guest.commit(target, 1, CommitMode.IN_PLACE)
@@ -348,15 +246,6 @@ async def test_failed_write_leaves_memory_intact(rig: Rig) -> None:
     result = await guest.commit(target, 1)
     assert result.stored_pages == 20
     assert guest.show(0, 21) == [1, 1, 2, *[1] * 17, 0]
-
-
-@contextmanager
-def small_tmpfs(folder: Path, size_bytes: int) -> Iterator[Path]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.needs("root")
@@ -624,106 +513,3 @@ def test_plan_wants_all_layers() -> None:
     plan.close()
     with pytest.raises(Closed):
         _ = plan.fds
-
-
-# -- the library in QEMU -----------------------------------------------------------------------------------------------
-
-QEMU = shutil.which("qemu-system-x86_64")
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"  # as libvirt sets it
-
-
-@asynccontextmanager
-async def qemu(control: int | Path, fds: tuple[int, ...] = ()) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A QEMU that has begun its main loop."""
-    assert QEMU
-    process = await asyncio.create_subprocess_exec(
-        QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg", "-m", "64", "-qmp", "stdio",
-        "-sandbox", SANDBOX,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=fds,
-        env={**os.environ, **paging.environment(control)})
-    try:
-        await qmp(process, None)
-        await qmp(process, b'{"execute": "qmp_capabilities"}')
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def qmp(process: asyncio.subprocess.Process, command: bytes | None) -> bytes:
-    assert process.stdin and process.stdout
-    if command:
-        process.stdin.write(command + b"\n")
-    return await asyncio.wait_for(process.stdout.readline(), 30)
-
-
-async def check_qemu(process: asyncio.subprocess.Process, layer: PagingLayer) -> None:
-    """Commit all of guest memory, map it anew, and see the same through QEMU itself."""
-    await layer.hello()
-    found = await qmp(process, b'{"execute": "human-monitor-command", "arguments": {"command-line": "gpa2hva 0"}}')
-    address = int(found.split(b" is ")[1].split(b"\\")[0], 16)
-    size = 64 << 20
-    target = os.memfd_create("layer")
-    try:
-        os.ftruncate(target, size)
-        memory_map = MemoryMap.zero(size // PAGE_BYTES)
-        result = await layer.commit(address, memory_map, target, 1)
-        assert result.remapped
-        os.pwrite(target, b"sfparallel", 4 << 20)
-        source = np.zeros(size // PAGE_BYTES, dtype=np.uint16)
-        source[(4 << 20) // PAGE_BYTES] = 1
-        with MapPlan(MemoryMap(source), {1: target}) as plan:
-            await layer.map(address, plan)
-    finally:
-        os.close(target)
-    seen = await qmp(process, b'{"execute": "human-monitor-command", "arguments": {"command-line": "xp /2cb 0x400000"}}')
-    assert b"'s' 'f'" in seen
-
-
-@pytest.mark.needs("qemu")
-@pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")
-@pytest.mark.parametrize("way", ["inherited", "listening"])
-def test_qemu_with_its_sandbox(program: Path, way: str, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with asynccontextmanager(start)() as (process, layer):
-            await check_qemu(process, layer)
-            layer.close()
-            assert await asyncio.wait_for(process.wait(), 10) == 0
-
-    async def start() -> AsyncIterator[tuple[asyncio.subprocess.Process, PagingLayer]]:
-        if way == "inherited":
-            ours, theirs = paging.control_pair()
-            async with qemu(theirs.fileno(), (theirs.fileno(),)) as process:
-                theirs.close()
-                yield process, PagingLayer(ours, "QEMU")
-        else:
-            async with qemu(tmp_path / "page") as process:
-                yield process, await PagingLayer.connect(tmp_path / "page", "QEMU")
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.needs("qemu")
-@pytest.mark.skipif(QEMU is None, reason="QEMU is not installed")
-def test_qemu_ends_when_its_supervisor_is_killed(program: Path) -> None:
-    """The supervisor is a process that holds the other end and starts QEMU; kill -9 leaves nothing."""
-    supervisor = (
-        "import os, subprocess, sys; from sfparallel.vmm import paging\n"
-        "ours, theirs = paging.control_pair()\n"
-        "q = subprocess.Popen([sys.argv[1], '-S', '-display', 'none', '-nodefaults', '-M', 'q35', '-accel', 'tcg', '-m', '64'],\n"
-        "    pass_fds=(theirs.fileno(),), env={**os.environ, **paging.environment(theirs.fileno())})\n"
-        "theirs.close(); ours.setblocking(True)\n"
-        "ours.send(paging._REQUEST.pack(paging._MAGIC, 1, 1, 1, 0, 0, 0, 0, 0)); ours.recv(200)\n"
-        "print(q.pid, flush=True); q.wait()\n"
-    )
-    assert QEMU
-    with subprocess.Popen([sys.executable, "-c", supervisor, QEMU], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout
-        try:
-            pidfd = os.pidfd_open(int(process.stdout.readline()))
-        finally:
-            process.kill()
-    with closing(os.fdopen(pidfd, "rb", buffering=0)):
-        assert select.select([pidfd], [], [], 10)[0], "QEMU lives on"
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +18,15 @@ from typing import Any
 
 from sfparallel.errors import PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
-from sfparallel.vmm.layers import MemoryMap
+from sfparallel.vmm.layers import MemoryMap, Records
 from sfparallel.vmm.paging import CommitResult, PagingRefused
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
 from sfparallel.vmm.vm import Vm
 from sfparallel.wire import Frame
+
+log = logging.getLogger(__name__)
 
 MAX_LAYERS = 64
 """Of an image of more layers, the small ones are merged; each layer costs every clone mappings and a descriptor at its load."""
@@ -109,36 +112,61 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoin
     """
     try:
         with _plan_commit(vm, store) as plan:
-            return await _freeze_and_save(vm, store, plan, report)
+            try:
+                await _prepare(vm, plan, report)
+                return await _freeze_and_save(vm, store, plan, report)
+            finally:
+                with contextlib.suppress(PagingError):
+                    await vm.paging.settle()
     finally:
         # A new layer that was not written holds nothing; one that was written is in the map by now.
         store.release(vm, keep=vm.memory.layers if vm.memory else ())
 
 
+async def _prepare(vm: Vm, plan: CommitPlan, report: ForkReport) -> None:
+    begun = time.monotonic()
+    try:
+        pages = await vm.paging.prepare(vm.ram_address, plan)
+    except PagingRefused as error:
+        log.info("%s; its pause will be longer", error)
+        pages = 0
+    report.note(vm.name, Phase.PREPARE, begun, prepared_pages=pages)
+
+
 async def _freeze_and_save(
     vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport
 ) -> tuple[Checkpoint, list[Frame]]:
+    assert vm.memory is not None
     begun = time.monotonic()
     crossing = await vm.freeze()
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
         async with vm.devices_to(device_state) as devices:
             frozen = time.monotonic()
-            stopped = saved = committed = frozen
+            runs: Records | None = None
             try:
-                stopped, saved = await vm.stop_and_save(devices)
-                result = await _commit(vm, plan)
-                assert vm.memory is not None
-                flat = not result.remapped or len(vm.memory.layers) >= MAX_LAYERS
-                if flat:
-                    vm.memory = vm.memory.apply(result.runs, plan.target_number)
-                    await _flatten(vm, store, _to_merge(vm.memory) if result.remapped else None)
-                committed = time.monotonic()
+                saving = await vm.stop_and_save(devices)
+                stopped = time.monotonic()
+                try:
+                    result = await _commit(vm, plan)
+                    if result.remapped and len(vm.memory.layers) < MAX_LAYERS:
+                        runs = result.runs
+                    else:
+                        vm.memory = vm.memory.apply(result.runs, plan.target_number)
+                        await _flatten(vm, store, _to_merge(vm.memory) if result.remapped else None)
+                    committed = time.monotonic()
+                finally:
+                    await asyncio.wait([saving])
+                    saving.exception()
             finally:
-                await vm.resume()
+                try:
+                    await vm.resume()
+                finally:
+                    # Also when the devices could not be saved: a VM is remembered by the map that it is mapped by.
+                    if runs is not None and vm.memory:
+                        vm.memory = vm.memory.apply(runs, plan.target_number)
             resumed = time.monotonic()
-        if not flat:
-            vm.memory = vm.memory.apply(result.runs, plan.target_number)
+            saved = await saving
         checkpoint = Checkpoint(vm.memory, device_state, store, vm.disks)
     except BaseException:
         os.close(device_state)
@@ -146,11 +174,13 @@ async def _freeze_and_save(
     report.commit = result
     report.note(vm.name, Phase.FREEZE, begun, frozen)
     report.note(vm.name, Phase.STOP, frozen, stopped)
+    # At the same time as the commit.
     report.note(vm.name, Phase.DEVICES, stopped, saved)
-    report.note(vm.name, Phase.COMMIT, saved, committed, dirty_pages=result.dirty_pages, stored_pages=result.stored_pages,
+    report.note(vm.name, Phase.COMMIT, stopped, committed, dirty_pages=result.dirty_pages, stored_pages=result.stored_pages,
                 zero_pages=result.zero_pages, runs=len(result.runs), layers=len(vm.memory.layers),
-                layers_of_job=len(store))  # fmt: skip
-    report.note(vm.name, Phase.RESUME, committed, resumed)
+                layers_of_job=len(store), scan_ms=result.scan_ns / 1e6, copy_ms=result.copy_ns / 1e6,
+                remap_ms=result.remap_ns / 1e6)  # fmt: skip
+    report.note(vm.name, Phase.RESUME, max(saved, committed), resumed)
     return checkpoint, crossing
 
 

@@ -37,6 +37,8 @@ class _Operation(enum.IntEnum):
     MAP = 2
     COMMIT = 3
     STATS = 4
+    PREPARE = 5
+    SETTLE = 6
 
 
 class PagingStep(enum.IntEnum):
@@ -58,6 +60,7 @@ class PagingStep(enum.IntEnum):
     RUNS = 13
     MADVISE = 14
     STATS = 15
+    POPULATE = 16
 
 
 class ScanMethod(enum.Enum):
@@ -267,6 +270,32 @@ class PagingLayer:
         with CommitPlan(memory_map, target, target_number, mode, layers=layers) as plan:
             return await self.carry_out(address, plan)
 
+    async def prepare(self, address: int, plan: CommitPlan) -> int:
+        """Make ready what `carry_out` of the same plan will need, while the VM runs; `settle` must follow it, or follow that.
+
+        Args:
+            address: where guest memory begins in QEMU.
+            plan: what will be carried out.
+
+        Returns:
+            The number of pages that need only be copied now.
+
+        Raises:
+            PagingRefused: there was no memory, say. The commit can be carried out all the same; it takes longer.
+            PagingError: QEMU ended.
+        """
+        reply = await self._call(_Operation.PREPARE, plan.fds, flags=plan.mode | self._scan_flag, address=address,
+                                 length=plan.size_bytes, target=plan.target_number)
+        return reply.values[0]
+
+    async def settle(self) -> None:
+        """Free what `prepare` and `carry_out` left behind. It is only ordered here: QEMU does it while the VM runs.
+
+        Raises:
+            PagingError: QEMU ended.
+        """
+        await self._call(_Operation.SETTLE, wait=False)
+
     async def carry_out(self, address: int, plan: CommitPlan) -> CommitResult:
         """Store the pages that the VM changed since it was mapped or committed last. The VM must not run meanwhile.
 
@@ -303,13 +332,14 @@ class PagingLayer:
             self._control = None
 
     async def _call(self, operation: _Operation, fds: Sequence[int] = (), *, flags: int = 0, address: int = 0, length: int = 0,
-                    extents: int = 0, target: int = 0) -> _Reply:
+                    extents: int = 0, target: int = 0, wait: bool = True) -> _Reply:
         async with self._lock:
             self._serial = (self._serial + 1) & 0xFFFFFFFF
             packet = _REQUEST.pack(_MAGIC, _VERSION, operation, self._serial, flags, address, length, extents, target)
             try:
                 await self._send(packet, fds)
-                return await self._receive(operation)
+                # The answer to a request that nobody waits for is passed over by the next one that somebody does.
+                return await self._receive(operation) if wait else _Reply(0, PagingStep.NONE, ())
             except OSError as error:
                 raise self._gone(operation, error) from error
 
@@ -335,7 +365,7 @@ class PagingLayer:
             if magic != _MAGIC or version != _VERSION:
                 raise ProtocolError(f"{self._name}: the paging layer is of version {version}, not {_VERSION}",
                                     hint="build it anew: make -C sfparallel/vmm/native")
-            if serial != self._serial:  # the answer to a request that was cancelled
+            if serial != self._serial:  # the answer to a request that was cancelled, or not waited for
                 continue
             if answered != operation:
                 raise ProtocolError(f"{self._name}: answer to {answered} where {operation.name} was asked")

@@ -22,6 +22,7 @@ class Phase(enum.Enum):
     """
 
     SHELLS = "take shells"
+    PREPARE = "prepare layer"
     FREEZE = "freeze programs"
     STOP = "stop processors"
     DEVICES = "save devices"
@@ -65,7 +66,10 @@ class Span:
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """Where the time of a save went, in seconds; the parent is paused for `pause`."""
+    """Where the time of a save went, in seconds; the parent is paused for `pause`.
+
+    Devices are saved while memory is committed.
+    """
 
     freeze: float
     stop: float

@@ -123,7 +123,7 @@ async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> MemoryM
         devices = os.open(folder / "devices", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             async with vm.devices_to(devices) as name:
-                await vm.stop_and_save(name)
+                await (await vm.stop_and_save(name))
         finally:
             os.close(devices)
         memory = os.open(folder / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -359,22 +359,32 @@ class Vm:
             if self.state is not VmState.GONE:
                 await self.qmp.execute("remove-fd", fdset_id=number)
 
-    async def stop_and_save(self, devices: str) -> tuple[float, float]:
-        """Stop the virtual CPUs and write CPU and device state, without memory, to a file of `devices_to`.
+    async def stop_and_save(self, devices: str) -> asyncio.Future[float]:
+        """Stop the virtual CPUs and begin to write CPU and device state, without memory, to a file of `devices_to`.
+
+        Guest memory does not change from here on: to write the state of a device only reads it. (QEMU's own migration sends
+        all memory before it.)
 
         Returns:
-            Times (monotonic clock) at which the CPUs stood still and at which the state was written.
+            When the CPUs stand still: a future that must be awaited, for the time (monotonic clock) at which the state was
+            written.
         """
         self.require(VmState.FROZEN)
         stopping = self.qmp.send("stop")
         saving = self.qmp.send("xen-save-devices-state", filename=devices, live=False)
         self.state = VmState.STOPPED
+
+        async def saved() -> float:
+            await saving
+            return time.monotonic()
+
+        written = self._loop.create_task(saved())
         try:
             await stopping
-            stopped = time.monotonic()
-        finally:
-            await saving
-        return stopped, time.monotonic()
+        except BaseException:
+            await asyncio.wait([written])
+            raise
+        return written
 
     async def resume(self) -> None:
         """Let the virtual CPUs run; the guest's programs stay frozen until `thaw`."""

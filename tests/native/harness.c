@@ -6,17 +6,25 @@
  *   show P N          prints one number per page: the byte that fills it, or -1 if not uniform
  *   limit BYTES       RLIMIT_FSIZE: writes beyond fail with EFBIG
  *   files BYTES       RLIMIT_NOFILE
+ *   refuse FLAGS      from here on, mmap with exactly these flags fails with ENOMEM
  *   environment       prints how many variables of the library are still set
  * Each command answers with one line.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <inttypes.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "../../sfparallel/vmm/native/sfpage.h"
 
@@ -40,6 +48,22 @@ static uint64_t touch(const volatile unsigned char *at, uint64_t pages)
     for (uint64_t i = 0; i < pages; i++)
         sum += at[i * SFPAGE_PAGE_BYTES];
     return sum;
+}
+
+/* A seccomp filter on all threads; nothing else makes mmap fail where mremap succeeds. */
+static long refuse(uint32_t flags)
+{
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[3])),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, flags, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOMEM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {.len = sizeof filter / sizeof *filter, .filter = filter};
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program);
 }
 
 static int variables(void)
@@ -66,7 +90,9 @@ static void obey(unsigned char *ram, const char *line)
         getrlimit(RLIMIT_NOFILE, &limit);
         limit.rlim_cur = page;
         setrlimit(RLIMIT_NOFILE, &limit);
-    } else if (strncmp(line, "environment", 11) == 0)
+    } else if (sscanf(line, "refuse %" SCNu64, &page) == 1)
+        printf("%ld", refuse((uint32_t)page));
+    else if (strncmp(line, "environment", 11) == 0)
         printf("%d", variables());
     else
         printf("?");

@@ -14,31 +14,23 @@
 
 #include "internal.h"
 
-enum origin { ORIGIN_ZERO, ORIGIN_TARGET, ORIGIN_OTHER };
-enum { OWN_FDS = 3 };      /* target, runs, sources; the layers follow */
 enum { WRITE_PAGES = 64 }; /* written at once: 256 KiB are still in the cache since the comparison with zero */
-enum { COMPARED_PAGES = 32 }; /* longest row of dirty pages that is compared with what the layers hold; longer ones are data */
 enum { KIND_SAME = 0 };    /* beside enum sfpage_kind: dirty, but equal to what the layer beneath holds */
 enum { GAP_PAGES = 8 };    /* clean pages of the target that one mmap may lay over again to save another call */
 enum { FILL_PAGES = 16 };  /* unchanged pages that are stored all the same, to make one run of two */
+enum { ASIDE_PAGES = 64 }; /* rows that are freed after the pause: for shorter ones the two system calls take longer */
 
 /* Dirty pages in a row of which the same was made. */
 struct piece {
     uint64_t first;
     uint32_t pages;
     uint8_t kind;   /* enum sfpage_kind, or KIND_SAME */
-    uint8_t origin; /* enum origin: where the mapping under the private pages comes from */
+    uint8_t origin; /* enum sf_origin: where the mapping under the private pages comes from */
 };
 
 struct commit {
-    const struct sfpage_request *request;
-    uint64_t pages;          /* of guest memory */
-    int target;              /* descriptors, borrowed from the message */
-    int runs;
-    const uint16_t *sources; /* one per page, mapped from the third descriptor; unmapped at the end */
-    const uint16_t *numbers; /* behind the sources: of the layers among the descriptors, in their order */
-    const int *layers;       /* their descriptors, borrowed from the message */
-    size_t layer_count;
+    struct sf_plan plan;
+    struct sf_prepared *prepared; /* for this commit, or nothing is prepared; borrowed from the context */
     struct sf_ranges dirty;
     struct piece *pieces;    /* malloc'ed */
     size_t count;
@@ -49,23 +41,7 @@ struct commit {
 
 static uint64_t address_of(const struct commit *commit, uint64_t page)
 {
-    return commit->request->address + page * SFPAGE_PAGE_BYTES;
-}
-
-/* A page is zero if its first word is and each byte equals the one a word further on. */
-static bool is_zero(const char *page)
-{
-    uint64_t word;
-    memcpy(&word, page, sizeof word);
-    return word == 0 && memcmp(page, page + sizeof word, SFPAGE_PAGE_BYTES - sizeof word) == 0;
-}
-
-static enum origin origin_of(const struct commit *commit, uint64_t page)
-{
-    uint16_t source = commit->sources[page];
-    if (source == 0)
-        return ORIGIN_ZERO;
-    return source == commit->request->target ? ORIGIN_TARGET : ORIGIN_OTHER;
+    return commit->plan.request->address + page * SFPAGE_PAGE_BYTES;
 }
 
 static int flush_window(struct commit *commit)
@@ -74,13 +50,18 @@ static int flush_window(struct commit *commit)
     commit->window_pages = 0;
     if (pages == 0)
         return 0;
-    return sf_write_at(commit->target, (const void *)(uintptr_t)address_of(commit, commit->window_first),
-                       pages * SFPAGE_PAGE_BYTES, commit->window_first * SFPAGE_PAGE_BYTES);
+    return sf_write_at(commit->plan.target, sf_page(&commit->plan, commit->window_first), pages * SFPAGE_PAGE_BYTES,
+                       commit->window_first * SFPAGE_PAGE_BYTES);
 }
 
 static int store_page(struct commit *commit, uint64_t page)
 {
     int status = 0;
+    void *prepared = sf_prepared_page(commit->prepared, page);
+    if (prepared != NULL) {
+        memcpy(prepared, sf_page(&commit->plan, page), SFPAGE_PAGE_BYTES);
+        return 0;
+    }
     if (commit->window_pages == WRITE_PAGES || commit->window_first + commit->window_pages != page)
         status = flush_window(commit);
     if (commit->window_pages == 0)
@@ -89,28 +70,7 @@ static int store_page(struct commit *commit, uint64_t page)
     return status;
 }
 
-static int layer_of(const struct commit *commit, uint64_t page)
-{
-    uint16_t source = commit->sources[page];
-    if (source != 0 && source == commit->request->target)
-        return commit->target;
-    for (size_t i = 0; source != 0 && i < commit->layer_count; i++)
-        if (commit->numbers[i] == source)
-            return commit->layers[i];
-    return -1;
-}
-
-/* A program that only counts references up and down again leaves a dirty page that is what it was: half of the pages that a
- * Python program dirties between two forks are such ones (measured). A layer that cannot be read is no obstacle. */
-static bool is_unchanged(const struct commit *commit, uint64_t page)
-{
-    char stored[SFPAGE_PAGE_BYTES];
-    int layer = layer_of(commit, page);
-    return layer >= 0 && sf_read_at(layer, stored, sizeof stored, page * SFPAGE_PAGE_BYTES) == 0 &&
-           memcmp(stored, (const char *)(uintptr_t)address_of(commit, page), sizeof stored) == 0;
-}
-
-static int note_page(struct commit *commit, uint64_t page, int kind, enum origin origin)
+static int note_page(struct commit *commit, uint64_t page, int kind, enum sf_origin origin)
 {
     if (commit->count > 0) {
         struct piece *last = &commit->pieces[commit->count - 1];
@@ -135,7 +95,7 @@ static int note_page(struct commit *commit, uint64_t page, int kind, enum origin
 static bool any_zero(const struct commit *commit, uint64_t first, uint64_t end)
 {
     for (uint64_t page = first; page < end; page++)
-        if (origin_of(commit, page) == ORIGIN_ZERO)
+        if (sf_origin_of(&commit->plan, page) == SF_ORIGIN_ZERO)
             return true;
     return false;
 }
@@ -155,9 +115,9 @@ static ssize_t fill_gap(struct commit *commit, uint64_t page)
     commit->count = last;
     ssize_t filled = 0;
     for (uint64_t between = first; between < page; between++) {
-        enum origin origin = origin_of(commit, between);
+        enum sf_origin origin = sf_origin_of(&commit->plan, between);
         int status = note_page(commit, between, SFPAGE_STORED, origin);
-        if (status == 0 && origin != ORIGIN_TARGET) {
+        if (status == 0 && origin != SF_ORIGIN_TARGET) {
             status = store_page(commit, between);
             filled++;
         }
@@ -167,14 +127,28 @@ static ssize_t fill_gap(struct commit *commit, uint64_t page)
     return filled;
 }
 
+/* A program that only counts references up and down again leaves a dirty page that is what it was: half of the pages that a
+ * Python program dirties between two forks are such ones (measured). A layer that cannot be read is no obstacle. What had
+ * changed while it was prepared will hardly have changed back. */
+static bool is_unchanged(const struct commit *commit, const struct sf_range *range, uint64_t page)
+{
+    char read[SFPAGE_PAGE_BYTES];
+    if (range->pages > SF_COMPARED_PAGES || sf_prepared_page(commit->prepared, page) != NULL)
+        return false;
+    const void *content = sf_kept_page(commit->prepared, page);
+    if (content == NULL && sf_read_layer(&commit->plan, page, read))
+        content = read;
+    return content != NULL && memcmp(content, sf_page(&commit->plan, page), SFPAGE_PAGE_BYTES) == 0;
+}
+
 static int copy_range(struct commit *commit, const struct sf_range *range, struct sfpage_reply *reply, uint32_t *step)
 {
     for (uint64_t page = range->first; page < range->first + range->pages; page++) {
-        enum origin origin = origin_of(commit, page);
-        if (range->zero_frame && origin == ORIGIN_ZERO)
+        enum sf_origin origin = sf_origin_of(&commit->plan, page);
+        if (range->zero_frame && origin == SF_ORIGIN_ZERO)
             continue; /* only ever read: the kernel's zero page, not memory of this process */
-        bool zero = range->zero_frame || is_zero((const char *)(uintptr_t)address_of(commit, page));
-        bool same = !zero && range->pages <= COMPARED_PAGES && is_unchanged(commit, page);
+        bool zero = range->zero_frame || sf_is_zero(sf_page(&commit->plan, page));
+        bool same = !zero && is_unchanged(commit, range, page);
         reply->value[SFPAGE_V_DIRTY_PAGES]++;
         if (!same)
             reply->value[zero ? SFPAGE_V_ZERO_PAGES : SFPAGE_V_STORED_PAGES]++;
@@ -211,7 +185,7 @@ static int punch_zeros(const struct commit *commit)
         const struct piece *piece = &commit->pieces[i];
         if (piece->kind != SFPAGE_ZERO)
             continue;
-        if (fallocate(commit->target, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(piece->first * SFPAGE_PAGE_BYTES),
+        if (fallocate(commit->plan.target, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(piece->first * SFPAGE_PAGE_BYTES),
                       (off_t)piece->pages * SFPAGE_PAGE_BYTES) != 0)
             return -errno;
     }
@@ -235,15 +209,42 @@ static int write_runs(const struct commit *commit, uint64_t *run_count)
             runs[count++] = (struct sfpage_run){.first_page = piece->first, .pages = piece->pages, .kind = piece->kind};
     }
     *run_count = count;
-    int status = sf_write_at(commit->runs, runs, count * sizeof *runs, 0);
+    int status = sf_write_at(commit->plan.runs, runs, count * sizeof *runs, 0);
     free(runs);
+    return status;
+}
+
+enum content { FROM_TARGET, FROM_NOWHERE, WHAT_IS_BENEATH };
+
+static int lay(const struct commit *commit, uint64_t first, uint64_t pages, enum content content)
+{
+    uint64_t address = address_of(commit, first), length = pages * SFPAGE_PAGE_BYTES;
+    switch (content) {
+    case FROM_TARGET:
+        return sf_map_file(address, length, commit->plan.target, first * SFPAGE_PAGE_BYTES);
+    case FROM_NOWHERE:
+        return sf_map_anonymous(address, length);
+    default:
+        return sf_drop_pages(address, length);
+    }
+}
+
+/* Let pages of guest memory show something else. To free the private pages takes 0.3 to 0.5 us each, to move the page tables
+ * of a large row aside next to nothing; where they cannot be moved (two mappings, an older kernel) they are freed now. */
+static int replace(const struct commit *commit, uint64_t first, uint64_t pages, enum content content)
+{
+    uint64_t address = address_of(commit, first), length = pages * SFPAGE_PAGE_BYTES;
+    bool moved = pages >= ASIDE_PAGES && sf_move_aside(commit->prepared, address, length) == 0;
+    int status = moved && content == WHAT_IS_BENEATH ? 0 : lay(commit, first, pages, content);
+    if (status != 0 && moved && sf_move_back(commit->prepared, address, length) != 0)
+        return -ENOTRECOVERABLE;
     return status;
 }
 
 static bool all_from_target(const struct commit *commit, uint64_t first, uint64_t end)
 {
     for (uint64_t page = first; page < end; page++)
-        if (origin_of(commit, page) != ORIGIN_TARGET)
+        if (sf_origin_of(&commit->plan, page) != SF_ORIGIN_TARGET)
             return false;
     return true;
 }
@@ -260,8 +261,7 @@ static ssize_t share_stored(const struct commit *commit, size_t i)
             break;
         end = piece->first + piece->pages;
     }
-    int status = sf_map_file(address_of(commit, first), (end - first) * SFPAGE_PAGE_BYTES, commit->target,
-                             first * SFPAGE_PAGE_BYTES);
+    int status = replace(commit, first, end - first, FROM_TARGET);
     return status != 0 ? status : (ssize_t)(next - i);
 }
 
@@ -269,24 +269,23 @@ static bool needs_mapping(const struct piece *piece)
 {
     if (piece->kind == KIND_SAME)
         return false;
-    return piece->kind == SFPAGE_STORED ? piece->origin != ORIGIN_TARGET : piece->origin != ORIGIN_ZERO;
+    return piece->kind == SFPAGE_STORED ? piece->origin != SF_ORIGIN_TARGET : piece->origin != SF_ORIGIN_ZERO;
 }
 
 static int remap(const struct commit *commit, uint32_t *step)
 {
     for (size_t i = 0; i < commit->count;) {
         const struct piece *piece = &commit->pieces[i];
-        uint64_t address = address_of(commit, piece->first), length = (uint64_t)piece->pages * SFPAGE_PAGE_BYTES;
         ssize_t done = 1;
         *step = SFPAGE_STEP_MMAP;
         if (needs_mapping(piece) && piece->kind == SFPAGE_STORED) {
             done = share_stored(commit, i);
         } else if (needs_mapping(piece)) {
-            done = sf_map_anonymous(address, length);
+            done = replace(commit, piece->first, piece->pages, FROM_NOWHERE);
         } else {
             /* What lies beneath is right already, a layer or nothing: no new mapping, only the private pages go. */
             *step = SFPAGE_STEP_MADVISE;
-            done = sf_drop_pages(address, length);
+            done = replace(commit, piece->first, piece->pages, WHAT_IS_BENEATH);
         }
         if (done < 0)
             return (int)done;
@@ -299,78 +298,33 @@ static int remap(const struct commit *commit, uint32_t *step)
 static void try_remap(struct sf_context *context, const struct commit *commit, struct sfpage_reply *reply)
 {
     uint64_t extra = 0;
-    for (size_t i = 0; i < commit->count; i++)
+    for (size_t i = 0; i < commit->count; i++) {
         extra += needs_mapping(&commit->pieces[i]) ? 2 : 0;
+        extra += commit->pieces[i].pages >= ASIDE_PAGES ? 2 : 0;
+    }
     reply->step = SFPAGE_STEP_BUDGET;
-    if (sf_budget(context, extra) == 0 && remap(commit, &reply->step) == 0) {
+    int status = sf_budget(context, extra);
+    if (status == 0)
+        status = remap(commit, &reply->step);
+    if (status == 0) {
         reply->step = SFPAGE_STEP_NONE;
         reply->flags |= SFPAGE_REMAPPED;
+    } else if (status == -ENOTRECOVERABLE) {
+        reply->flags &= ~(uint32_t)SFPAGE_INTACT;
     }
-}
-
-/* A number for each page, and one for each descriptor of a layer. */
-static uint64_t source_bytes(const struct sf_message *message)
-{
-    return (message->request.length / SFPAGE_PAGE_BYTES + message->fd_count - OWN_FDS) * sizeof(uint16_t);
-}
-
-static int check_files(const struct sf_message *message, uint32_t *step)
-{
-    uint64_t target, runs, sources;
-    *step = SFPAGE_STEP_FILES;
-    int status = sf_regular_file(message->fds[0], &target);
-    if (status == 0)
-        status = sf_regular_file(message->fds[1], &runs);
-    if (status == 0)
-        status = sf_regular_file(message->fds[2], &sources);
-    if (status != 0)
-        return status;
-    if (target < message->request.length || sources < source_bytes(message))
-        return -ENODATA;
-    if (runs != 0)
-        return -EINVAL;
-    /* Both are written with pwrite, and the target is mapped privately, for which it must be readable. */
-    if ((fcntl(message->fds[0], F_GETFL) & O_ACCMODE) != O_RDWR || (fcntl(message->fds[1], F_GETFL) & O_ACCMODE) == O_RDONLY)
-        return -EBADF;
-    return 0;
-}
-
-static int check_arguments(const struct sf_message *message, uint32_t *step)
-{
-    const struct sfpage_request *request = &message->request;
-    *step = SFPAGE_STEP_ARGUMENTS;
-    if (message->fd_count < OWN_FDS || request->target == 0 || request->target > UINT16_MAX)
-        return -EINVAL;
-    int status = sf_check_range(request, step);
-    return status != 0 ? status : check_files(message, step);
-}
-
-/* A target that is not exclusive must be a fresh one: writing pages that clones map would change them under the clones. */
-static int check_sources(const struct commit *commit)
-{
-    if ((commit->request->flags & SFPAGE_IN_PLACE) != 0)
-        return 0;
-    for (uint64_t page = 0; page < commit->pages; page++)
-        if (commit->sources[page] == commit->request->target)
-            return -EINVAL;
-    return 0;
 }
 
 static int scan_and_copy(struct sf_context *context, struct commit *commit, struct sfpage_reply *reply, uint32_t *step)
 {
     uint64_t start = sf_now_ns();
-    *step = SFPAGE_STEP_SOURCES;
-    int status = check_sources(commit);
-    if (status != 0)
-        return status;
     *step = SFPAGE_STEP_SCAN;
-    status = sf_scan(context, commit->request->address, commit->pages, SF_PRIVATE,
-                     (commit->request->flags & SFPAGE_PLAIN_PAGEMAP) != 0, &commit->dirty);
+    int status = sf_scan(context, commit->plan.request->address, commit->plan.pages, SF_PRIVATE,
+                         (commit->plan.request->flags & SFPAGE_PLAIN_PAGEMAP) != 0, &commit->dirty);
     uint64_t scanned = sf_now_ns();
     reply->value[SFPAGE_V_SCAN_NS] = scanned - start;
     if (status == 0)
         status = copy_pages(commit, reply, step);
-    if (status == 0 && (commit->request->flags & SFPAGE_IN_PLACE) != 0) {
+    if (status == 0 && (commit->plan.request->flags & SFPAGE_IN_PLACE) != 0) {
         *step = SFPAGE_STEP_PUNCH;
         status = punch_zeros(commit);
     }
@@ -382,39 +336,38 @@ static int scan_and_copy(struct sf_context *context, struct commit *commit, stru
     return status;
 }
 
+/* For SETTLE: what of the prepared pages is in use now. Without knowing that for certain nothing may be taken out. */
+static void note_stored(struct commit *commit)
+{
+    for (size_t i = 0; i < commit->count; i++)
+        if (commit->pieces[i].kind == SFPAGE_STORED &&
+            sf_append(&commit->prepared->stored, commit->pieces[i].first, commit->pieces[i].pages, false) != 0)
+            commit->prepared->rows.count = 0;
+}
+
 void sf_commit(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply)
 {
     uint64_t start = sf_now_ns();
+    struct commit commit = {.prepared = &context->prepared};
     uint32_t step;
     reply->flags = SFPAGE_INTACT;
-    int status = check_arguments(message, &step);
+    if (!sf_is_prepared(&context->prepared, message))
+        sf_settle(&context->prepared);
+    int status = sf_open_plan(message, &context->prepared, &commit.plan, &step);
     if (status != 0) {
         sf_fail(reply, status, step);
         return;
     }
-    struct commit commit = {
-        .request = &message->request,
-        .pages = message->request.length / SFPAGE_PAGE_BYTES,
-        .target = message->fds[0],
-        .runs = message->fds[1],
-        .layers = message->fds + OWN_FDS,
-        .layer_count = message->fd_count - OWN_FDS,
-    };
-    size_t bytes = source_bytes(message);
-    void *sources = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, message->fds[2], 0);
-    if (sources == MAP_FAILED) {
-        sf_fail(reply, -errno, SFPAGE_STEP_SOURCES);
-        return;
-    }
-    commit.sources = sources;
-    commit.numbers = commit.sources + commit.pages;
+    context->prepared.used = true;
     status = scan_and_copy(context, &commit, reply, &step);
     uint64_t copied = sf_now_ns();
+    if (status == 0 && context->prepared.window != NULL)
+        note_stored(&commit);
     if (status != 0)
         sf_fail(reply, status, step);
     else if ((message->request.flags & SFPAGE_NO_REMAP) == 0)
         try_remap(context, &commit, reply);
-    munmap(sources, bytes);
+    sf_close_plan(&commit.plan);
     free(commit.dirty.items);
     free(commit.pieces);
     reply->value[SFPAGE_V_REMAP_NS] = sf_now_ns() - copied;

@@ -36,7 +36,7 @@ enum { SCAN_FILE = 1 << 2, SCAN_PRESENT = 1 << 3, SCAN_SWAPPED = 1 << 4, SCAN_ZE
 
 enum { REGIONS = 2048, ENTRIES = 8192 };
 
-static int append(struct sf_ranges *ranges, uint64_t first, uint64_t pages, bool zero_frame)
+int sf_append(struct sf_ranges *ranges, uint64_t first, uint64_t pages, bool zero_frame)
 {
     if (ranges->count > 0) {
         struct sf_range *last = &ranges->items[ranges->count - 1];
@@ -89,7 +89,7 @@ static int scan_ioctl(const struct sf_context *context, uint64_t address, uint64
             continue;
         }
         for (int i = 0; status == 0 && i < n; i++)
-            status = append(ranges, (regions[i].start - address) / SFPAGE_PAGE_BYTES,
+            status = sf_append(ranges, (regions[i].start - address) / SFPAGE_PAGE_BYTES,
                             (regions[i].end - regions[i].start) / SFPAGE_PAGE_BYTES,
                             (regions[i].categories & SCAN_ZERO_FRAME) != 0);
         /* Not walk_end: Linux (seen in 6.18) leaves an older value there when a walk that had to refill the kernel's buffer
@@ -111,7 +111,7 @@ static int scan_entries(const uint64_t *entries, size_t count, uint64_t base, en
         size_t end = i;
         while (end < count && wanted(entries[end], want))
             end++;
-        int status = end > i ? append(ranges, base + i, end - i, false) : 0;
+        int status = end > i ? sf_append(ranges, base + i, end - i, false) : 0;
         if (status != 0)
             return status;
         i = end + 1;

@@ -93,6 +93,13 @@ static void dispatch(struct sf_context *context, const struct sf_message *messag
     case SFPAGE_COMMIT:
         sf_commit(context, message, reply);
         break;
+    case SFPAGE_PREPARE:
+        sf_prepare(context, message, reply);
+        break;
+    case SFPAGE_SETTLE:
+        reply->flags = SFPAGE_INTACT;
+        sf_settle(&context->prepared);
+        break;
     case SFPAGE_STATS:
         sf_stats(context, message, reply);
         break;

@@ -23,13 +23,16 @@ enum sfpage_operation {
     SFPAGE_COMMIT = 3, /* descriptors: target layer (writable), runs (empty file, writable), sources; then layers with
                           which dirty pages are compared (readable) */
     SFPAGE_STATS = 4,
+    SFPAGE_PREPARE = 5, /* while the VM runs: make ready what the COMMIT with the same descriptors and numbers will need.
+                           A refusal means that this commit takes longer, no more */
+    SFPAGE_SETTLE = 6,  /* when the VM runs again, or will not be committed: free what PREPARE and COMMIT left behind */
 };
 
 /* Bits of sfpage_request.flags. */
 enum sfpage_request_flag {
-    SFPAGE_IN_PLACE = 1u,      /* COMMIT: no other process maps the target; it may hold older data of this VM */
+    SFPAGE_IN_PLACE = 1u,      /* PREPARE, COMMIT: no other process maps the target; it may hold older data of this VM */
     SFPAGE_NO_REMAP = 2u,      /* COMMIT: leave the mappings alone (the VM is about to end, or MAP follows) */
-    SFPAGE_PLAIN_PAGEMAP = 4u, /* COMMIT, STATS: do not use the PAGEMAP_SCAN ioctl */
+    SFPAGE_PLAIN_PAGEMAP = 4u, /* PREPARE, COMMIT, STATS: do not use the PAGEMAP_SCAN ioctl */
 };
 
 /* Bits of sfpage_reply.flags. */
@@ -61,6 +64,7 @@ enum sfpage_step {
     SFPAGE_STEP_RUNS = 13,    /* writing the runs */
     SFPAGE_STEP_MADVISE = 14,
     SFPAGE_STEP_STATS = 15,   /* /proc/self/smaps_rollup, /proc/self/maps */
+    SFPAGE_STEP_POPULATE = 16, /* PREPARE: madvise(MADV_POPULATE_WRITE) on a mapping of the target layer */
 };
 
 /* One piece of guest memory and where it comes from (MAP). Extents are sorted and cover the range without gap. */
@@ -89,10 +93,10 @@ struct sfpage_request {
     uint16_t operation; /* enum sfpage_operation */
     uint32_t serial;    /* chosen by the sender, repeated in the reply */
     uint32_t flags;     /* enum sfpage_request_flag */
-    uint64_t address;   /* MAP, COMMIT, STATS: where guest memory begins in QEMU's address space; page aligned */
-    uint64_t length;    /* MAP, COMMIT, STATS: its bytes; multiple of the page size */
+    uint64_t address;   /* all but HELLO and SETTLE: where guest memory begins in QEMU's address space; page aligned */
+    uint64_t length;    /* likewise: its bytes; multiple of the page size */
     uint32_t extents;   /* MAP: number of extents in the file */
-    uint32_t target;    /* COMMIT: the number that stands for the target layer in the sources (u16 per page; 0 = zero),
+    uint32_t target;    /* PREPARE, COMMIT: the number that stands for the target layer in the sources (u16 per page; 0 = zero),
                            behind which stand the numbers of the layers to compare with (u16 per descriptor) */
 };
 
@@ -119,6 +123,7 @@ enum sfpage_commit_value {
     SFPAGE_V_TOTAL_NS,
     SFPAGE_V_RUNS,
 };
+enum sfpage_prepare_value { SFPAGE_V_PREPARED_PAGES, SFPAGE_V_PREPARE_NS };
 enum sfpage_stats_value {
     SFPAGE_V_PRIVATE_PAGES,    /* pages of the range that only this process has (dirty since the last commit) */
     SFPAGE_V_FILE_PAGES,       /* pages of the range that are mapped from layers just now */
