@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel.errors import PagingError, StateError, VMError
+from sfparallel.errors import Closed, PagingError, StateError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import MemoryMap, Records
 from sfparallel.vmm.paging import CommitResult, PagingRefused
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
-from sfparallel.vmm.vm import Vm
+from sfparallel.vmm.vm import Vm, VmState
 from sfparallel.wire import Frame
 
 log = logging.getLogger(__name__)
@@ -108,15 +108,17 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoin
         The checkpoint, and agent frames that stand unanswered in VM and checkpoint.
 
     Raises:
+        StateError: it does not run.
         VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
     """
+    vm.require(VmState.RUNNING)
     try:
         with _plan_commit(vm, store) as plan:
             try:
                 await _prepare(vm, plan, report)
                 return await _freeze_and_save(vm, store, plan, report)
             finally:
-                with contextlib.suppress(PagingError):
+                with contextlib.suppress(PagingError, Closed):
                     await vm.paging.settle()
     finally:
         # A new layer that was not written holds nothing; one that was written is in the map by now.
