@@ -318,8 +318,9 @@ static int scan_and_copy(struct sf_context *context, struct commit *commit, stru
 {
     uint64_t start = sf_now_ns();
     *step = SFPAGE_STEP_SCAN;
-    int status = sf_scan(context, commit->plan.request->address, commit->plan.pages, SF_PRIVATE,
-                         (commit->plan.request->flags & SFPAGE_PLAIN_PAGEMAP) != 0, &commit->dirty);
+    int status = sf_scan_around(context, commit->plan.request->address, commit->plan.pages,
+                                (commit->plan.request->flags & SFPAGE_PLAIN_PAGEMAP) != 0, &commit->prepared->dirty,
+                                &commit->dirty);
     uint64_t scanned = sf_now_ns();
     reply->value[SFPAGE_V_SCAN_NS] = scanned - start;
     if (status == 0)

@@ -197,7 +197,6 @@ void sf_prepare(struct sf_context *context, const struct sf_message *message, st
 {
     uint64_t start = sf_now_ns();
     struct sf_prepared *prepared = &context->prepared;
-    struct sf_ranges private = {0};
     struct sf_plan plan;
     uint32_t step;
     reply->flags = SFPAGE_INTACT;
@@ -211,15 +210,14 @@ void sf_prepare(struct sf_context *context, const struct sf_message *message, st
     status = begin(prepared, message, &plan);
     if (status == 0) {
         step = SFPAGE_STEP_SCAN;
-        status = sf_scan(context, message->request.address, plan.pages, SF_PRIVATE,
-                         (message->request.flags & SFPAGE_PLAIN_PAGEMAP) != 0, &private);
+        status = sf_scan(context, message->request.address, 0, plan.pages, SF_PRIVATE,
+                         (message->request.flags & SFPAGE_PLAIN_PAGEMAP) != 0, &prepared->dirty);
     }
-    for (size_t i = 0; status == 0 && i < private.count; i++) {
+    for (size_t i = 0; status == 0 && i < prepared->dirty.count; i++) {
         step = SFPAGE_STEP_POPULATE;
-        status = populate_range(prepared, &plan, &private.items[i]);
+        status = populate_range(prepared, &plan, &prepared->dirty.items[i]);
     }
     sf_close_plan(&plan);
-    free(private.items);
     for (size_t i = 0; i < prepared->rows.count; i++)
         reply->value[SFPAGE_V_PREPARED_PAGES] += prepared->rows.items[i].pages;
     reply->value[SFPAGE_V_PREPARE_NS] = sf_now_ns() - start;
@@ -258,6 +256,7 @@ void sf_settle(struct sf_prepared *prepared)
     munmap((void *)(uintptr_t)prepared->sources, prepared->source_bytes);
     close(prepared->target);
     free(prepared->kept);
+    free(prepared->dirty.items);
     free(prepared->rows.items);
     free(prepared->stored.items);
     *prepared = (struct sf_prepared){0};

@@ -35,6 +35,7 @@ enum { SCAN_FILE = 1 << 2, SCAN_PRESENT = 1 << 3, SCAN_SWAPPED = 1 << 4, SCAN_ZE
 #define MAP_FILE (UINT64_C(1) << 61)
 
 enum { REGIONS = 2048, ENTRIES = 8192 };
+enum { KNOWN_PAGES = 64 }; /* shorter rows are looked at again sooner than left out */
 
 int sf_append(struct sf_ranges *ranges, uint64_t first, uint64_t pages, bool zero_frame)
 {
@@ -69,14 +70,14 @@ static struct scan_argument scan_argument(enum sf_want want)
     };
 }
 
-static int scan_ioctl(const struct sf_context *context, uint64_t address, uint64_t pages, enum sf_want want,
+static int scan_ioctl(const struct sf_context *context, uint64_t address, uint64_t first, uint64_t pages, enum sf_want want,
                       struct sf_ranges *ranges)
 {
     struct scan_argument argument = scan_argument(want);
     struct scan_region *regions = calloc(REGIONS, sizeof *regions);
     int status = regions == NULL ? -ENOMEM : 0;
-    argument.start = address;
-    argument.end = address + pages * SFPAGE_PAGE_BYTES;
+    argument.start = address + first * SFPAGE_PAGE_BYTES;
+    argument.end = argument.start + pages * SFPAGE_PAGE_BYTES;
     argument.vec = (uintptr_t)regions;
     while (status == 0 && argument.start < argument.end) {
         argument.vec_len = REGIONS;
@@ -119,13 +120,13 @@ static int scan_entries(const uint64_t *entries, size_t count, uint64_t base, en
     return 0;
 }
 
-static int scan_plain(const struct sf_context *context, uint64_t address, uint64_t pages, enum sf_want want,
+static int scan_plain(const struct sf_context *context, uint64_t address, uint64_t first, uint64_t pages, enum sf_want want,
                       struct sf_ranges *ranges)
 {
     uint64_t *entries = calloc(ENTRIES, sizeof *entries);
     int status = entries == NULL ? -ENOMEM : 0;
-    for (uint64_t at = 0; status == 0 && at < pages; at += ENTRIES) {
-        size_t count = pages - at < ENTRIES ? (size_t)(pages - at) : ENTRIES;
+    for (uint64_t at = first, end = first + pages; status == 0 && at < end; at += ENTRIES) {
+        size_t count = end - at < ENTRIES ? (size_t)(end - at) : ENTRIES;
         status = sf_read_at(context->pagemap, entries, count * sizeof *entries,
                             (address / SFPAGE_PAGE_BYTES + at) * sizeof *entries);
         if (status == 0)
@@ -135,14 +136,33 @@ static int scan_plain(const struct sf_context *context, uint64_t address, uint64
     return status;
 }
 
-int sf_scan(const struct sf_context *context, uint64_t address, uint64_t pages, enum sf_want want, bool plain,
+int sf_scan(const struct sf_context *context, uint64_t address, uint64_t first, uint64_t pages, enum sf_want want, bool plain,
             struct sf_ranges *ranges)
 {
     if (context->pagemap < 0)
         return context->pagemap;
     if (context->has_scan && !plain)
-        return scan_ioctl(context, address, pages, want, ranges);
-    return scan_plain(context, address, pages, want, ranges);
+        return scan_ioctl(context, address, first, pages, want, ranges);
+    return scan_plain(context, address, first, pages, want, ranges);
+}
+
+/* A page that is private stays so while the VM runs. Were it not, it would be stored needlessly, no more. */
+int sf_scan_around(const struct sf_context *context, uint64_t address, uint64_t pages, bool plain, const struct sf_ranges *known,
+                   struct sf_ranges *ranges)
+{
+    uint64_t at = 0;
+    int status = 0;
+    for (size_t i = 0; status == 0 && i < known->count; i++) {
+        const struct sf_range *range = &known->items[i];
+        if (range->zero_frame || range->pages < KNOWN_PAGES)
+            continue;
+        if (range->first > at)
+            status = sf_scan(context, address, at, range->first - at, SF_PRIVATE, plain, ranges);
+        if (status == 0)
+            status = sf_append(ranges, range->first, range->pages, false);
+        at = range->first + range->pages;
+    }
+    return status != 0 || at == pages ? status : sf_scan(context, address, at, pages - at, SF_PRIVATE, plain, ranges);
 }
 
 bool sf_probe_scan(int pagemap)

@@ -6,7 +6,7 @@
 static int count_pages(const struct sf_context *context, const struct sfpage_request *request, enum sf_want want, uint64_t *pages)
 {
     struct sf_ranges ranges = {0};
-    int status = sf_scan(context, request->address, request->length / SFPAGE_PAGE_BYTES, want,
+    int status = sf_scan(context, request->address, 0, request->length / SFPAGE_PAGE_BYTES, want,
                          (request->flags & SFPAGE_PLAIN_PAGEMAP) != 0, &ranges);
     *pages = 0;
     for (size_t i = 0; i < ranges.count; i++)
