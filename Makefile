@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
 SOURCES := sfparallel examples tests benchmarks setup.py
 
-.PHONY: help build demo test lint bench clean
+.PHONY: help build bench-tools demo test lint bench bench-fork clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -16,7 +16,10 @@ demo: build ## build the guest image of the example, then run BLAST in clones of
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py --output examples/blast/out
 
-test: lint ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
+bench-tools: build
+	@tools/prepare bench
+
+test: lint bench-tools ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/pytest
@@ -25,9 +28,11 @@ lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
 	@$(BIN)/mypy
 
-bench: build ## figures of the fork on this machine, as JSON
+bench: bench-fork ## all benchmarks
+
+bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minutes on 2 cores); ARGS="--part pause", ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build default
-	@$(BIN)/python -m benchmarks.fork
+	@$(BIN)/python -m benchmarks.fork $(ARGS)
 
 clean: ## remove what was built here (images and templates: `sf clean --all`)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
