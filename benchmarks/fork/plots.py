@@ -216,23 +216,21 @@ def pause(results: Results) -> Figure:
 
 
 def private(results: Results) -> Figure:
-    """Private memory of a clone against what it touched of its parent's."""
+    """Private memory of a clone (Private_Dirty of its QEMU) against what it touched of its parent's."""
     figure, (axes,) = _figure(1, 7.0, 4.6)
-    written = results.spreads("private", "touched_mib", "private_mib", access="write")
-    read = results.spreads("private", "touched_mib", "private_mib", access="read")
+    written = results.spreads("private", "touched_mib", "private_dirty_mib", access="write")
+    read = results.spreads("private", "touched_mib", "private_dirty_mib", access="read")
     _line(axes, written, "written to", BLUE, "o")
     _line(axes, read, "only read", GREEN, "^")
     if written:
         base, most = written[0][1].median, written[-1][0]
         steps = [most * i / 400 for i in range(401)]
         axes.plot(steps, [base + x for x in steps], color=BLACK, linestyle=":", label="idle clone + copy of what it writes")
-    # Linear up to the first value above 0.
-    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
-    axes.set_yscale("log")
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)  # linear up to 1, since there is a 0
     _log_ticks(axes.xaxis, sorted({x for x, _ in (*written, *read)}))
-    _log_ticks(axes.yaxis, _decades(*axes.get_ylim()))
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("memory of the parent that each clone touches (MiB)")
-    axes.set_ylabel("private memory of its QEMU (MiB, logarithmic)")
+    axes.set_ylabel("private memory of its QEMU (MiB)")
     axes.set_title("Private memory of a clone")
     axes.legend(loc="upper left")
     _source(figure, results, "private")

@@ -117,10 +117,14 @@ def _parents(results: Results) -> list[str]:
 
 def _private(results: Results) -> list[str]:
     lines = ["### Private memory of a clone (MiB)", ""]
-    written = dict(results.spreads("private", "touched_mib", "private_mib", access="write"))
-    read = dict(results.spreads("private", "touched_mib", "private_mib", access="read"))
-    rows = [[f"{mib:g} MiB", _cell(written.get(mib)), _cell(read.get(mib))] for mib in sorted(written.keys() | read.keys())]
-    return [*lines, *_table(("touched by each clone", "written to", "only read"), rows)]
+    columns = {
+        f"{words}, {kind}": dict(results.spreads("private", "touched_mib", key, access=access))
+        for access, words in (("write", "written to"), ("read", "only read"))
+        for kind, key in (("dirty", "private_dirty_mib"), ("with clean pages", "private_mib"))
+    }
+    touched = sorted({mib for data in columns.values() for mib in data})
+    rows = [[f"{mib:g} MiB", *(_cell(data.get(mib)) for data in columns.values())] for mib in touched]
+    return [*lines, *_table(("touched by each clone", *columns), rows)]
 
 
 def _drift(results: Results) -> list[str]:

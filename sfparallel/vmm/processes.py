@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def private_bytes(pid: int) -> int:
-    """Memory that only this process has (Private_* of smaps_rollup, proc(5)); 0 when it is gone."""
+@dataclass(frozen=True)
+class PrivateMemory:
+    """Memory that only one process has mapped (Private_* of smaps_rollup, proc(5)).
+
+    Attributes:
+        total: bytes.
+        dirty: what of it is gained when the process ends; the rest are pages of files that nobody else happens to have mapped.
+    """
+
+    total: int = 0
+    dirty: int = 0
+
+
+def private_memory(pid: int) -> PrivateMemory:
+    """The private memory of a process; none when it is gone."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
-            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Private_"))
+            sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in file if line.startswith("Private_")}
     except OSError:
-        return 0
+        return PrivateMemory()
+    return PrivateMemory(sum(sizes.values()), sizes.get("Private_Dirty:", 0))
+
+
+def private_bytes(pid: int) -> int:
+    """All of it."""
+    return private_memory(pid).total
 
 
 def cpu_seconds(pid: int) -> float:

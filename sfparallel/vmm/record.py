@@ -165,6 +165,11 @@ class ForkReport:
         return [int(span.values["private_bytes"]) for span in self.of(Phase.EXIT) if "private_bytes" in span.values]
 
     @property
+    def private_dirty_bytes(self) -> list[int]:
+        """What of it is gained at their end: without pages of layers that they only read, and nobody else just then."""
+        return [int(span.values["private_dirty_bytes"]) for span in self.of(Phase.EXIT) if "private_dirty_bytes" in span.values]
+
+    @property
     def cpu(self) -> list[float]:
         """Host CPU seconds of the QEMUs of those clones."""
         return [span.values["host_cpu_s"] for span in self.of(Phase.EXIT) if "host_cpu_s" in span.values]

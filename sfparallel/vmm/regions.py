@@ -22,7 +22,7 @@ from sfparallel.vmm.capacity import Capacity
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
-from sfparallel.vmm.processes import cpu_seconds, private_bytes
+from sfparallel.vmm.processes import cpu_seconds, private_memory
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.shells import Pool
@@ -440,7 +440,9 @@ class Regions:
         """Note the private memory of a clone that is about to go: all with `--stats`, else one per fork."""
         member.leaving = time.monotonic()
         if self._settings.statistics or not any(other.measured for other in ticket.members.values()):
-            member.measured = {"private_bytes": private_bytes(member.vm.pid), "host_cpu_s": cpu_seconds(member.vm.pid)}
+            memory = private_memory(member.vm.pid)
+            member.measured = {"private_bytes": memory.total, "private_dirty_bytes": memory.dirty,
+                               "host_cpu_s": cpu_seconds(member.vm.pid)}  # fmt: skip
 
     def rank_of(self, vm: Vm) -> int | None:
         """The rank of a clone that runs the whole program; None for other VMs."""
