@@ -25,7 +25,7 @@ from tests.conftest import descendants
 ROOT = Path(__file__).parent.parent
 MACHINE = {"processor": "a processor", "cores": 2, "memory_gib": 24.0, "kernel": "6.1", "qemu": "7.2.22 (Debian)",
            "accelerator": "tcg", "python": "3.11.2"}  # fmt: skip
-RUN = {"begun": "2026-01-01 00:00 UTC", "revision": "abc", "measured": "def", "speed_ms": 50.0}
+RUN = {"begun": "2026-01-01 00:00 UTC", "revision": "abc", "measured": "def", "others_busy": 0.0, "speed_ms": 50.0}
 
 
 def benchmark(folder: Path, *arguments: str) -> subprocess.Popen[str]:

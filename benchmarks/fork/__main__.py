@@ -116,7 +116,8 @@ def measure_all(names: list[str], scale: Scale, data: Path, *, resume: bool, sec
             say(f"the time is over: {name} is not measured; go on with --resume")
             whole = False
             continue
-        run = {"begun": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **host.revision(), "speed_ms": host.speed_ms()}
+        begun = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        run = {"begun": begun, **host.revision(), "others_busy": host.busy_share(), "speed_ms": host.speed_ms()}
         results.begin(name, scale.name, run, resume=resume)
         if not measure(name, PARTS[name], scale, results, data, clock):
             say(f"the time is over: {name} is not whole; go on with --resume")

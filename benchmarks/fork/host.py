@@ -17,6 +17,7 @@ from sfparallel.vmm.template import qemu_version
 
 ROOT = Path(__file__).parent.parent.parent
 
+_LOOKING_S = 1.0
 _LOOPS = 5
 _ADDITIONS = 1_000_000
 
@@ -59,6 +60,22 @@ def revision() -> dict[str, str]:
         "revision": (_git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
         "measured": (_git("rev-parse", "--short=12", "HEAD:sfparallel") or "unknown") + changed,
     }
+
+
+def _processor_time() -> tuple[int, int]:
+    """Ticks that all processors were busy, and all ticks (the first line of /proc/stat, proc(5))."""
+    with open("/proc/stat") as file:
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    busy = user + nice + system + irq + softirq + steal
+    return busy, busy + idle + iowait
+
+
+def busy_share() -> float:
+    """Share of the processors' time that others use, while nothing is measured yet: 0 to 1."""
+    busy, total = _processor_time()
+    time.sleep(_LOOKING_S)
+    busy_later, total_later = _processor_time()
+    return round((busy_later - busy) / max(1, total_later - total), 2)
 
 
 def speed_ms() -> float:

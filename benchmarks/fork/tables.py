@@ -51,12 +51,14 @@ def _machine(results: Results) -> list[str]:
              f"Linux {machine['kernel']}, QEMU {machine['qemu']} with {machine['accelerator'].upper()}, "
              f"Python {machine['python']}. Figures are medians, with the lowest and the highest sample.", ""]  # fmt: skip
     runs = [(name, run) for name, part in results.parts.items() for run in part["runs"]]
-    rows = [(name, "/".join(sorted({str(len(samples)) for _, samples in results.points(name)}, key=int)),
+    counts = {name: sorted({len(samples) for _, samples in results.points(name)}) for name in results.parts}
+    rows = [(name, "/".join(map(str, counts[name])),
              " ".join(dict.fromkeys(run["begun"][:10] for run in part["runs"])),
              " ".join(dict.fromkeys(f"`{run['revision']}`" for run in part["runs"])),
-             _number(Spread.of([run["speed_ms"] for run in part["runs"]]).median))
+             _number(Spread.of([run["speed_ms"] for run in part["runs"]]).median),
+             f"{max(run['others_busy'] for run in part['runs']):.0%}")
             for name, part in results.parts.items()]  # fmt: skip
-    lines += _table(("part", "samples of each point", "day", "sfparallel at", "speed of a core (ms for a fixed loop)"), rows)
+    lines += _table(("part", "samples of each point", "day", "sfparallel at", "fixed loop on a core (ms)", "others busy before"), rows)
     speeds = [run["speed_ms"] for _, run in runs]
     if speeds and max(speeds) > _SAME_SPEED * min(speeds):
         lines += [f"The machine was not equally fast in all parts: the loop took {min(speeds):.0f} to {max(speeds):.0f} ms.", ""]
