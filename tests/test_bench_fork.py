@@ -58,7 +58,7 @@ def test_a_quick_run_measures_every_part_and_draws_every_picture(tmp_path: Path)
             assert order == sorted(order)
             assert times["first_answer"] <= times["last_answer"]
             assert 0 < sample["pause_ms"] < times["last_answer"]
-    written, read = (dict(results.spreads("private", "touched_mib", "private_dirty_mib", access=access))
+    written, read = (dict(results.spreads("private", "touched_mib", "anonymous_mib", access=access))
                      for access in ("write", "read"))  # fmt: skip
     assert written[8].median - written[0].median > 6  # 8 MiB, but for pages that were private anyway
     assert read[8].median - read[0].median < 4
@@ -198,7 +198,7 @@ def some() -> Results:
                 times = {key: number + i for i, (key, _, _) in enumerate(plots.PHASES)}
                 results.add(name, point, {
                     "milestones_ms": {"shells": 0.0, **times}, "answered_ms": number, "pause_ms": number, "private_mib": [number],
-                    "private_dirty_mib": [number],
+                    "anonymous_mib": [number],
                     "commit": {"dirty_pages": int(number) * 256, "stored_pages": 1},
                     "supervisor": {"open_files": number, "private_mib": number},
                 })  # fmt: skip
@@ -219,7 +219,7 @@ def test_curves_are_the_medians_of_the_data() -> None:
                               ("clones", "sfparallel: n clones are loaded", ("milestones_ms", "loaded"))):  # fmt: skip
         assert found[label] == [spread.median for _, spread in results.spreads(part, "n", *path)]
     assert curves(plots.private(results))["written to"] == [
-        spread.median for _, spread in results.spreads("private", "touched_mib", "private_dirty_mib", access="write")]
+        spread.median for _, spread in results.spreads("private", "touched_mib", "anonymous_mib", access="write")]
     assert curves(plots.pause(results))["measured"] == [
         spread.median for _, spread in results.spreads("parent", "holds_gib", "pause_ms")]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fork                           everything, into benchmarks/data and docs
     python -m benchmarks.fork --part pause drift        these parts anew; the others stay as they are in the data
-    python -m benchmarks.fork --resume --seconds 200    go on where the last run ended, for so long
+    python -m benchmarks.fork --resume --seconds 200    go on where the last run ended, for so long (exit code 3: not whole yet)
     python -m benchmarks.fork --draw                    pictures and tables again, from the data
     python -m benchmarks.fork --quick                   few points: does it work?
     python -m benchmarks.fork --part clones --n 8 32    a look at these n only
@@ -30,6 +30,7 @@ SCRATCH = host.ROOT / "build" / "bench-fork"
 """Where figures go that are not those of the documents."""
 
 EXIT_INTERRUPTED = 130
+EXIT_NOT_WHOLE = 3
 
 
 def say(line: str) -> None:
@@ -178,14 +179,15 @@ def main() -> int:
     try:
         if not options.draw:
             whole = measure_all(options.part, scale, data, resume=options.resume, seconds=options.seconds)
-        draw(data, pictures, DOCUMENT if committed and not options.pictures else None)
+        if whole:
+            draw(data, pictures, DOCUMENT if committed and not options.pictures else None)
     except KeyboardInterrupt:
         say(f"stopped; what was measured is in {data}; go on with --resume")
         return EXIT_INTERRUPTED
     except SfError as error:
         say(f"benchmark: {error}\nwhat was measured is in {data}; go on with --resume")
         return 1
-    return 0 if whole else 3
+    return 0 if whole else EXIT_NOT_WHOLE
 
 
 if __name__ == "__main__":

@@ -216,10 +216,10 @@ def pause(results: Results) -> Figure:
 
 
 def private(results: Results) -> Figure:
-    """Private memory of a clone (Private_Dirty of its QEMU) against what it touched of its parent's."""
+    """Private memory of a clone (anonymous memory of its QEMU) against what it touched of its parent's."""
     figure, (axes,) = _figure(1, 7.0, 4.6)
-    written = results.spreads("private", "touched_mib", "private_dirty_mib", access="write")
-    read = results.spreads("private", "touched_mib", "private_dirty_mib", access="read")
+    written = results.spreads("private", "touched_mib", "anonymous_mib", access="write")
+    read = results.spreads("private", "touched_mib", "anonymous_mib", access="read")
     _line(axes, written, "written to", BLUE, "o")
     _line(axes, read, "only read", GREEN, "^")
     if written:
@@ -230,7 +230,7 @@ def private(results: Results) -> Figure:
     _log_ticks(axes.xaxis, sorted({x for x, _ in (*written, *read)}))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("memory of the parent that each clone touches (MiB)")
-    axes.set_ylabel("private memory of its QEMU (MiB)")
+    axes.set_ylabel("anonymous memory of its QEMU (MiB)")
     axes.set_title("Private memory of a clone")
     axes.legend(loc="upper left")
     _source(figure, results, "private")

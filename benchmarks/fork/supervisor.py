@@ -93,7 +93,7 @@ def summary(report: ForkReport) -> dict[str, Any]:
         "milestones_ms": milestones(report),
         "per_clone": per_clone(report),
         "private_mib": [round(value / 2**20, 2) for value in report.private_bytes],
-        "private_dirty_mib": [round(value / 2**20, 2) for value in report.private_dirty_bytes],
+        "anonymous_mib": [round(value / 2**20, 2) for value in report.anonymous_bytes],
     }
     if save and commit:
         data["pause_ms"] = _ms(save.pause)

@@ -58,7 +58,8 @@ def _machine(results: Results) -> list[str]:
              _number(Spread.of([run["speed_ms"] for run in part["runs"]]).median),
              f"{max(run['others_busy'] for run in part['runs']):.0%}")
             for name, part in results.parts.items()]  # fmt: skip
-    lines += _table(("part", "samples of each point", "day", "sfparallel at", "fixed loop on a core (ms)", "others busy before"), rows)
+    head = ("part", "samples of each point", "day", "sfparallel at", "fixed loop on a core (ms)", "others busy before")
+    lines += _table(head, rows)
     speeds = [run["speed_ms"] for _, run in runs]
     if speeds and max(speeds) > _SAME_SPEED * min(speeds):
         lines += [f"The machine was not equally fast in all parts: the loop took {min(speeds):.0f} to {max(speeds):.0f} ms.", ""]
@@ -122,7 +123,7 @@ def _private(results: Results) -> list[str]:
     columns = {
         f"{words}, {kind}": dict(results.spreads("private", "touched_mib", key, access=access))
         for access, words in (("write", "written to"), ("read", "only read"))
-        for kind, key in (("dirty", "private_dirty_mib"), ("with clean pages", "private_mib"))
+        for kind, key in (("its own", "anonymous_mib"), ("Private_*", "private_mib"))
     }
     touched = sorted({mib for data in columns.values() for mib in data})
     rows = [[f"{mib:g} MiB", *(_cell(data.get(mib)) for data in columns.values())] for mib in touched]

@@ -14,21 +14,24 @@ class PrivateMemory:
 
     Attributes:
         total: bytes.
-        dirty: what of it is gained when the process ends; the rest are pages of files that nobody else happens to have mapped.
+        anonymous: what of it the process has made; the rest are pages of files, layers among them, that nobody else has mapped
+            just now, and that stay when it ends. (Private_Dirty does not tell them apart: pages of a memfd are always dirty.)
     """
 
     total: int = 0
-    dirty: int = 0
+    anonymous: int = 0
 
 
 def private_memory(pid: int) -> PrivateMemory:
     """The private memory of a process; none when it is gone."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
-            sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in file if line.startswith("Private_")}
+            lines = [line.split() for line in file if line.startswith(("Private_", "Anonymous:"))]
     except OSError:
         return PrivateMemory()
-    return PrivateMemory(sum(sizes.values()), sizes.get("Private_Dirty:", 0))
+    sizes = {name: int(kib) << 10 for name, kib, _ in lines}
+    anonymous = sizes.pop("Anonymous:", 0)
+    return PrivateMemory(sum(sizes.values()), anonymous)
 
 
 def private_bytes(pid: int) -> int:

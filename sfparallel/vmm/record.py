@@ -165,9 +165,9 @@ class ForkReport:
         return [int(span.values["private_bytes"]) for span in self.of(Phase.EXIT) if "private_bytes" in span.values]
 
     @property
-    def private_dirty_bytes(self) -> list[int]:
-        """What of it is gained at their end: without pages of layers that they only read, and nobody else just then."""
-        return [int(span.values["private_dirty_bytes"]) for span in self.of(Phase.EXIT) if "private_dirty_bytes" in span.values]
+    def anonymous_bytes(self) -> list[int]:
+        """What of it is their own: without pages of layers that they only read, and that nobody else had mapped just then."""
+        return [int(span.values["anonymous_bytes"]) for span in self.of(Phase.EXIT) if "anonymous_bytes" in span.values]
 
     @property
     def cpu(self) -> list[float]:

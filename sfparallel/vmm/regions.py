@@ -441,7 +441,7 @@ class Regions:
         member.leaving = time.monotonic()
         if self._settings.statistics or not any(other.measured for other in ticket.members.values()):
             memory = private_memory(member.vm.pid)
-            member.measured = {"private_bytes": memory.total, "private_dirty_bytes": memory.dirty,
+            member.measured = {"private_bytes": memory.total, "anonymous_bytes": memory.anonymous,
                                "host_cpu_s": cpu_seconds(member.vm.pid)}  # fmt: skip
 
     def rank_of(self, vm: Vm) -> int | None:
