@@ -61,7 +61,7 @@ def _processes() -> set[str]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if any(b"qemu-system" in word or word.endswith(b"/sfrun") for word in words[:2]):
+            if any(b"qemu-system" in word or word.endswith((b"/sfrun", b"sf-launcher")) for word in words[:2]):
                 found.add(f"process {entry.name} {b' '.join(words[:2]).decode(errors='replace')}")
     return found
 

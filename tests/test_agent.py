@@ -1,4 +1,4 @@
-"""The guest agent and the zygote, in a real guest."""
+"""The guest agent, keeper and zygote, in a real guest."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_interrupt_ends_it_like_python(guest: Guest) -> None:
     guest.signal(signal.SIGINT)
     ended = guest.ended()
     assert ended.status == -signal.SIGINT
-    assert ended.out == "tidied up\n" and ended.err.endswith("KeyboardInterrupt\n") and "zygote" not in ended.err
+    assert ended.out == "tidied up\n" and ended.err.endswith("KeyboardInterrupt\n") and "zygote" not in ended.err and "keeper" not in ended.err
 
 
 def test_signal_reaches_the_whole_group(guest: Guest) -> None:
@@ -307,12 +307,12 @@ def test_kernel_panic_is_seen(guest: Guest) -> None:
     assert guest.process.wait(PATIENCE_S) is not None
 
 
-def test_death_of_the_zygote_ends_the_guest(guest: Guest) -> None:
+def test_death_of_the_keeper_ends_the_guest(guest: Guest) -> None:
     guest.run("import os; os.kill(os.getppid(), 9)")
     with pytest.raises(EOFError):
         while True:
             guest.frame()
-    assert "sfagent: the zygote ended" in guest.console.read_text()
+    assert "sfagent: the keeper ended" in guest.console.read_text()
 
 
 def test_garbage_from_the_host_ends_the_guest(frozen: Guest) -> None:

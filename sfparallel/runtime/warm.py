@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import zmq
+import zmq.utils.garbage
 
 from sfparallel import wire
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
@@ -36,6 +37,8 @@ def warm_up() -> None:
             loads([part.buffer for part in parts[2:]])
             router.send_multipart([parts[0].bytes, wire.pack({"kind": "release"})])
             dealer.recv_multipart()
+    # Sending without a copy has started a thread and a context of PyZMQ's own, which every clone would have to wake.
+    zmq.utils.garbage.gc.stop()
     try:
         raise ValueError("warming up")
     except ValueError as error:

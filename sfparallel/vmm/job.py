@@ -30,6 +30,7 @@ from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_PARENT_LOST, EXIT_TIMEOU
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
+from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions, RunIn
@@ -38,7 +39,7 @@ from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
-from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_parent, start_shell
+from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_launcher, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm
@@ -168,7 +169,7 @@ class Job:
         data = [await asyncio.to_thread(data_image, folder, self._say) for folder in options.data]
         spec = MachineSpec(
             accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
-            data_images=tuple(data), qemu=QEMU.get(),
+            data_images=tuple(data), data_slots=DATA_SLOTS if data else options.data_slots, qemu=QEMU.get(),
         )  # fmt: skip
         boot = Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE)
         template, manifest = await ensure_template(spec, boot, image.key, self._say)
@@ -186,7 +187,9 @@ class Job:
         stack.callback(checkpoint.close)
         connection = await asyncio.to_thread(Connection, options.connect, self._places.private, self._places.public)
         stack.push_async_callback(asyncio.to_thread, connection.close)
-        self._pool = Pool(lambda: self._start_clone_shell(spec, network))
+        launcher = start_launcher(spec)
+        stack.callback(launcher.close)
+        self._pool = Pool(lambda: self._start_clone_shell(spec, network, launcher))
         settings = RegionSettings(
             job=self.name, default_n=options.default_n, labels=options.labels,
             statistics=options.statistics or options.trace is not None, seed=options.seed,
@@ -254,11 +257,11 @@ class Job:
 
     # -- VMs -------------------------------------------------------------------------------------------------------
 
-    async def _start_clone_shell(self, spec: MachineSpec, network: CloneNetwork) -> Vm:
+    async def _start_clone_shell(self, spec: MachineSpec, network: CloneNetwork, launcher: Launcher) -> Vm:
         number = self._free_numbers.pop(0) if self._free_numbers else self._next_number
         self._next_number = max(self._next_number, number + 1)
         try:
-            vm = await start_shell(spec, number, network)
+            vm = await start_shell(spec, number, network, launcher=launcher)
         except BaseException:
             self._free_numbers.append(number)
             raise

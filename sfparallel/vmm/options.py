@@ -63,6 +63,8 @@ class JobOptions:
     trace: Path | None = None
     connect: str | None = field(default_factory=default_uri)
     pool: int | None = None
+    data_slots: int = 0
+    """Disks that may be plugged in while the job runs; with `--data` there are DATA_SLOTS in any case."""
     seed: int | None = None
     on_report: Callable[[ForkReport], None] | None = None
 

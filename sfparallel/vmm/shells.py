@@ -9,12 +9,14 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, UsageError, VMError
 from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import (
     DATA_SLOTS,
@@ -36,6 +38,7 @@ LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
 
 # Descriptors as QEMU sees them.
 _QMP, _AGENT, _PAGING, _CONSOLE, _TAP = 3, 4, 5, 6, 7
+_ENDPOINTS = Endpoints(qmp=_QMP, agent=_AGENT, console=_CONSOLE, tap=_TAP)
 _CONNECT_TIMEOUT_S = 10.0
 
 
@@ -45,12 +48,30 @@ def require_library() -> None:
         raise EnvironmentProblem(f"the paging layer {LIBRARY.name} is not built", hint="run `make build`")
 
 
+def start_launcher(spec: MachineSpec) -> Launcher:
+    """Start what makes the shells of a job.
+
+    Raises:
+        VMError: QEMU cannot be run.
+    """
+    return Launcher.start(arguments(spec, _ENDPOINTS), str(LIBRARY))
+
+
 async def start_shell(
-    spec: MachineSpec, number: int, network: CloneNetwork | None, *, boot: Boot | None = None, name: str = ""
+    spec: MachineSpec,
+    number: int,
+    network: CloneNetwork | None,
+    *,
+    launcher: Launcher | None = None,
+    boot: Boot | None = None,
+    name: str = "",
 ) -> Vm:
     """Start a raw QEMU: a shell with its port on the clone network or, with `boot`, a VM that boots a guest.
 
     Everything that it talks through is a descriptor handed over at the start, so that no name is left in any file system.
+
+    Args:
+        launcher: from `start_launcher` with the same `spec`, to make the shell with; a QEMU is started anew without one.
 
     Raises:
         VMError: QEMU did not start; nothing is left.
@@ -76,12 +97,15 @@ async def start_shell(
             port = network.ports.get(number) or network.add_port(number)
             port.drain()
             fds[_TAP] = port.tap_fd
-        endpoints = Endpoints(qmp=_QMP, agent=_AGENT, console=_CONSOLE, tap=_TAP if network else None)
-        environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": str(LIBRARY), "SFPAGE_FD": str(_PAGING)}
-        try:
-            pid = native.spawn(arguments(spec, endpoints, boot), output=for_qemu, fds=fds, env=environment)
-        except OSError as error:
-            raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint="see `sf doctor`") from error
+        if launcher:
+            pid = await launcher.launch(fds | {1: for_qemu, 2: for_qemu}, _PAGING)
+        else:
+            argv = arguments(spec, replace(_ENDPOINTS, tap=_TAP if network else None), boot)
+            environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": str(LIBRARY), "SFPAGE_FD": str(_PAGING)}
+            try:
+                pid = native.spawn(argv, output=for_qemu, fds=fds, env=environment)
+            except OSError as error:
+                raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint="see `sf doctor`") from error
         vm = Vm(name, pid, Sockets(qmp, agent, paging, console), child=True, number=number)
         vm.disks = spec.data_images
         ours.pop_all()

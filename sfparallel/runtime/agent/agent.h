@@ -86,11 +86,11 @@ void clients_deliver(struct clients *clients, uint16_t id, const uint8_t *data, 
 /* In a clone: answer every request but the one that `reply` answers with {"error": "cancelled"}: they were the parent's. */
 void clients_cancel(struct clients *clients, uint16_t channel, const uint8_t *reply, size_t size, uint8_t *scratch);
 
-/* ---- program.c: zygote and user program ---- */
+/* ---- program.c: keeper and user program ---- */
 
 struct program {
-    int zygote;              /* SEQPACKET socket to it */
-    pid_t zygote_pid;
+    int keeper;              /* SEQPACKET socket to it */
+    pid_t keeper_pid;
     pid_t pid;               /* the user program's, leader of its process group; 0: none (yet) */
     bool started;            /* RUN was forwarded and EXITED not yet sent */
     int signal;              /* to be sent as soon as pid is known; 0: none */
@@ -100,9 +100,9 @@ struct program {
     bool stdin_owed;         /* the host waits for TAKEN before it sends more input */
 };
 
-int program_start_zygote(struct program *program);   /* returns when it says "ready"; 0 or -errno */
+int program_start_keeper(struct program *program);   /* returns when it says "ready"; 0 or -errno */
 int program_run(struct program *program, const uint8_t *payload, size_t size);
-int program_zygote_event(struct program *program, struct port *port, int vmstat);
+int program_keeper_event(struct program *program, struct port *port, int vmstat);
 void program_signal(struct program *program, int number);
 int program_stdin(struct program *program, const uint8_t *data, size_t size);
 void program_stdin_event(struct program *program);

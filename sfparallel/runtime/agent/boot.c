@@ -216,6 +216,9 @@ static void set_kernel(void)
         { "/sys/kernel/mm/lru_gen/enabled", "y" },
         { "/sys/kernel/mm/lru_gen/min_ttl_ms", "1000" },
         { "/proc/self/oom_score_adj", "-1000" },
+        /* Work that the kernel does now and then in the background: each clone would begin its life with it. */
+        { "/proc/sys/vm/stat_interval", "3600" },
+        { "/proc/sys/vm/compaction_proactiveness", "0" },
     };
     for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++)
         write_file(settings[i][0], settings[i][1]);

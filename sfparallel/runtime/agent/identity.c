@@ -25,11 +25,13 @@
 static int open_netlink(int protocol)
 {
     int one = 1;
+    struct sockaddr_nl any = { .nl_family = AF_NETLINK };
     int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol);
     if (fd < 0)
         return -errno;
-    /* Errors come without a copy of the request. */
-    if (setsockopt(fd, SOL_NETLINK, NETLINK_CAP_ACK, &one, sizeof one) < 0) {
+    /* Errors come without a copy of the request. Bound now, because else the first request binds it: in a clone. */
+    if (setsockopt(fd, SOL_NETLINK, NETLINK_CAP_ACK, &one, sizeof one) < 0 ||
+        bind(fd, (const struct sockaddr *)&any, sizeof any) < 0) {
         int error = errno;
         close(fd);
         return -error;

@@ -240,8 +240,8 @@ static void on_children(struct agent *agent)
     ssize_t ignored = read(agent->children, &info, sizeof info); /* one stands for several; waitpid tells */
     (void)ignored;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
-        if (pid == agent->program.zygote_pid)
-            die("the zygote ended", ECHILD);
+        if (pid == agent->program.keeper_pid)
+            die("the keeper ended", ECHILD);
         if (pid == agent->exports.child)
             end_mounts(agent, status);
     }
@@ -255,7 +255,7 @@ static nfds_t prepare_poll(struct agent *agent)
     bool running = agent->state == AGENT_RUNNING, freezing = agent->state == AGENT_FREEZING;
     *p++ = (struct pollfd){ .fd = agent->port.fd, .events = POLLIN };
     *p++ = (struct pollfd){ .fd = agent->children, .events = POLLIN };
-    *p++ = (struct pollfd){ .fd = program->zygote, .events = POLLIN };
+    *p++ = (struct pollfd){ .fd = program->keeper, .events = POLLIN };
     *p++ = (struct pollfd){ .fd = freezing ? agent->cgroup.events : -1, .events = POLLPRI };
     *p++ = (struct pollfd){ .fd = program->output, .events = POLLIN };
     *p++ = (struct pollfd){ .fd = program->error, .events = POLLIN };
@@ -292,7 +292,7 @@ static void handle_events(struct agent *agent, nfds_t count)
     const struct pollfd *p = agent->polled;
     size_t exports = agent->exports.count;
     size_t clients = count - 8 - exports;
-    /* Output before the zygote's report that the program has ended, and all that comes from the guest before the port:
+    /* Output before the keeper's report that the program has ended, and all that comes from the guest before the port:
        FREEZE must find it relayed. */
     if (p[4].revents)
         must(program_output_event(&agent->program.output, &agent->port, 1), "port");
@@ -309,7 +309,7 @@ static void handle_events(struct agent *agent, nfds_t count)
     if (p[1].revents)
         on_children(agent);
     if (p[2].revents)
-        must(program_zygote_event(&agent->program, &agent->port, agent->vmstat), "the zygote ended");
+        must(program_keeper_event(&agent->program, &agent->port, agent->vmstat), "the keeper ended");
     if (p[0].revents)
         on_port(agent);
 }

@@ -40,6 +40,6 @@ int main(void)
     step(clients_open(&agent->clients), "agent.sock");
     step(host_open(&agent->host), "identity");
     step(port_open(&agent->port), "port sf.agent");
-    step(program_start_zygote(&agent->program), "zygote");
+    step(program_start_keeper(&agent->program), "keeper");
     agent_run(agent);
 }

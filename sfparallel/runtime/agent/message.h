@@ -68,7 +68,7 @@ int thaw_export(const struct thaw *thaw, size_t i, struct export *export);
 /* The integer under `key` of a message that is a map. Returns 0, or -ENOENT if there is no such integer. */
 int message_integer(const uint8_t *data, size_t size, const char *key, int64_t *value);
 
-/* The zygote's report on the program. */
+/* The keeper's report on the program. */
 struct report {
     enum { REPORT_PID, REPORT_EXITED } kind;
     int64_t pid;

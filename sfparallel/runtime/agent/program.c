@@ -1,4 +1,4 @@
-/* The zygote, a Python process with everything imported, and the user program that it forks. */
+/* The keeper, a Python process, and the user's program, which the keeper's zygote becomes (runtime/keeper.py). */
 #include "agent.h"
 
 #include <errno.h>
@@ -15,19 +15,19 @@
 #define PIECE_SIZE ((32u << 10) - FRAME_HEADER_SIZE)
 enum { CHANNEL_STDOUT = 1, CHANNEL_STDERR = 2 };
 
-static void become_zygote(int socket)
+static void become_keeper(int socket)
 {
     char number[16], path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     char variable[32], home[] = "HOME=/root", locale[] = "LANG=C.UTF-8";
     char *environment[] = { path, home, locale, variable, NULL };
-    char *arguments[] = { (char[]){ "python3" }, (char[]){ "-m" }, (char[]){ "sfparallel.runtime.zygote" }, NULL };
+    char *arguments[] = { (char[]){ "python3" }, (char[]){ "-m" }, (char[]){ "sfparallel.runtime.keeper" }, NULL };
     sigset_t none;
     int input = open("/dev/null", O_RDONLY);
     if (input < 0 || dup2(input, 0) < 0 || fcntl(socket, F_SETFD, 0) < 0)
         _exit(126);
     close(input);
     snprintf(number, sizeof number, "%d", socket);
-    snprintf(variable, sizeof variable, "SF_ZYGOTE_FD=%s", number);
+    snprintf(variable, sizeof variable, "SF_KEEPER_FD=%s", number);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     signal(SIGPIPE, SIG_DFL);
@@ -35,28 +35,28 @@ static void become_zygote(int socket)
     _exit(127);
 }
 
-int program_start_zygote(struct program *program)
+int program_start_keeper(struct program *program)
 {
     int ends[2], room = 2 << 20;
     char answer[16];
-    *program = (struct program){ .zygote = -1, .input = -1, .output = -1, .error = -1 };
+    *program = (struct program){ .keeper = -1, .input = -1, .output = -1, .error = -1 };
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
         return -errno;
     /* RUN's payload, arguments and environment, must fit into one packet. */
     if (setsockopt(ends[0], SOL_SOCKET, SO_SNDBUFFORCE, &room, sizeof room) < 0)
         return -errno;
-    program->zygote = ends[0];
-    program->zygote_pid = fork();
-    if (program->zygote_pid < 0)
+    program->keeper = ends[0];
+    program->keeper_pid = fork();
+    if (program->keeper_pid < 0)
         return -errno;
-    if (program->zygote_pid == 0)
-        become_zygote(ends[1]);
+    if (program->keeper_pid == 0)
+        become_keeper(ends[1]);
     close(ends[1]);
-    ssize_t n = recv(program->zygote, answer, sizeof answer, 0);
+    ssize_t n = recv(program->keeper, answer, sizeof answer, 0);
     return n == 5 && memcmp(answer, "ready", 5) == 0 ? 0 : -ECHILD;
 }
 
-static int send_run(int zygote, const uint8_t *payload, size_t size, const int fds[3])
+static int send_run(int keeper, const uint8_t *payload, size_t size, const int fds[3])
 {
     union {
         struct cmsghdr header;
@@ -67,7 +67,7 @@ static int send_run(int zygote, const uint8_t *payload, size_t size, const int f
     struct msghdr message = {
         .msg_iov = &piece, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof control.room,
     };
-    return sendmsg(zygote, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
+    return sendmsg(keeper, &message, MSG_NOSIGNAL) < 0 ? -errno : 0;
 }
 
 static int set_nonblocking(int fd)
@@ -94,7 +94,7 @@ int program_run(struct program *program, const uint8_t *payload, size_t size)
     if (set_nonblocking(program->input) < 0 || set_nonblocking(program->output) < 0 || set_nonblocking(program->error) < 0)
         return -errno;
     int theirs[3] = { pipes[0][0], pipes[1][1], pipes[2][1] };
-    int result = send_run(program->zygote, payload, size, theirs);
+    int result = send_run(program->keeper, payload, size, theirs);
     for (unsigned i = 0; i < 3; i++)
         close(theirs[i]);
     program->started = result == 0;
@@ -227,11 +227,11 @@ static void send_signal(const struct program *program, int number)
         kill(program->pid, number);
 }
 
-int program_zygote_event(struct program *program, struct port *port, int vmstat)
+int program_keeper_event(struct program *program, struct port *port, int vmstat)
 {
     uint8_t message[512];
     struct report report;
-    ssize_t n = recv(program->zygote, message, sizeof message, MSG_DONTWAIT);
+    ssize_t n = recv(program->keeper, message, sizeof message, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (n <= 0)

@@ -142,6 +142,10 @@ void sf_prepare(struct sf_context *context, const struct sf_message *message, st
 void sf_commit(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply);
 void sf_stats(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply);
 
+/* launcher.c: makes shells as long as the peer lives. Returns only in a new shell, with the number of its control socket, or
+ * -errno if it cannot become one. */
+int sf_launch_shells(int control);
+
 /* Note a failure in the reply. */
 static inline void sf_fail(struct sfpage_reply *reply, int status, uint32_t step)
 {

@@ -3,6 +3,7 @@
  * Loaded into QEMU with LD_PRELOAD; found through one of
  *   SFPAGE_FD=<n>       an inherited descriptor, already connected (raw shells)
  *   SFPAGE_PATH=<path>  a socket to bind; exactly one peer is accepted, within SFPAGE_WAIT_MS (60 s) (libvirt domains)
+ *   SFPAGE_LAUNCHER=<n> an inherited descriptor, by which shells are ordered; see launcher.c
  * The thread is made before QEMU's sandbox starts and needs nothing that spawn=deny or resourcecontrol=deny forbid.
  */
 #define _GNU_SOURCE
@@ -208,15 +209,16 @@ static int start_thread(struct sf_context *context)
     return status;
 }
 
-static int start(const char *fd, const char *path, const char *wait_ms)
+/* Serve on a connected socket or, if that is -1, on one that is bound at path. */
+static int start(int control, const char *path, const char *wait_ms)
 {
     struct sf_context *context = calloc(1, sizeof *context);
     if (context == NULL)
         return -ENOMEM;
-    context->control = fd != NULL ? adopt(fd) : -1;
-    context->listener = fd == NULL ? listen_at(path) : -1;
+    context->control = control;
+    context->listener = control < 0 ? listen_at(path) : -1;
     context->wait_ms = wait_ms != NULL ? atoi(wait_ms) : DEFAULT_WAIT_MS;
-    context->path = fd == NULL ? strdup(path) : NULL; /* a copy: the variable goes away */
+    context->path = control < 0 ? strdup(path) : NULL; /* a copy: the variable goes away */
     if (context->control < 0 && context->listener < 0)
         return -EINVAL;
     context->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
@@ -226,17 +228,48 @@ static int start(const char *fd, const char *path, const char *wait_ms)
     return start_thread(context);
 }
 
-/* Without its paging layer a VM could neither be forked nor be trusted to end with its supervisor: better no VM at all. */
-__attribute__((constructor)) static void load(void)
+/* Become a launcher; returns in the shells that it makes, as `adopt` does. Whoever lists processes sees which one it is. */
+static int launch(const char *number, char *name)
 {
-    const char *fd = getenv("SFPAGE_FD"), *path = getenv("SFPAGE_PATH");
+    static const char title[] = "sf-launcher";
+    char own[sizeof title];
+    int control = adopt(number);
+    bool fits = strlen(name) >= sizeof title - 1;
+    if (control < 0)
+        return control;
+    if (fits) {
+        memcpy(own, name, sizeof title);
+        memcpy(name, title, sizeof title);
+    }
+    control = sf_launch_shells(control);
+    if (fits)
+        memcpy(name, own, sizeof title);
+    if (control < 0 || fcntl(control, F_SETFD, FD_CLOEXEC) != 0)
+        return control < 0 ? control : -errno;
+    return control;
+}
+
+/* Without its paging layer a VM could neither be forked nor be trusted to end with its supervisor: better no VM at all. */
+__attribute__((constructor)) static void load(int argc, char **argv, char **environment)
+{
+    const char *fd = getenv("SFPAGE_FD"), *path = getenv("SFPAGE_PATH"), *launcher = getenv("SFPAGE_LAUNCHER");
+    int status = 0;
+    (void)argc;
+    (void)environment;
     /* QEMU allocates much in steps of 2 MiB and uses little of it: a huge page there is memory lost in every clone. */
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
-    int status = fd != NULL || path != NULL ? start(fd, path, getenv("SFPAGE_WAIT_MS")) : 0;
+    if (launcher != NULL || fd != NULL) {
+        status = launcher != NULL ? launch(launcher, argv[0]) : adopt(fd);
+        if (status >= 0)
+            status = start(status, NULL, NULL);
+    } else if (path != NULL) {
+        status = start(-1, path, getenv("SFPAGE_WAIT_MS"));
+    }
     unsetenv("LD_PRELOAD");
     unsetenv("SFPAGE_FD");
     unsetenv("SFPAGE_PATH");
     unsetenv("SFPAGE_WAIT_MS");
+    unsetenv("SFPAGE_LAUNCHER");
     if (status != 0)
         end_process(EXIT_SETUP);
 }

@@ -134,4 +134,25 @@ enum sfpage_stats_value {
     SFPAGE_V_STATS_MAX_MAPPINGS,
 };
 
+/* The launcher's socket (SFPAGE_LAUNCHER, a descriptor; AF_UNIX, SOCK_SEQPACKET): one order makes one shell. The new
+ * shell's descriptors travel with the order, as many as `count`; it has no others, but for standard input. */
+#define SFPAGE_LAUNCH_FDS 10u
+
+struct sfpage_launch {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved;
+    uint32_t control;  /* which number the paging layer's control socket of the shell gets */
+    uint32_t count;
+    int32_t targets[SFPAGE_LAUNCH_FDS]; /* the numbers that the descriptors get in the shell, each once and not 0 */
+};
+
+struct sfpage_launched {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t reserved;
+    int32_t status; /* 0 or -errno; then there is no shell */
+    int32_t pid;    /* of the shell, which is a child of the launcher's parent */
+};
+
 #endif

@@ -1,0 +1,96 @@
+"""The launcher of a job: a QEMU that was loaded and relocated once, and makes shells by forking (native/launcher.c)."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from sfparallel import native
+from sfparallel.errors import ProtocolError, VMError
+
+_MAGIC = 0x47504653
+_VERSION = 1
+_MAX_FDS = 10
+_ORDER = struct.Struct(f"<IHHII{_MAX_FDS}i")
+_ANSWER = struct.Struct("<IHHii")
+_SOCKET = 3
+
+
+class Launcher:
+    """Makes shells that all have the same command line. `close` ends it; shells live on.
+
+    Args:
+        pid: its process, a child of this one.
+        control: connected SOCK_SEQPACKET socket; owned by this object from then on.
+    """
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self._pid = pid
+        self._control = control
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    def start(cls, argv: Sequence[str], library: str) -> Self:
+        """Start a launcher; it makes its first shell as soon as it is loaded.
+
+        Args:
+            argv: of the shells; descriptors in it are those of `launch`.
+            library: path of the paging layer.
+
+        Raises:
+            VMError: the program cannot be run.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": library, "SFPAGE_LAUNCHER": str(_SOCKET)}
+        with theirs:
+            try:
+                pid = native.spawn(argv, output=2, fds={_SOCKET: theirs.fileno()}, env=environment)
+            except OSError as error:
+                ours.close()
+                raise VMError(f"cannot run {argv[0]}: {error}", hint="see `sf doctor`") from error
+        return cls(pid, ours)
+
+    async def launch(self, fds: Mapping[int, int], control: int) -> int:
+        """Make a shell.
+
+        Args:
+            fds: its descriptors, as {number in the shell: descriptor here}; standard input is empty.
+            control: the number, among them, of its paging layer's socket.
+
+        Returns:
+            The pid: a child of this process. It ends with the thread that started the launcher.
+
+        Raises:
+            VMError: there is no shell.
+        """
+        targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
+        order = _ORDER.pack(_MAGIC, _VERSION, 0, control, len(fds), *targets)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
+        async with self._turn:
+            try:
+                self._control.sendmsg([order], rights)
+                answer = await asyncio.get_running_loop().sock_recv(self._control, _ANSWER.size)
+            except OSError as error:
+                raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
+        if not answer:
+            raise VMError("the launcher of shells is gone", hint="`sfrun` printed why, if QEMU could not be loaded")
+        if len(answer) != _ANSWER.size:
+            raise ProtocolError(f"an answer of {len(answer)} bytes from the launcher of shells")
+        magic, version, _, status, pid = _ANSWER.unpack(answer)
+        if (magic, version) != (_MAGIC, _VERSION):
+            raise ProtocolError("the paging layer is of another version", hint="build it anew: `make build`")
+        if status:
+            raise VMError(f"no further shell could be started: {os.strerror(-status)}",
+                          hint="free memory or processes on the host")
+        return int(pid)
+
+    def close(self) -> None:
+        """End the launcher and wait for it; its shells live on."""
+        self._control.close()
+        os.waitpid(self._pid, 0)
