@@ -115,7 +115,8 @@ def test_interrupt_ends_it_like_python(guest: Guest) -> None:
     guest.signal(signal.SIGINT)
     ended = guest.ended()
     assert ended.status == -signal.SIGINT
-    assert ended.out == "tidied up\n" and ended.err.endswith("KeyboardInterrupt\n") and "zygote" not in ended.err and "keeper" not in ended.err
+    assert ended.out == "tidied up\n" and ended.err.endswith("KeyboardInterrupt\n")
+    assert "zygote" not in ended.err and "keeper" not in ended.err
 
 
 def test_signal_reaches_the_whole_group(guest: Guest) -> None:
