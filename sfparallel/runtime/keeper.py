@@ -3,8 +3,8 @@
 It is a process of its own with little in it, and waits from before the template is taken until the program ends: a process that
 shared the program's memory would make the guest's kernel copy each page that a clone's program writes to.
 
-The agent's messages come on a SEQPACKET socket: a RUN payload with three descriptors for stdin, stdout and stderr, which goes on to
-the zygote. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
+The agent's messages come on a SEQPACKET socket: a RUN payload with three descriptors for stdin, stdout and stderr, which goes on
+to the zygote. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
 """
 
 from __future__ import annotations
