@@ -17,6 +17,7 @@ from pathlib import Path
 from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.vmm.confinement import Places, confine
+from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
 from sfparallel.vmm.options import JobOptions, Program, RunIn, default_uri
 
 EXIT_USAGE = 2
@@ -196,6 +197,9 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
     for path in data:
         if not path.is_dir():
             raise UsageError(f"--data {path}: not a folder")
+        if is_system_folder(path) and not any(shared in path.parents for shared in SHARED_DATA):
+            raise UsageError(f"--data {path}: it belongs to the system, and the guest has its own",
+                             hint="name the folder that the data is in")  # fmt: skip
     program = Program(mode, tuple(words), cwd, folder, path0, _environment(options.env))
     return JobOptions(
         program, run_in=options.run_in, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus,

@@ -306,7 +306,7 @@ def test_a_missing_image_names_the_command_that_builds_it(sfrun: Sfrun) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [["-n", "0"], ["--memory", "lots"], ["--forward", "x"], ["--env", "=1"], ["--data", "/nowhere"]]
+    "option", [["-n", "0"], ["--memory", "lots"], ["--forward", "x"], ["--env", "=1"], ["--data", "/nowhere"], ["--data", "/usr"]]
 )
 def test_bad_options(sfrun: Sfrun, option: list[str]) -> None:
     ended = sfrun("print(1)", *option)

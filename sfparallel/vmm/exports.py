@@ -15,6 +15,8 @@ DIRECTORY = os.O_PATH | os.O_DIRECTORY | BENEATH
 _SYSTEM_FOLDERS = frozenset(map(Path, ("/", "/home", "/var", "/var/lib", "/var/cache", "/var/log", "/var/run", "/var/lock")))
 _SYSTEM_TREES = tuple(map(Path, ("/usr", "/etc", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sys", "/dev",
                                  "/run", "/boot")))
+SHARED_DATA = (Path("/usr/share"), Path("/usr/local/share"))
+"""A single folder in one of these may be shown read-only: programs find their own data there, not the system's."""
 _NOT_SYSTEM = tuple(map(Path, ("/usr/src", "/usr/local/src", "/dev/shm", "/run/user", "/run/media")))
 
 
