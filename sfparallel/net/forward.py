@@ -42,7 +42,7 @@ class Forward:
             self._listener = socket.create_server((host, port))
             self._server = await asyncio.start_server(self._serve, sock=self._listener)
         except OSError as error:
-            hint = "choose another host port, or 0 for a free one" if error.errno == errno.EADDRINUSE else None
+            hint = "choose another host port" if error.errno == errno.EADDRINUSE else None
             raise NetworkError(f"could not listen on {host}:{port} for a forward: {error.strerror}", hint=hint) from error
         self.address = self._listener.getsockname()
 

@@ -7,6 +7,7 @@ this process ends in whatever way.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import logging
@@ -434,8 +435,8 @@ class Job:
                     data = b""
                 try:
                     asyncio.run_coroutine_threadsafe(pass_on(data), loop).result()
-                except RuntimeError:
-                    return  # the job is over, its loop closed
+                except (RuntimeError, concurrent.futures.CancelledError):
+                    return  # the job is over, its loop closed or about to be
                 if not data:
                     return
 
