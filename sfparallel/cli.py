@@ -184,7 +184,10 @@ def _run_job(options: JobOptions, places: Places, pid: int) -> int:
 
 
 def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> JobOptions:
-    cwd = Path(os.path.realpath(os.getcwd()))
+    try:
+        cwd = Path(os.path.realpath(os.getcwd()))
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more", hint="change to a folder that exists") from None
     folder, path0 = None, "" if mode == "command" else str(cwd)
     if mode == "script":
         script = Path(words[0]).absolute()

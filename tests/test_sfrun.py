@@ -205,6 +205,12 @@ def test_names_of_any_bytes(tmp_path: Path, options: tuple[str, ...]) -> None:
     assert (folder / f"new {odd}").read_text() == "written"
 
 
+def test_a_current_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+    command = f'rmdir "$PWD"; exec "{BIN / "sfrun"}" -c "print(1)"'
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "hint" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_a_current_folder_of_the_system_is_refused() -> None:
     ended = subprocess.run([str(BIN / "sfrun"), "-c", "print(1)"], cwd="/", capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and "project" in ended.stderr
