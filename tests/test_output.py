@@ -165,7 +165,7 @@ def test_a_rank_that_prints_to_a_reader_that_has_gone_gets_an_error(sfrun: Sfrun
         """
         import sfparallel as sf
 
-        @sf.parallel(n=2)
+        @sf.parallel(n=1)
         def endless():
             while True:
                 print("x" * 1000)
