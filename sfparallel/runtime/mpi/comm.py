@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from sfparallel.runtime.mpi import constants as c
 from sfparallel.runtime.mpi.attributes import Attributes, Keyvals
 from sfparallel.runtime.mpi.blocks import BlockCollectives, BlockScans
+from sfparallel.runtime.mpi.buffered import Buffered
 from sfparallel.runtime.mpi.core import SELF_CONTEXT, WORLD_CONTEXT, CommCore, WorldCore, mix
 from sfparallel.runtime.mpi.errhandler import WithErrhandler
 from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_COMM, ERR_REVOKED, MPIException, last_used_code
@@ -23,7 +24,7 @@ from sfparallel.runtime.mpi.unsupported import unsupported
 _KEYVALS = Keyvals()
 
 
-class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Survival, WithErrhandler, Attributes, Handle):
+class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Buffered, Survival, WithErrhandler, Attributes, Handle):
     """A communicator (mpi4py's `MPI.Comm`)."""
 
     _invalid: ClassVar[int] = ERR_COMM
@@ -233,22 +234,6 @@ class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Survival, WithErrh
         """End all ranks."""
         from sfparallel.runtime.mpi.environment import abort
         abort(errorcode)
-
-    # Buffers for buffered sends: never needed, but programs attach them.
-
-    def Attach_buffer(self, buf: Any) -> None:
-        self._live().buffer = buf
-
-    def Detach_buffer(self) -> Any:
-        core = self._live()
-        buf, core.buffer = core.buffer, None
-        return buf
-
-    def Flush_buffer(self) -> None:
-        self._live().endpoint.poll()
-
-    def Iflush_buffer(self) -> Request:
-        return Request._of(Finished(self._live().endpoint, source=c.ANY_SOURCE))
 
     # Partitioned communication
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NoReturn
 
 from sfparallel.runtime import lowlevel
+from sfparallel.runtime.here import HERE
+from sfparallel.runtime.mpi import buffered
 from sfparallel.runtime.mpi import constants as c
 from sfparallel.runtime.mpi.buffers import BottomType, BufferAutomaticType, InPlaceType, buffer, byte_array
 from sfparallel.runtime.mpi.comm import COMM_WORLD, Comm, Intracomm
-from sfparallel.runtime.mpi.core import world_endpoint
 from sfparallel.runtime.mpi.errors import ERR_DIMS, ERR_NAME, ERR_PORT, MPIException
 from sfparallel.runtime.mpi.handle import Handle
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
 from sfparallel.runtime.mpi.intercomm import Intercomm, local_comm
-from sfparallel.runtime.mpi.request import Finished, Request
 from sfparallel.runtime.mpi.status import Status
 from sfparallel.runtime.mpi.unsupported import unsupported
 
@@ -26,12 +26,17 @@ class _Process:
     """What MPI remembers of this process."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """This process has become another one."""
         self.finalized = False
         self.abort_status: object = None
         self.buffer: Any = None
 
 
 _process = _Process()
+HERE.forgetful.append(_process.forget)
 
 
 def abort(errorcode: int) -> NoReturn:
@@ -165,23 +170,15 @@ def Free_mem(mem: buffer) -> None:
 
 
 def Attach_buffer(buf: Any) -> None:
-    """Not needed; remembered for `Detach_buffer`."""
-    if not isinstance(buf, BufferAutomaticType) and buf is not None:
-        byte_array(buf, readonly=False)
-    _process.buffer = buf
+    buffered.attach(_process, buf)
 
 
 def Detach_buffer() -> Any:
-    buf, _process.buffer = _process.buffer, None
-    return buf
+    return buffered.detach(_process)
 
 
-def Flush_buffer() -> None:
-    world_endpoint().poll()
-
-
-def Iflush_buffer() -> Request:
-    return Request._of(Finished(world_endpoint(), source=c.ANY_SOURCE))
+Flush_buffer = buffered.flush
+Iflush_buffer = buffered.begin_flush
 
 
 def Compute_dims(nnodes: int, dims: int | Sequence[int]) -> list[int]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+from sfparallel.runtime.mpi.buffered import Buffered
 from sfparallel.runtime.mpi.comm import COMM_SELF, COMM_WORLD
-from sfparallel.runtime.mpi.constants import ANY_SOURCE, MAX_PSET_NAME_LEN
-from sfparallel.runtime.mpi.core import world_endpoint
+from sfparallel.runtime.mpi.constants import MAX_PSET_NAME_LEN
 from sfparallel.runtime.mpi.errhandler import WithErrhandler, returns
 from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_SESSION, MPIException
 from sfparallel.runtime.mpi.group import Group
 from sfparallel.runtime.mpi.handle import Core, Handle, predefined
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
-from sfparallel.runtime.mpi.request import Finished, Request
 
 _SETS = {"mpi://WORLD": COMM_WORLD, "mpi://SELF": COMM_SELF}
 
@@ -29,7 +28,7 @@ class SessionCore(Core):
         raise error
 
 
-class Session(WithErrhandler, Handle):
+class Session(Buffered, WithErrhandler, Handle):
     """A session (mpi4py's `MPI.Session`)."""
 
     _invalid: ClassVar[int] = ERR_SESSION
@@ -73,21 +72,6 @@ class Session(WithErrhandler, Handle):
         if name not in _SETS:
             core.raise_error(MPIException(ERR_ARG, f"no such process set: {name}"))
         return _SETS[name]
-
-    def Attach_buffer(self, buf: Any) -> None:
-        self._live().buffer = buf
-
-    def Detach_buffer(self) -> Any:
-        core = self._live()
-        buf, core.buffer = core.buffer, None
-        return buf
-
-    def Flush_buffer(self) -> None:
-        self._live()
-
-    def Iflush_buffer(self) -> Request:
-        self._live()
-        return Request._of(Finished(world_endpoint(), source=ANY_SOURCE))
 
 
 SESSION_NULL: Session = predefined(Session(), "SESSION_NULL")
