@@ -44,6 +44,33 @@ def test_bcast_of_arrays(double: Doubles) -> None:
     assert work() == [True] * 4
 
 
+def _extend(x: list[int], y: list[int]) -> list[int]:
+    x.extend(y)
+    return x
+
+
+def _prepend(x: list[int], y: list[int], _: object) -> None:
+    y[:0] = x
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("kind", ["function", "operation"])
+def test_an_operation_may_change_its_operands(double: Doubles, n: int, kind: str) -> None:
+    @sf.parallel(n=n)
+    def work() -> tuple[Any, ...]:
+        comm, op = sf.comm(), _extend if kind == "function" else sf.MPI.Op.Create(_prepend)
+        mine = [comm.rank]
+        found = (comm.reduce(mine, op, n - 1), comm.allreduce(mine, op), comm.scan(mine, op), comm.exscan(mine, op))
+        assert mine == [comm.rank], "the operand is the caller's"
+        return found
+
+    for rank, (reduced, everything, until, before) in enumerate(work()):
+        assert reduced == (list(range(n)) if rank == n - 1 else None)
+        assert everything == list(range(n))
+        assert until == list(range(rank + 1))
+        assert before == (list(range(rank)) if rank else None)
+
+
 def test_nobody_leaves_a_barrier_before_all_have_come(double: Doubles) -> None:
     reader, writer = os.pipe()
 

@@ -161,9 +161,9 @@ def scatter_objects(core: CommCore, objects: Sequence[Any] | None, root: int, ti
 
 def reduce_objects(core: CommCore, obj: Any, codec: reductions.Codec, root: int, timeout: float | None) -> Any:
     check_root(core, root)
-    return core.run("reduce", lambda call: reduce(call, obj, codec, root), timeout)
+    return core.run("reduce", lambda call: reduce(call, obj if root < 0 else codec.own(obj), codec, root), timeout)
 
 
 def allreduce_objects(core: CommCore, obj: Any, codec: reductions.Codec, timeout: float | None) -> Any:
-    flags, payload = core.run("allreduce", lambda call: allreduce(call, obj, codec), timeout)
+    flags, payload = core.run("allreduce", lambda call: allreduce(call, codec.own(obj), codec), timeout)
     return pickle.object(payload, flags)

@@ -23,8 +23,7 @@ def _values(records: Sequence[Any] | None) -> list[Any] | None:
 
 
 def _objects(op: Op | Callable[[Any, Any], Any]) -> reductions.Objects:
-    # Even SUM does not commute on all objects (lists, strings).
-    return reductions.Objects(op, commutes=False)
+    return reductions.Objects(op, pure=isinstance(op, Op) and op.is_predefined)
 
 
 class ObjectCollectives:
@@ -126,7 +125,7 @@ class ObjectCollectives:
             return between.reduce_objects(core, sendobj, codec, root, timeout)
         if core.size == 1:
             return _copy(sendobj)
-        return core.run("reduce", lambda call: reductions.reduce(call.local, sendobj, codec, root), timeout)
+        return core.run("reduce", lambda call: reductions.reduce(call.local, codec.own(sendobj), codec, root), timeout)
 
     def allreduce(self, sendobj: Any, op: Op | Callable[[Any, Any], Any] = SUM, *, timeout: float | None = None) -> Any:
         """The same at all ranks."""
@@ -136,7 +135,7 @@ class ObjectCollectives:
             return between.allreduce_objects(core, sendobj, codec, timeout)
         if core.size == 1:
             return _copy(sendobj)
-        return core.run("allreduce", lambda call: reductions.allreduce(call.local, sendobj, codec), timeout)
+        return core.run("allreduce", lambda call: reductions.allreduce(call.local, codec.own(sendobj), codec), timeout)
 
 
 class ObjectScans:
@@ -152,12 +151,14 @@ class ObjectScans:
         core = self._live()
         if core.size == 1:
             return _copy(sendobj)
-        return core.run("scan", lambda call: reductions.scan(call.local, sendobj, _objects(op), exclusive=False), timeout)
+        codec = _objects(op)
+        return core.run("scan", lambda call: reductions.scan(call.local, codec.own(sendobj), codec, exclusive=False), timeout)
 
     def exscan(self, sendobj: Any, op: Op | Callable[[Any, Any], Any] = SUM, *, timeout: float | None = None) -> Any:
         """Objects of the ranks before this one, combined by `op`; None at rank 0."""
         core = self._live()
-        return core.run("exscan", lambda call: reductions.scan(call.local, sendobj, _objects(op), exclusive=True), timeout)
+        codec = _objects(op)
+        return core.run("exscan", lambda call: reductions.scan(call.local, codec.own(sendobj), codec, exclusive=True), timeout)
 
 
 def _as_many(objects: Sequence[Any] | None, count: int) -> list[Any]:

@@ -35,17 +35,24 @@ class Codec(Protocol):
     def combine(self, left: Any, right: Any) -> Any:
         """left op right; both may be used up."""
 
+    def own(self, value: Any) -> Any:
+        """A value that may be used up while the given one stays."""
+
 
 class Objects:
     """Python objects.
 
     Args:
         op: of two objects.
+        pure: whether it leaves its operands as they are. (A function of the program's may change them in place.)
     """
 
-    def __init__(self, op: Any, commutes: bool) -> None:
+    commutes = False
+    """Even SUM does not commute on all objects (lists, strings)."""
+
+    def __init__(self, op: Any, *, pure: bool) -> None:
         self._op = op
-        self.commutes = commutes
+        self._pure = pure
 
     def encode(self, value: Any) -> Payload:
         return pickle.payload(value)
@@ -55,6 +62,12 @@ class Objects:
 
     def combine(self, left: Any, right: Any) -> Any:
         return self._op(left, right)
+
+    def own(self, value: Any) -> Any:
+        if self._pure:
+            return value
+        flags, frames, _ = pickle.payload(value)
+        return pickle.object(b"".join(frames), flags)
 
 
 class Memory:
@@ -73,6 +86,9 @@ class Memory:
 
     def combine(self, left: Bytes, right: Bytes) -> Bytes:
         return self._op.combine(self._core, left, right)
+
+    def own(self, value: Bytes) -> Bytes:
+        return value.copy()
 
 
 def reduce(ch: Channel, value: Any, codec: Codec, root: int) -> Collective:
@@ -163,7 +179,7 @@ def allreduce_memory(ch: Channel, value: Bytes, codec: Memory, item: int) -> Col
 
 def scan(ch: Channel, value: Any, codec: Codec, *, exclusive: bool) -> Collective:
     """The values of all ranks up to this one, combined; without its own if `exclusive` (None at rank 0). log n rounds."""
-    result, has_result = (None, False) if exclusive else (_own(value), True)
+    result, has_result = (None, False) if exclusive else (codec.own(value), True)
     partial = value
     step = 1
     while step < ch.size:
@@ -176,13 +192,9 @@ def scan(ch: Channel, value: Any, codec: Codec, *, exclusive: bool) -> Collectiv
             # Decoded twice: to combine may use a value up.
             result = codec.combine(codec.decode(op), result) if has_result else codec.decode(op)
             has_result = True
-            partial = codec.combine(codec.decode(op), _own(partial))
+            partial = codec.combine(codec.decode(op), codec.own(partial))
         step *= 2
     return result
-
-
-def _own(value: Any) -> Any:
-    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def reduce_scatter(ch: Channel, value: Bytes, codec: Memory, cuts: list[int]) -> Collective:
