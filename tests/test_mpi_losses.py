@@ -167,6 +167,51 @@ def test_revoking_wakes_those_that_wait(double: Doubles) -> None:
     assert work() == [MPI.ERR_REVOKED] * 3
 
 
+@pytest.mark.parametrize("call", ["barrier", "Iallreduce", "persistent"])
+def test_revoking_wakes_those_in_collective_calls(double: Doubles, call: str) -> None:
+    calls: dict[str, Callable[[MPI.Intracomm, MPI.Prequest], object]] = {
+        "barrier": lambda c, _: c.barrier(),
+        "Iallreduce": lambda c, _: c.Iallreduce(_array(), _array()).Wait(),
+        "persistent": lambda _, p: (p.Start(), p.Wait()),
+    }
+
+    @sf.parallel(n=3, timeout=60)
+    def work() -> int:
+        comm = sf.comm().Dup()
+        persistent = comm.Barrier_init()
+        if comm.rank == 0:
+            for rank in (1, 2):
+                sf.comm().recv(source=rank)
+            comm.Revoke()
+            return MPI.ERR_REVOKED
+        sf.comm().send("here", 0)
+        with pytest.raises(MPI.Exception) as caught:
+            calls[call](comm, persistent)
+        return int(caught.value.Get_error_class())
+
+    assert work() == [MPI.ERR_REVOKED] * 3
+
+
+def test_what_is_announced_is_fetched_before_a_rank_is_gone(double: Doubles) -> None:
+    """A buffered send is complete at once, whatever its size; its rank may return before it is received."""
+    @sf.parallel(n=3, timeout=60)
+    def work() -> float:
+        comm = sf.comm()
+        comm.barrier()
+        if comm.rank < 2:
+            comm.Bsend(np.full(200_000, comm.rank + 1.0), 2)
+            comm.Bsend(np.full(200_000, comm.rank + 1.0), 1 - comm.rank)  # never received
+            return 0
+        place = _large()
+        total = 0.0
+        for rank in (0, 1):
+            comm.Recv(place, rank)
+            total += place.sum()
+        return total
+
+    assert work() == [0, 0, 600_000]
+
+
 @pytest.mark.parametrize("call", ["allreduce", "gather", "recv", "wait", "probe", "Ibarrier"])
 def test_time_limits_name_the_missing_ranks(double: Doubles, call: str) -> None:
     reader, writer = os.pipe()

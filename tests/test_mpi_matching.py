@@ -322,3 +322,21 @@ def test_messages_to_oneself(messages: list[tuple[int, int, bool]]) -> None:
         assert send.done == first
         receive = receive or engine.recv(CONTEXT, ANY_SOURCE, tag)
         assert send.done and receive.done and bytes(receive.payload) == b"ab" + bytes(size)
+
+
+@pytest.mark.parametrize("taken_in", [False, True])
+def test_revoking_ends_a_transfer_that_the_sender_has_given_up(taken_in: bool) -> None:
+    net = Net(2)
+    sender, receiver = net.engines
+    send = sender.send(1, CONTEXT, 0, [bytes(200_000)], 200_000)
+    receiver.blocked_in_send = int(taken_in)
+    if taken_in:
+        net.deliver(0, 1)
+    receive = receiver.recv(CONTEXT, 0, 0)
+    if not taken_in:
+        net.deliver(0, 1)
+    sender.revoke(CONTEXT, LOST)
+    net.settle()
+    assert send.error is LOST and not receive.done
+    receiver.revoke(CONTEXT, LOST)
+    assert receive.error is LOST

@@ -97,6 +97,8 @@ class Here:
         self.own_streams: Streams | None = None
         self.alone: Endpoint | None = None
         """Where this process sends to itself, when it belongs to no region."""
+        self.first_use = threading.Lock()
+        """Held while a thread makes what all threads of this process use."""
         self._waiting: list[Orphanable] = []
         self._parents_threads: tuple[threading.Thread, ...] = ()
         self._other_threads: tuple[threading.Thread, ...] = ()
@@ -172,6 +174,7 @@ class Here:
         self.own_streams = None
         self.membership = None
         self.alone = None
+        self.first_use = threading.Lock()  # the old one may be held by a thread that does not exist on this side
         for forget in self.forgetful:
             forget()
         self.lifeline = hypervisor

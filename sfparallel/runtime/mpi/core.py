@@ -87,6 +87,8 @@ class CommCore(Core):
         self.calls = 0
         self.children = 0
         self.agreements = 0
+        self.repeats: list[int] = []
+        """Contexts of persistent collective calls."""
         self.locks: dict[Hashable, Any] = {}
         self.hidden: Any = None
         """A duplicate for what a library does beside the program (`environment.context_within`)."""
@@ -186,11 +188,18 @@ class CommCore(Core):
             self.endpoint.add_task(task)
         return task
 
+    @property
+    def contexts(self) -> list[int]:
+        """All contexts in which this communicator's messages travel, but for agreements: these survive that it is revoked."""
+        collective = [mix(self.ctx, 1), *self.repeats]
+        return [self.ctx, *collective, *(ctx | 1 for ctx in collective)]
+
     def repeated(self, prepared: Prepared) -> Callable[[], RequestCore]:
         """Begin the same collective call again and again. Each such call has a context of its own, since processes may start
         several of them in different orders."""
         self.calls += 1
         ctx, count = mix(self.ctx, 2, self.calls), 0
+        self.repeats.append(ctx)
 
         def begin() -> RequestCore:
             nonlocal count
@@ -288,27 +297,34 @@ class WorldCore(CommCore):
 
     def __getattr__(self, name: str) -> Any:
         # Only called for what is not there.
-        if name.startswith("__") or "endpoint" in self.__dict__:
+        if name.startswith("__"):
             raise AttributeError(name)
         membership = HERE.membership
         if membership is not None and not self._alone and name in ("rank", "size"):
             # All that most regions ask for; what can send is made when something is sent.
             return membership.rank if name == "rank" else len(membership.addresses)
         endpoint = world_endpoint()
-        super().__init__(endpoint, self._world_context, (endpoint.rank,) if self._alone else range(endpoint.size))
-        self.name = self._world_name
-        return getattr(self, name)
+        with endpoint.lock:
+            if "endpoint" not in self.__dict__:  # another thread may have been first
+                super().__init__(endpoint, self._world_context, (endpoint.rank,) if self._alone else range(endpoint.size))
+                self.name = self._world_name
+            if name not in self.__dict__:
+                raise AttributeError(name)
+            return self.__dict__[name]
 
 
 def world_endpoint() -> Endpoint:
     """The endpoint of this process in its region; outside a region, one that is alone."""
     membership = HERE.membership
-    if membership is None:
-        if HERE.alone is None:
-            HERE.alone = Endpoint()
-        return HERE.alone
-    if membership.endpoint is None:
-        membership.endpoint = Endpoint(membership.rank, membership.addresses, membership.port, membership.link)
-    return membership.endpoint
+    endpoint = HERE.alone if membership is None else membership.endpoint
+    if endpoint is not None:
+        return endpoint
+    with HERE.first_use:
+        if membership is None:
+            HERE.alone = HERE.alone or Endpoint()
+            return HERE.alone
+        membership.endpoint = membership.endpoint or Endpoint(membership.rank, membership.addresses, membership.port,
+                                                              membership.link)
+        return membership.endpoint
 
 

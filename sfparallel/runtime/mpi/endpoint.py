@@ -16,6 +16,7 @@ from typing import Protocol
 
 import zmq
 
+from sfparallel import wire
 from sfparallel.errors import StateError
 from sfparallel.runtime.link import CloneLink, Kind
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
@@ -33,6 +34,10 @@ FLUSH_S = 30.0
 
 ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
 """Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
+
+
+_CLOSED = (0.0, "closed its connection", False)
+"""Of a rank that is gone without a word: from when on it counts as lost, why, and whether it left in peace."""
 
 
 class Waitable(Protocol):
@@ -94,7 +99,10 @@ class Endpoint:
 
     def push(self, peer: int, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """The engine's wire."""
-        (self._transport or self._open()).push(peer, header, frames, op)
+        transport = self._transport or self._open()
+        transport.push(peer, header, frames, op)
+        if self._polling and (transport.retries or self._doomed):
+            self.changed()  # the thread that polls may have to wake up earlier than it thought
 
     def control(self, peer: int, kind: int, ctx: int, number: int, payload: bytes = b"") -> None:
         """Send a control message."""
@@ -105,21 +113,18 @@ class Endpoint:
 
     def wait(self, op: Waitable, deadline: float | None = None) -> bool:
         """Wait until `op` is done; False when time ran out."""
-        return op.done or self._wait(op, deadline)
-
-    def _wait(self, op: Waitable, deadline: float | None) -> bool:
-        asks = time.monotonic() + PATIENCE_S
-        with self.lock:
-            while True:
-                if op.done:
-                    return True
+        with self.lock:  # to ask whether it is done, too: that may search queues which other threads change
+            asks = 0.0
+            while not op.done:
                 now = time.monotonic()
+                asks = asks or now + PATIENCE_S
                 if deadline is not None and now >= deadline:
                     return False
                 if now >= asks:
                     self._ask_parent()
                     asks = float("inf")
-                self._round(deadline if deadline is not None and deadline < asks else asks)
+                self._round(asks if deadline is None else min(deadline, asks))
+        return True
 
     def poll(self) -> None:
         """Move what can be moved without waiting."""
@@ -150,7 +155,10 @@ class Endpoint:
         if transport is not None:
             end = time.monotonic() + FLUSH_S
             with self.lock:
-                while not transport.is_flushed and time.monotonic() < end:
+                # As in a blocked send: others may be here, too, and have announced something to this rank.
+                self.engine.blocked_in_send += 1
+                self.engine.pull()
+                while not (transport.is_flushed and self.engine.is_flushed) and time.monotonic() < end:
                     self._round(end)
                 transport.say_bye()
                 while not transport.is_flushed and time.monotonic() < end:
@@ -175,15 +183,18 @@ class Endpoint:
             return
         transport = self._transport or self._open()
         self._polling = True
-        self.lock.release()
         try:
-            events = transport.wait(pause)
+            self.lock.release()
+            try:
+                events = transport.wait(pause)
+            finally:
+                self.lock.acquire()
+                self._polling = False
+            self._move(events)
         finally:
-            self.lock.acquire()
-            self._polling = False
-        self._move(events)
-        if self._sleeping:
-            self._changed.notify_all()
+            # Also after KeyboardInterrupt: another thread has to poll now.
+            if self._sleeping:
+                self._changed.notify_all()
 
     def _pause(self, until: float) -> float | None:
         for when, _, _ in self._doomed.values():
@@ -244,11 +255,12 @@ class Endpoint:
 
     def _on_closed(self, rank: int, in_peace: bool) -> None:
         if in_peace:
-            # Not at once: it may have given up because of a loss that this rank is about to hear of, too.
-            if rank not in self.engine.left and rank not in self._doomed:
+            # Not at once: it may have given up because of a loss that this rank is about to hear of, too. Of two connections
+            # with it, the one without the BYE may be seen to end first.
+            if rank not in self.engine.left and self._doomed.get(rank, _CLOSED)[1:] == _CLOSED[1:]:
                 self._doomed[rank] = (time.monotonic() + GRACE_S, "has returned", True)
         elif rank not in self.engine.dead and rank not in self._doomed:
-            self._doomed[rank] = (time.monotonic() + GRACE_S, "closed its connection", False)
+            self._doomed[rank] = (time.monotonic() + GRACE_S, *_CLOSED[1:])
 
     def _declare_left(self, rank: int) -> None:
         error = PeerLost(f"rank {rank} has returned without taking part", rank=rank, cause="has returned")
@@ -288,13 +300,14 @@ class Endpoint:
         return missing
 
     def revoke(self, contexts: Sequence[int], members: Collection[int]) -> None:
-        """Revoke contexts here, and tell the members."""
-        for ctx in contexts:
-            if ctx not in self.engine.revoked:
+        """Revoke a communicator's contexts here, and tell its members."""
+        if contexts[0] not in self.engine.revoked:
+            for ctx in contexts:
                 self.engine.revoke(ctx, _revoked())
-                for peer in members:
-                    if peer != self.rank:
-                        self.control(peer, REVOKE, ctx, 0, b",".join(b"%d" % each for each in members))
+            order = wire.pack({"contexts": list(contexts), "members": list(members)})
+            for peer in members:
+                if peer != self.rank:
+                    self.control(peer, REVOKE, contexts[0], 0, order)
 
     def _absent(self, ctx: int, number: int, members: Collection[int]) -> list[int]:
         return [peer for peer in members if peer != self.rank and self.took_part.get((peer, ctx), -1) < number]
@@ -304,9 +317,9 @@ class Endpoint:
             self.control(peer, TOOK_PART, ctx, self.entered.get(ctx, -1) & 0xFFFFFFFF)
         elif kind == TOOK_PART:
             self.took_part[peer, ctx] = -1 if number == 0xFFFFFFFF else number
-        elif kind == REVOKE and ctx not in self.engine.revoked:
+        elif kind == REVOKE:
             # Passed on: the one who revoked may have died half-way.
-            self.revoke([ctx], [int(each) for each in payload.split(b",") if each])
+            self.revoke(**wire.unpack(payload))
 
 
 def _revoked() -> MPIException:

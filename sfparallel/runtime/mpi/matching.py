@@ -238,6 +238,10 @@ class Engine:
         queue = self._unexpected.get(ctx)
         return self._find(queue, source, tag) if queue else None
 
+    def holds(self, ctx: int, arrival: Arrival) -> bool:
+        """Whether nobody has received a probed message since."""
+        return any(each is arrival for each in self._unexpected.get(ctx, ()))
+
     def extract(self, ctx: int, arrival: Arrival) -> None:
         """Take a probed message out: no other receive gets it any more (matched probe)."""
         self._unexpected[ctx].remove(arrival)
@@ -266,6 +270,11 @@ class Engine:
     def why_blocked(self, ctx: int, source: int, members: Collection[int]) -> MPIException | None:
         """Why a message of that kind will never come, if so."""
         return self._why_not(ctx, source, members, False) if self.dead or self.left or self.revoked else None
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether nothing that was announced waits for its receive."""
+        return not self._announced
 
     # What arrives
 
@@ -347,10 +356,7 @@ class Engine:
                     send.fail(error)
         for key, target in list(self._incoming.items()):
             if key[0] == peer or (isinstance(target, RecvOp) and self._depends(target, key[0], peer)):
-                del self._incoming[key]
-                op_ = target if isinstance(target, RecvOp) else target.op
-                if op_ is not None:
-                    op_.fail(error)
+                self._drop_incoming(key, error)
         for ctx, arrivals in self._unexpected.items():
             # What is only announced will never come.
             self._unexpected[ctx] = deque(each for each in arrivals if each.peer != peer or each.payload is not None)
@@ -358,7 +364,15 @@ class Engine:
     def revoke(self, ctx: int, error: MPIException) -> None:
         """Fail everything in a context, now and from now on."""
         self.revoked.add(ctx)
-        self._unexpected.pop(ctx, None)
+        for arrival in self._unexpected.pop(ctx, ()):
+            if arrival.pulled:
+                self._pulled_bytes -= arrival.nbytes
+                self._incoming.pop((arrival.peer, arrival.number), None)
+        for key, target in list(self._incoming.items()):
+            # The sender may have dropped what it had announced.
+            receiver = target if isinstance(target, RecvOp) else target.op
+            if receiver is not None and receiver.ctx == ctx:
+                self._drop_incoming(key, error)
         for op in self._posted.pop(ctx, ()):
             op.fail(error)
         for sends in (self._announced, self._to_be_acknowledged):
@@ -368,6 +382,18 @@ class Engine:
                     send.fail(error)
 
     # How it works
+
+    def _drop_incoming(self, key: tuple[int, int], error: MPIException) -> None:
+        """What was asked for will not come, or is of no use any more."""
+        target = self._incoming.pop(key)
+        receiver: RecvOp | None
+        if isinstance(target, RecvOp):
+            receiver = target
+        else:
+            receiver = target.op
+            self._pulled_bytes -= target.nbytes
+        if receiver is not None:
+            receiver.fail(error)
 
     @staticmethod
     def _find(queue: deque[Arrival], source: int, tag: int) -> Arrival | None:

@@ -97,7 +97,10 @@ class PointToPoint:
     def _post_recv(self, peer: int, tag: int, place: memoryview | None) -> RecvOp:
         core = self._core
         with core.endpoint.lock:
-            return core.engine.recv(core.ctx, peer, tag, place, core.sources - core.acknowledged if peer < 0 else ())
+            op = core.engine.recv(core.ctx, peer, tag, place, core.sources - core.acknowledged if peer < 0 else ())
+            if op.done:
+                core.endpoint.changed()  # perhaps another thread's synchronous send to this process
+        return op
 
     def _finish_send(self, op: SendOp, call: str, timeout: float | None) -> None:
         core = self._core
@@ -111,7 +114,8 @@ class PointToPoint:
                 if not endpoint.wait(op, deadline_of(timeout)):
                     raise timed_out(call, timeout, [op.dest])
             finally:
-                endpoint.engine.blocked_in_send -= 1
+                with endpoint.lock:
+                    endpoint.engine.blocked_in_send -= 1
         if op.error is not None:
             core.raise_error(op.error)
 
@@ -314,13 +318,13 @@ class PointToPoint:
             core.raise_error(probe.error)
         return probe.arrival is not None, probe.arrival
 
-    def _wait_for(self, source: int, tag: int, call: str, timeout: float | None) -> Arrival | None:
+    def _wait_for(self, source: int, tag: int, call: str, timeout: float | None, deadline: float | None) -> Arrival | None:
         peer = self._from(source, tag)
         if peer == PROC_NULL:
             return None
         core = self._core
         probe = _Probe(core, peer, tag)
-        if not core.endpoint.wait(probe, deadline_of(timeout)):
+        if not core.endpoint.wait(probe, deadline):
             raise timed_out(call, timeout, [peer] if peer >= 0 else sorted(core.sources - {core.endpoint.rank}))
         if probe.error is not None:
             core.raise_error(probe.error)
@@ -336,7 +340,7 @@ class PointToPoint:
     def Probe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG, status: Status | None = None, *,
               timeout: float | None = None) -> Literal[True]:
         """Wait for a message without receiving it."""
-        self._describe(self._wait_for(source, tag, "Probe", timeout), status)
+        self._describe(self._wait_for(source, tag, "Probe", timeout, deadline_of(timeout)), status)
         return True
 
     def Iprobe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG, status: Status | None = None) -> bool:
@@ -350,10 +354,14 @@ class PointToPoint:
                timeout: float | None = None) -> Message:
         """Wait for a message and take it out, to be received later."""
         core = self._live()
-        with core.endpoint.lock:
-            arrival = self._wait_for(source, tag, "Mprobe", timeout)
-            self._describe(arrival, status)
-            return self._extracted(arrival)
+        deadline = deadline_of(timeout)
+        while True:
+            # Without the lock: other threads go on, and may take the message first.
+            arrival = self._wait_for(source, tag, "Mprobe", timeout, deadline)
+            with core.endpoint.lock:
+                if arrival is None or core.engine.holds(core.ctx, arrival):
+                    self._describe(arrival, status)
+                    return self._extracted(arrival)
 
     def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG, status: Status | None = None) -> Message | None:
         """The same without waiting: None if there is no message."""
@@ -411,6 +419,8 @@ class Message(Handle):
         endpoint = core.comm.endpoint
         with endpoint.lock:
             op = endpoint.engine.recv_extracted(core.comm.ctx, core.arrival, None if block is None else block.place())
+            if op.done:
+                endpoint.changed()
         return Receiving(endpoint, core.comm, op, block)
 
     def _wait(self, block: Block | None, status: Status | None) -> Any:

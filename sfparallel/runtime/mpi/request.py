@@ -130,7 +130,8 @@ class Receiving(RequestCore):
 
     def cancel(self) -> None:
         with self.endpoint.lock:
-            self.endpoint.engine.cancel(self.op)
+            if self.endpoint.engine.cancel(self.op):
+                self.endpoint.changed()
 
     def waits_for(self) -> list[int]:
         if not self.op.done:

@@ -105,8 +105,8 @@ class Survival:
         """Make every call on this communicator fail, in all ranks."""
         core = self._any()
         with core.endpoint.lock:
-            core.endpoint.revoke([core.ctx], core.members)
-            core.endpoint.engine.revoke(mix(core.ctx, 1) | 1, _revoked())
+            core.endpoint.revoke(core.contexts, core.members)
+            core.endpoint.changed()
         core.revoked = True
 
     def Is_revoked(self) -> bool:
@@ -177,8 +177,3 @@ class Survival:
         remote = None if core.remote is None else [rank for rank in core.remote if rank not in failed]
         ctx = core.child_context(4, *sorted(failed))
         return self._child(Intracomm if remote is None else Intercomm, ctx, ranks, remote)
-
-
-def _revoked() -> Any:
-    from sfparallel.runtime.mpi.errors import ERR_REVOKED, MPIException
-    return MPIException(ERR_REVOKED)

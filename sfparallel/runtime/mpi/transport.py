@@ -279,6 +279,11 @@ class Transport:
                 self._connect(peer)
 
     @property
+    def retries(self) -> bool:
+        """Whether some peer shall be called again."""
+        return bool(self._retry)
+
+    @property
     def is_flushed(self) -> bool:
         """Whether everything is on its way, but for peers that are not there."""
         return not any(line.queue for line in self._out.values())
