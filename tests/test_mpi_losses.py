@@ -133,8 +133,10 @@ def test_going_on_without_a_lost_rank(double: Doubles) -> None:
         comm.barrier()
         if comm.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        with pytest.raises(sf.CloneLost):
+        with pytest.raises(MPI.Exception) as caught:
             comm.barrier()
+        # Another rank may have noticed, and revoked, before this one did.
+        assert caught.value.Get_error_class() in (MPI.ERR_PROC_FAILED, MPI.ERR_REVOKED)
         comm.Revoke()
         with pytest.raises(MPI.Exception) as caught:
             comm.send("x", 0)
