@@ -32,6 +32,9 @@ PATIENCE_S = 1.0
 FLUSH_S = 30.0
 """How long the end of a program waits for messages that nobody takes."""
 
+SPINS, SPIN_S, BREATH_S = 20, 1e-4, 1e-3
+"""A program that has asked so often in vain, with so little between, waits so long for something to happen when it asks again."""
+
 ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
 """Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
 
@@ -89,6 +92,8 @@ class Endpoint:
         self._doomed: dict[int, tuple[float, str, bool]] = {}
         """Ranks that will count as gone: from when on, why, and whether they left in peace."""
         self._asked_parent = False
+        self._asked_at, self._in_vain = 0.0, 0
+        """When `poll` ended, and how often it has found nothing since it found something."""
 
     @property
     def is_open(self) -> bool:
@@ -127,10 +132,24 @@ class Endpoint:
         return True
 
     def poll(self) -> None:
-        """Move what can be moved without waiting."""
+        """Move what can be moved without waiting.
+
+        A program that does nothing but ask (`while not request.Test()`) would keep a processor busy that the rank needs for which
+        it waits: there may be more VMs than processors.
+        """
         with self.lock:
-            if not self._polling and (self._transport is not None or self.size > 1):
-                self._move((self._transport or self._open()).wait(0))
+            if self._polling or (self._transport is None and self.size == 1):
+                return
+            now = time.monotonic()
+            if now - self._asked_at > SPIN_S:
+                self._in_vain = 0
+            if self._in_vain >= SPINS:
+                self._round(now + BREATH_S)
+            else:
+                events = (self._transport or self._open()).wait(0)
+                self._in_vain = 0 if events else self._in_vain + 1
+                self._move(events)
+            self._asked_at = time.monotonic()
 
     def settle(self, op: Waitable) -> None:
         """Like `poll`, unless `op` is done already."""
