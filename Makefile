@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
 SOURCES := sfparallel examples tests benchmarks setup.py
 
-.PHONY: help build bench-tools demo test lint bench bench-fork clean
+.PHONY: help build bench-tools demo test lint bench bench-fork bench-comm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,11 +28,15 @@ lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
 	@$(BIN)/mypy
 
-bench: bench-fork ## all benchmarks
+bench: bench-fork bench-comm ## all benchmarks
 
 bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minutes on 2 cores); ARGS="--part pause", ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build default
 	@$(BIN)/python -m benchmarks.fork $(ARGS)
+
+bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (10 minutes on 2 cores); ARGS=--quick, ARGS=--draw
+	@$(BIN)/sf image build bench_comm --package mpich --pip mpi4py==4.1.2
+	@$(BIN)/python -m benchmarks.comm $(ARGS)
 
 clean: ## remove what was built here (images and templates: `sf clean --all`)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,86 @@
+"""What messages among clones cost on this machine, next to mpi4py on MPICH (TCP) in the same clones: data as JSON, and pictures.
+
+    python -m benchmarks.comm                    everything, into benchmarks/data/comm.json and docs/performance
+    python -m benchmarks.comm --n 2 --quick      less of it, printed only
+    python -m benchmarks.comm --draw             the pictures again, from the data
+
+It needs the image `bench_comm`: sf image build bench_comm --package mpich --pip mpi4py==4.1.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DATA = ROOT / "benchmarks" / "data" / "comm.json"
+PICTURES = ROOT / "docs" / "performance"
+IMAGE = "bench_comm"
+
+KIB, MIB = 1 << 10, 1 << 20
+WHOLE = {
+    "n": [2, 4, 8, 16], "budget_s": 0.4, "message_bytes": [8, KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB],
+    "collective_bytes": [8, KIB, 64 * KIB, MIB],
+}  # fmt: skip
+QUICK = {"n": [2, 4], "budget_s": 0.1, "message_bytes": [8, MIB], "collective_bytes": [8, 64 * KIB]}
+
+
+def measure(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run the guest's program: for each n, the rows of both libraries."""
+    sfrun = str(Path(sys.prefix) / "bin" / "sfrun")
+    command = [sfrun, "--image", IMAGE, "-m", "benchmarks.comm.guest", json.dumps(specification)]
+    results = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            results.append(json.loads(line))
+            print(f"measured {results[-1]['n']} clones", file=sys.stderr)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return results
+
+
+def machine() -> dict[str, Any]:
+    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), "")  # fmt: skip
+    return {"cpus": os.cpu_count(), "model": model, "kernel": platform.release(), "qemu": qemu, "acceleration": "tcg"}
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """A table of all rows."""
+    print(f"{'call':14}{'bytes':>10}{'n':>4}{'sfparallel':>14}{'MPICH':>14}{'ratio':>8}   (median, microseconds)")
+    for result in results:
+        for ours, theirs in zip(result["sfparallel"], result["mpich"], strict=True):
+            ratio = ours["median_us"] / theirs["median_us"]
+            print(f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}{theirs['median_us']:14.1f}{ratio:8.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, nargs="+", help="numbers of clones")
+    parser.add_argument("--quick", action="store_true", help="few sizes, little time; nothing is written")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures, from the data that is there")
+    options = parser.parse_args()
+    if not options.draw:
+        specification = {**(QUICK if options.quick else WHOLE), **({"n": options.n} if options.n else {})}
+        results = measure(specification)
+        show(results)
+        if options.quick or options.n:
+            return 0
+        DATA.parent.mkdir(exist_ok=True)
+        DATA.write_text(json.dumps({"machine": machine(), "specification": specification, "results": results}, indent=1))
+    from benchmarks.comm.plots import draw
+
+    draw(json.loads(DATA.read_text()), PICTURES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
