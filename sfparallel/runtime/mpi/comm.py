@@ -221,6 +221,7 @@ class Comm(PointToPoint, ObjectCollectives, BlockCollectives, Buffered, Survival
         if core.constant:
             core.raise_error(MPIException(ERR_COMM, "a predefined communicator cannot be freed"))
         self._delete_attributes(core)
+        core.endpoint.retire(core.contexts)
         self._core = None
 
     def _release(self) -> None:

@@ -20,6 +20,7 @@ from sfparallel.runtime.mpi.handle import Core
 
 Offsets = npt.NDArray[np.int64]
 _BIG_ELEMENT = 1 << 16
+_UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class TypeCore(Core):
@@ -53,7 +54,8 @@ class TypeCore(Core):
         self.true_extent = int((self.offsets + self.lengths).max()) - self.true_lb if self.size else 0
         self.is_contiguous = (self.size == self.extent == self.true_extent and not self.lb and not self.true_lb
                               and len(self.offsets) <= 1) or not self.size
-        self._index: npt.NDArray[np.int64] | None = None
+        self._index: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._unit = 0
 
     def span(self, count: int) -> tuple[int, int]:
         """First and last byte (exclusive) that `count` elements touch, relative to their address."""
@@ -62,21 +64,40 @@ class TypeCore(Core):
         far = (count - 1) * self.extent
         return min(self.true_lb, self.true_lb + far), max(self.true_lb, self.true_lb + far) + self.true_extent
 
-    def index(self, count: int) -> npt.NDArray[np.int64]:
-        """Offsets of all data bytes of `count` elements."""
-        if self._index is None:
-            ends = np.cumsum(self.lengths)
-            self._index = np.repeat(self.offsets - (ends - self.lengths), self.lengths) + np.arange(self.size)
+    @property
+    def unit(self) -> int:
+        """Data moves in pieces that are as large as all distances allow: an index takes eight bytes for each of them."""
+        if not self._unit:
+            distances = np.concatenate((self.offsets, self.lengths, [self.extent]))
+            self._unit = int(np.gcd.reduce(distances, initial=max(_UNITS)))
+        return self._unit
+
+    def _units(self, count: int, unit: int) -> npt.NDArray[np.int64]:
+        """Offsets of all data of `count` elements, in units of so many bytes."""
+        if self._index is None or self._index[0] != unit:
+            offsets, lengths = self.offsets // unit, self.lengths // unit
+            ends = np.cumsum(lengths)
+            self._index = unit, np.repeat(offsets - (ends - lengths), lengths) + np.arange(self.size // unit)
+        one = self._index[1]
         if count == 1:
-            return self._index
-        starts = np.arange(count, dtype=np.int64) * self.extent
-        return (starts[:, None] + self._index).ravel()
+            return one
+        starts = np.arange(count, dtype=np.int64) * (self.extent // unit)
+        return (starts[:, None] + one).ravel()
+
+    def _window(self, data: Bytes, origin: int, count: int, unit: int) -> tuple[Any, npt.NDArray[np.int64]]:
+        """The memory that `count` elements span, in units, and where in it their data are."""
+        first, end = self.span(count)
+        return data[origin + first:origin + end].view(_UNITS[unit]), self._units(count, unit) - first // unit
 
     def pack(self, data: Bytes, origin: int, count: int) -> Bytes:
         """The data bytes of `count` elements; `origin` is where in `data` the first one's address is."""
         if self.is_contiguous:
             return data[origin:origin + count * self.size]
-        return data[self.index(count) + origin]
+        if not count:
+            return data[:0]
+        window, index = self._window(data, origin, count, self.unit)
+        packed: Bytes = window[index].view(np.uint8)
+        return packed
 
     def unpack(self, packed: Bytes, data: Bytes, origin: int, count: int) -> None:
         """Put packed bytes, perhaps fewer than `count` elements have, where they belong."""
@@ -84,7 +105,9 @@ class TypeCore(Core):
             data[origin:origin + len(packed)] = packed
         elif len(packed):
             elements = min(count, -(-len(packed) // self.size))
-            data[self.index(elements)[:len(packed)] + origin] = packed
+            unit = self.unit if len(packed) % self.unit == 0 else 1
+            window, index = self._window(data, origin, elements, unit)
+            window[index[:len(packed) // unit]] = packed.view(_UNITS[unit])
 
     def basic_count(self, nbytes: int) -> int:
         """Number of elementary items in the first `nbytes` of data."""

@@ -318,6 +318,15 @@ class Endpoint:
                 self._round(end)
         return missing
 
+    def retire(self, contexts: Sequence[int]) -> None:
+        """A communicator is freed."""
+        with self.lock:
+            for ctx in contexts:
+                self.engine.retire(ctx)
+            self.entered.pop(contexts[0], None)
+            for key in [key for key in self.took_part if key[1] == contexts[0]]:
+                del self.took_part[key]
+
     def revoke(self, contexts: Sequence[int], members: Collection[int]) -> None:
         """Revoke a communicator's contexts here, and tell its members."""
         if contexts[0] not in self.engine.revoked:

@@ -361,6 +361,13 @@ class Engine:
             # What is only announced will never come.
             self._unexpected[ctx] = deque(each for each in arrivals if each.peer != peer or each.payload is not None)
 
+    def retire(self, ctx: int) -> None:
+        """A context is not used any more: keep nothing for it."""
+        if not self._posted.get(ctx, True):
+            del self._posted[ctx]
+        if not self._unexpected.get(ctx, True):
+            del self._unexpected[ctx]
+
     def revoke(self, ctx: int, error: MPIException) -> None:
         """Fail everything in a context, now and from now on."""
         self.revoked.add(ctx)
