@@ -191,7 +191,8 @@ def test_mpi4py_is_ours_under_that_option_only(sfrun: Sfrun, monkeypatch: pytest
         import mpi4py.rc, helper, sfparallel
         assert MPI is sfparallel.MPI and MPI is sys.modules["mpi4py.MPI"]
         assert mpi4py.__version__ == "4.1.2" and isinstance(mpi4py.get_config(), dict)
-        print(helper.size, MPI.COMM_WORLD.allreduce(MPI.COMM_WORLD.rank))
+        from mpi4py.util import pkl5
+        print(helper.size, pkl5.Intracomm(MPI.COMM_WORLD).allreduce(MPI.COMM_WORLD.rank))
     """
     ended = sfrun(program, "--local", "--mpi4py", "-n", "2").ok()
     assert sorted(ended.out.splitlines()) == ["[0] 2 1", "[1] 2 1"]

@@ -1,0 +1,1 @@
+"""What is here of mpi4py's extras: `pkl5`."""
