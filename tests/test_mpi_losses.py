@@ -117,6 +117,30 @@ def test_a_rank_that_has_returned_is_an_error_in_those_that_wait_for_it(double: 
     assert work() == ["1 has returned", "done", "1 has returned"]
 
 
+@pytest.mark.parametrize("call", ["alltoall", "Alltoall"])
+def test_a_rank_that_has_returned_fails_a_call_that_also_waits_for_others(double: Doubles, call: str) -> None:
+    """Rank 2 never comes to the call, and does not end before rank 0 has its error."""
+    reader, writer = os.pipe()
+
+    @sf.parallel(n=3, on_error="return", timeout=60)
+    def work() -> str:
+        comm = sf.comm()
+        comm.barrier()
+        if comm.rank == 1:
+            return "done"
+        if comm.rank == 2:
+            os.read(reader, 1)
+            return "done"
+        with pytest.raises(sf.CloneLost) as caught:
+            comm.alltoall([0] * 3) if call == "alltoall" else comm.Alltoall(_array(3), _array(3))
+        os.write(writer, b"x")
+        return f"{caught.value.rank} {caught.value.cause}"
+
+    assert work() == ["1 has returned", "done", "done"]
+    os.close(reader)
+    os.close(writer)
+
+
 def test_a_rank_may_return_while_others_finish_a_collective_call(double: Doubles) -> None:
     @sf.parallel(n=6, timeout=60)
     def work() -> list[int]:

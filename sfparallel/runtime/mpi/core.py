@@ -17,7 +17,7 @@ from sfparallel.runtime.mpi.endpoint import Endpoint
 from sfparallel.runtime.mpi.errhandler import ErrhandlerCore, returns
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
 from sfparallel.runtime.mpi.handle import Core
-from sfparallel.runtime.mpi.matching import RecvOp, SendOp
+from sfparallel.runtime.mpi.matching import Engine, RecvOp, SendOp
 from sfparallel.runtime.mpi.request import RequestCore, deadline_of, timed_out
 from sfparallel.runtime.mpi.status import Status
 
@@ -57,6 +57,33 @@ class Call:
 
 
 Prepared = Callable[[Call], Collective]
+
+
+class _Step:
+    """Operations that a collective call waits for: it goes on when all are done, or one has failed.
+
+    Attributes:
+        error: of the one that has failed.
+    """
+
+    __slots__ = ("_engine", "_open", "error")
+
+    def __init__(self, ops: Wait, engine: Engine) -> None:
+        self._open = list(ops)
+        self._engine = engine
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        still_open = self._open
+        while still_open and still_open[-1].done:
+            self.error = still_open.pop().error
+            if self.error is not None:
+                return True
+        if self._engine.dead or self._engine.left or self._engine.revoked:
+            # Who is waited for first may wait for the one that is gone, too.
+            self.error = next((op.error for op in still_open if op.error is not None), None)
+        return not still_open or self.error is not None
 
 
 class CommCore(Core):
@@ -167,13 +194,13 @@ class CommCore(Core):
         try:
             waiting = next(steps)
             while True:
-                for op in waiting:
-                    if not op.done and not self.endpoint.wait(op, deadline):
-                        self._give_up(waiting)
-                        raise self._timed_out(name, timeout, call.number)
-                    if op.error is not None:
-                        self._give_up(waiting)
-                        self.raise_error(op.error)
+                step = _Step(waiting, self.engine)
+                if not self.endpoint.wait(step, deadline):
+                    self._give_up(waiting)
+                    raise self._timed_out(name, timeout, call.number)
+                if step.error is not None:
+                    self._give_up(waiting)
+                    self.raise_error(step.error)
                 waiting = steps.send(None)
         except StopIteration as stop:
             return stop.value
