@@ -1,7 +1,8 @@
 """What messages among clones cost on this machine, next to mpi4py on MPICH (TCP) in the same clones: data as JSON, and pictures.
 
     python -m benchmarks.comm                    everything, into benchmarks/data/comm.json and docs/performance
-    python -m benchmarks.comm --n 2 --quick      less of it, printed only
+    python -m benchmarks.comm --n 2 4            these numbers of clones anew; the others stay as they are in the data
+    python -m benchmarks.comm --quick            less of it, printed only
     python -m benchmarks.comm --draw             the pictures again, from the data
 
 It needs the image `bench_comm`: sf image build bench_comm --package mpich --pip mpi4py==4.1.2
@@ -72,10 +73,15 @@ def main() -> int:
         specification = {**(QUICK if options.quick else WHOLE), **({"n": options.n} if options.n else {})}
         results = measure(specification)
         show(results)
-        if options.quick or options.n:
+        sys.stdout.flush()
+        if options.quick:
             return 0
+        known = json.loads(DATA.read_text())["results"] if options.n and DATA.exists() else []
+        together = {result["n"]: result for result in (*known, *results)}
+        data = {"machine": machine(), "specification": {**WHOLE, "n": sorted(together)},
+                "results": [together[n] for n in sorted(together)]}  # fmt: skip
         DATA.parent.mkdir(exist_ok=True)
-        DATA.write_text(json.dumps({"machine": machine(), "specification": specification, "results": results}, indent=1))
+        DATA.write_text(json.dumps(data, indent=1) + "\n")
     from benchmarks.comm.plots import draw
 
     draw(json.loads(DATA.read_text()), PICTURES)
