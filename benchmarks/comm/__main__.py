@@ -1,9 +1,9 @@
-"""What messages among clones cost on this machine, next to mpi4py on MPICH (TCP) in the same clones: data as JSON, and pictures.
+"""What messages among clones cost on this machine, next to mpi4py on MPICH (TCP) in the same clones: JSON, pictures, tables.
 
-    python -m benchmarks.comm                    everything, into benchmarks/data/comm.json and docs/performance
+    python -m benchmarks.comm                    everything, into benchmarks/data/comm.json and docs
     python -m benchmarks.comm --n 2 4            these numbers of clones anew; the others stay as they are in the data
     python -m benchmarks.comm --quick            less of it, printed only
-    python -m benchmarks.comm --draw             the pictures again, from the data
+    python -m benchmarks.comm --draw             pictures and tables again, from the data
 
 It needs the image `bench_comm`: sf image build bench_comm --package mpich --pip mpi4py==4.1.2
 """
@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = ROOT / "benchmarks" / "data" / "comm.json"
 PICTURES = ROOT / "docs" / "performance"
+DOCUMENT = ROOT / "docs" / "performance-messages.md"
 IMAGE = "bench_comm"
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -83,8 +84,11 @@ def main() -> int:
         DATA.parent.mkdir(exist_ok=True)
         DATA.write_text(json.dumps(data, indent=1) + "\n")
     from benchmarks.comm.plots import draw
+    from benchmarks.comm.tables import fill
 
-    draw(json.loads(DATA.read_text()), PICTURES)
+    data = json.loads(DATA.read_text())
+    draw(data, PICTURES)
+    fill(data, DOCUMENT)
     return 0
 
 

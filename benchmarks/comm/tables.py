@@ -1,0 +1,52 @@
+"""The tables of docs/performance-messages.md, from the data file, between two marks in the document: none is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BEGIN = "<!-- figures: `python -m benchmarks.comm --draw` writes what follows -->"
+END = "<!-- end of figures -->"
+
+Row = dict[str, Any]
+
+
+def fill(data: dict[str, Any], document: Path) -> None:
+    """Put the tables between the marks of a document."""
+    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    document.write_text(f"{before}{BEGIN}\n\n{text(data)}\n{END}{after}", encoding="utf-8")
+
+
+def text(data: dict[str, Any]) -> str:
+    """All tables, as Markdown. Medians, in microseconds."""
+    machine = data["machine"]
+    library = data["results"][0]["library"].splitlines()[0].strip()
+    pairs = [pair for result in data["results"] for pair in zip(result["sfparallel"], result["mpich"], strict=True)]
+    lines = [f"Machine: {machine['cpus']} processors ({machine['model']}), Linux {machine['kernel']}, {machine['qemu']} with "
+             f"{machine['acceleration'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
+    lines += ["Between two clones, one way, in microseconds:", ""]
+    lines += _table([pair for pair in pairs if pair[0]["call"].lower().startswith("send")], "bytes", "bytes")
+    lines += ["Collective calls, until the last rank is done, in microseconds:", ""]
+    lines += _table([pair for pair in pairs if not pair[0]["call"].lower().startswith("send")], "n", "clones")
+    return "\n".join(lines)
+
+
+def _table(pairs: list[tuple[Row, Row]], column: str, name: str) -> list[str]:
+    columns = sorted({ours[column] for ours, _ in pairs})
+    rows: dict[str, dict[int, tuple[Row, Row]]] = {}
+    for ours, theirs in pairs:
+        call = str(ours["call"])
+        if column == "n" and ours["bytes"] > 8:
+            call += f", {ours['bytes']} bytes"
+        rows.setdefault(call, {})[ours[column]] = (ours, theirs)
+    lines = [f"| call | | {' | '.join(f'{each} {name}' for each in columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for call, cells in rows.items():
+        for place, library in enumerate(("sfparallel", "MPICH")):
+            lines.append(f"| {'' if place else call} | {library} | "
+                         f"{' | '.join(_cell(cells[each][place]) if each in cells else '' for each in columns)} |")  # fmt: skip
+    return [*lines, ""]
+
+
+def _cell(row: Row) -> str:
+    return f"{row['median_us']:,.0f}".replace(",", " ")
