@@ -179,6 +179,7 @@ class Endpoint:
                 self.engine.pull()
                 while not (transport.is_flushed and self.engine.is_flushed) and time.monotonic() < end:
                     self._round(end)
+                self.engine.blocked_in_send -= 1
                 transport.say_bye()
                 while not transport.is_flushed and time.monotonic() < end:
                     self._round(end)
