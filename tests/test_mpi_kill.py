@@ -110,6 +110,7 @@ class Lines:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._lines: queue.Queue[tuple[float, str]] = queue.Queue()
         self._process = process
+        self._seen: list[tuple[float, str]] = []
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -118,13 +119,17 @@ class Lines:
             self._lines.put((time.monotonic(), line))
 
     def next(self, pattern: str, count: int) -> list[tuple[float, int, str]]:
-        """The next `count` lines, which have to match: when each came, the rank before it, and what the pattern's group found."""
-        found = []
-        for _ in range(count):
-            when, line = self._lines.get(timeout=HANG_S)
-            match = re.fullmatch(rf"(?:\[(\d+)\] )?{pattern}\n", line)
-            assert match, f"not {pattern!r}: {line!r}"
-            found.append((when, int(match[1] or -1), match[2]))
+        """The next `count` lines of a kind, whatever other ranks have printed before them: when each came, the rank before it,
+        and what the pattern's group found."""
+        found: list[tuple[float, int, str]] = []
+        others, self._seen = self._seen, []
+        while len(found) < count:
+            when, line = others.pop(0) if others else self._lines.get(timeout=HANG_S)
+            if match := re.fullmatch(rf"(?:\[(\d+)\] )?{pattern}\n", line):
+                found.append((when, int(match[1] or -1), match[2]))
+            else:
+                self._seen.append((when, line))
+        self._seen += others
         return found
 
 
@@ -169,10 +174,12 @@ def main() -> None:
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         sfrun = Sfrun(Path(folder))
-        for kind in sys.argv[1:] or KINDS:
-            for call, delays in kill_in_each(sfrun, KINDS[kind]).items():
-                print(f"{call:22}{len(delays):3} ranks told after {min(delays):5.2f} to {max(delays):5.2f} s", flush=True)
-        sfrun.close()
+        try:
+            for kind in sys.argv[1:] or KINDS:
+                for call, delays in kill_in_each(sfrun, KINDS[kind]).items():
+                    print(f"{call:22}{len(delays):3} ranks told after {min(delays):5.2f} to {max(delays):5.2f} s", flush=True)
+        finally:
+            sfrun.close()
 
 
 if __name__ == "__main__":

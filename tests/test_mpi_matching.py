@@ -340,3 +340,41 @@ def test_revoking_ends_a_transfer_that_the_sender_has_given_up(taken_in: bool) -
     assert send.error is LOST and not receive.done
     receiver.revoke(CONTEXT, LOST)
     assert receive.error is LOST
+
+
+def test_an_urgent_message_does_not_wait_for_the_window() -> None:
+    net = Net(2)
+    sender = net.engines[0]
+    while sender.send(1, CONTEXT, 0, [bytes(60_000)], 60_000).dest in sender._window and sender._window[1] > 60_000:
+        net.settle()
+    waiting, urgent = (sender.send(1, CONTEXT, 1, [bytes(60_000)], 60_000, urgent=each) for each in (False, True))
+    net.settle()
+    assert urgent.done and not waiting.done
+
+
+def test_what_is_dropped_gives_its_window_back() -> None:
+    net = Net(2)
+    sender, receiver = net.engines
+    for _ in range(100):
+        sends = [sender.send(1, CONTEXT, 0, [bytes(50_000)], 50_000) for _ in range(9)]
+        net.settle()
+        assert all(send.done for send in sends), "not announced: there was room"
+        receiver.retire(CONTEXT)
+        net.settle()
+    receiver.revoke(CONTEXT, LOST)
+    for _ in range(100):
+        assert sender.send(1, CONTEXT, 0, [bytes(50_000)], 50_000)
+        net.settle()
+    assert not sender._announced and held_bytes(receiver) == 0
+
+
+def test_a_rank_that_is_behind_does_not_work_off_what_is_there_when_another_is_lost() -> None:
+    net = Net(3)
+    for _ in range(10):
+        net.engines[1].send(0, CONTEXT, 0, [b"x"], 1, members=range(3), collective=True)
+    net.settle()
+    engine = net.engines[0]
+    assert engine.recv(CONTEXT, 1, 0, members=range(3), collective=True).error is None
+    engine.on_lost(2, LOST)
+    assert engine.recv(CONTEXT, 1, 0, members=range(3), collective=True).error is LOST
+    assert engine.recv(CONTEXT, 1, 0).error is None, "point to point, what has arrived is received"

@@ -15,20 +15,30 @@ from typing import Any
 
 import numpy as np
 
-WARM_UP = 5
+WARM_UP, LARGE_WARM_UP, LARGE_BYTES = 60, 5, 256 << 10
+"""Calls before the measurement: an emulated processor meets each path for the first time, and Python adapts its code to it."""
+
 FEWEST, MOST = 7, 400
 """Repetitions: as many as fit into the time given, within these bounds."""
 
 Row = dict[str, Any]
 
 
-def ping_pong(comm: Any, there: Callable[[int], object], back: Callable[[int], object], budget_s: float) -> list[float]:
+def warm_up(size: int) -> int:
+    return WARM_UP if size < LARGE_BYTES else LARGE_WARM_UP
+
+
+Call = Callable[[int], object]
+"""Of one argument: the other rank."""
+
+
+def ping_pong(comm: Any, there: Call, back: Call, size: int, budget_s: float) -> list[float]:
     """Half the time of each round trip between ranks 0 and 1, in seconds; empty elsewhere."""
     if comm.rank > 1:
         return []
     steps = (there, back) if comm.rank == 0 else (back, there)
     times: list[float] = []
-    for count in (WARM_UP, 0):
+    for count in (warm_up(size), 0):
         if not count:
             # How many fit is what rank 0 has seen.
             count = max(FEWEST, min(MOST, int(budget_s / (2 * statistics.median(times))))) if comm.rank == 0 else 0
@@ -42,10 +52,10 @@ def ping_pong(comm: Any, there: Callable[[int], object], back: Callable[[int], o
     return times if comm.rank == 0 else []
 
 
-def together(comm: Any, call: Callable[[], object], budget_s: float) -> list[float]:
+def together(comm: Any, call: Callable[[], object], size: int, budget_s: float) -> list[float]:
     """Seconds of each call until the last rank has finished it; all begin together, as far as a barrier does that."""
     times: list[float] = []
-    for count in (WARM_UP, 0):
+    for count in (warm_up(size), 0):
         if not count:
             count = comm.bcast(max(FEWEST, min(MOST, int(budget_s / statistics.median(times)))), 0)
             times = []
@@ -63,19 +73,20 @@ def point_to_point(comm: Any, sizes: list[int], budget_s: float) -> Iterator[Row
     for size in sizes:
         array, place = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
         for name, obj in (("send, bytes", bytes(size)), ("send, array", array)):
-            yield row(name, size, 2, ping_pong(comm, partial(comm.send, obj), lambda peer: comm.recv(source=peer), budget_s))
-        yield row("Send", size, 2, ping_pong(comm, partial(comm.Send, array), partial(comm.Recv, place), budget_s))
+            times = ping_pong(comm, partial(comm.send, obj), lambda peer: comm.recv(source=peer), size, budget_s)
+            yield row(name, size, 2, times)
+        yield row("Send", size, 2, ping_pong(comm, partial(comm.Send, array), partial(comm.Recv, place), size, budget_s))
 
 
 def collective(comm: Any, sizes: list[int], budget_s: float) -> Iterator[Row]:
     """Calls of all ranks: on a small object, and on buffers."""
-    yield row("barrier", 0, comm.size, together(comm, comm.barrier, budget_s))
-    yield row("bcast", 8, comm.size, together(comm, partial(comm.bcast, 12345), budget_s))
-    yield row("allreduce", 8, comm.size, together(comm, partial(comm.allreduce, 12345), budget_s))
+    yield row("barrier", 0, comm.size, together(comm, comm.barrier, 8, budget_s))
+    yield row("bcast", 8, comm.size, together(comm, partial(comm.bcast, 12345), 8, budget_s))
+    yield row("allreduce", 8, comm.size, together(comm, partial(comm.allreduce, 12345), 8, budget_s))
     for size in sizes:
         array, place = np.zeros(size // 8), np.zeros(size // 8)
-        yield row("Bcast", size, comm.size, together(comm, partial(comm.Bcast, array), budget_s))
-        yield row("Allreduce", size, comm.size, together(comm, partial(comm.Allreduce, array, place), budget_s))
+        yield row("Bcast", size, comm.size, together(comm, partial(comm.Bcast, array), size, budget_s))
+        yield row("Allreduce", size, comm.size, together(comm, partial(comm.Allreduce, array, place), size, budget_s))
 
 
 def row(call: str, size: int, n: int, times: list[float]) -> Row:

@@ -151,6 +151,12 @@ class Endpoint:
                 self._move(events)
             self._asked_at = time.monotonic()
 
+    def glance(self) -> None:
+        """Move what can be moved, for a program that may never have to wait, and would not learn of losses."""
+        with self.lock:
+            if self._transport is not None and not self._polling:
+                self._move(self._transport.wait(0))
+
     def settle(self, op: Waitable) -> None:
         """Like `poll`, unless `op` is done already."""
         if not op.done:

@@ -187,8 +187,8 @@ class Engine:
     # What this process wants
 
     def send(self, dest: int, ctx: int, tag: int, frames: Sequence[Buffer], nbytes: int, flags: int = 0,
-             members: Collection[int] = (), collective: bool = False) -> SendOp:
-        """Post a send. `frames` must not change until it is done."""
+             members: Collection[int] = (), collective: bool = False, urgent: bool = False) -> SendOp:
+        """Post a send. `frames` must not change until it is done. A small one that is urgent does not care about the window."""
         op = SendOp(dest, ctx, tag, frames, nbytes, flags)
         op.members, op.collective = members, collective
         if (self.dead or self.left or self.revoked) and (reason := self._why_not(ctx, dest, members, collective)):
@@ -199,11 +199,12 @@ class Engine:
             cost = nbytes + OVERHEAD_BYTES
             window = self._window.get(dest, WINDOW_BYTES)
             number = 0
-            if nbytes > EAGER_BYTES or cost > window or flags & SYNC:
+            at_once = nbytes <= EAGER_BYTES and (cost <= window or urgent)
+            if not at_once or flags & SYNC:
                 self._number = number = (self._number + 1) & 0xFFFFFFFF
                 if flags & SYNC:
                     self._to_be_acknowledged[number] = op
-            if nbytes <= EAGER_BYTES and cost <= window:
+            if at_once:
                 self._window[dest] = window - cost
                 self._push(dest, EAGER, flags, tag, ctx, number, nbytes, frames, op)
             else:
@@ -222,6 +223,10 @@ class Engine:
         """
         op = RecvOp(ctx, source, tag, buffer)
         op.members, op.collective = members, collective
+        if collective and self.dead and (reason := self._why_not(ctx, source, members, collective)):
+            # At once, though messages of thousands of calls may be here, if this rank is behind: it will not get to the end.
+            op.fail(reason)
+            return op
         queue = self._unexpected.get(ctx)
         arrival = self._find(queue, source, tag) if queue else None
         if arrival is not None and queue is not None:
@@ -365,16 +370,12 @@ class Engine:
         """A context is not used any more: keep nothing for it."""
         if not self._posted.get(ctx, True):
             del self._posted[ctx]
-        if not self._unexpected.get(ctx, True):
-            del self._unexpected[ctx]
+        self._drop_unexpected(ctx)
 
     def revoke(self, ctx: int, error: MPIException) -> None:
         """Fail everything in a context, now and from now on."""
         self.revoked.add(ctx)
-        for arrival in self._unexpected.pop(ctx, ()):
-            if arrival.pulled:
-                self._pulled_bytes -= arrival.nbytes
-                self._incoming.pop((arrival.peer, arrival.number), None)
+        self._drop_unexpected(ctx)
         for key, target in list(self._incoming.items()):
             # The sender may have dropped what it had announced.
             receiver = target if isinstance(target, RecvOp) else target.op
@@ -389,6 +390,15 @@ class Engine:
                     send.fail(error)
 
     # How it works
+
+    def _drop_unexpected(self, ctx: int) -> None:
+        """Nobody will receive what has arrived in a context."""
+        for arrival in self._unexpected.pop(ctx, ()):
+            if arrival.pulled:
+                self._pulled_bytes -= arrival.nbytes
+                self._incoming.pop((arrival.peer, arrival.number), None)
+            elif arrival.payload is not None and arrival.peer != self.me:
+                self._return_window(arrival.peer, arrival.nbytes)
 
     def _drop_incoming(self, key: tuple[int, int], error: MPIException) -> None:
         """What was asked for will not come, or is of no use any more."""
@@ -421,7 +431,9 @@ class Engine:
     def _on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, payload: memoryview) -> None:
         op = self._match(ctx, peer, tag)
         if op is None:
-            if ctx not in self.revoked:
+            if ctx in self.revoked:
+                self._return_window(peer, len(payload))
+            else:
                 arrival = Arrival(peer, tag, flags, number, len(payload), bytes(payload))
                 self._unexpected.setdefault(ctx, deque()).append(arrival)
             return

@@ -10,10 +10,14 @@ import numpy as np
 
 from sfparallel.runtime.mpi.buffers import byte_array
 from sfparallel.runtime.mpi.core import Call, CommCore, mix
+from sfparallel.runtime.mpi.errors import ERR_OTHER, MPIException
 from sfparallel.runtime.mpi.group import GROUP_EMPTY, Group, GroupCore
 from sfparallel.runtime.mpi.matching import RecvOp, SendOp
 from sfparallel.runtime.mpi.pickling import pickle
 from sfparallel.runtime.mpi.request import Request
+
+LATE = MPIException(ERR_OTHER, "the agreement is over")
+"""For what nobody waits for."""
 
 
 class _Quiet:
@@ -57,12 +61,16 @@ def agree(core: CommCore, call: Call, value: int) -> Generator[Any, None, tuple[
         alive = sorted(core.members - view.failed - {me})
         flags, frames, nbytes = pickle.payload((view.values, view.failed, decided))
         with core.endpoint.lock:
-            sends = [engine.send(peer, ctx, number, [bytes(frame) for frame in frames], nbytes, flags) for peer in alive]
+            # At once: the last ones may never be received, because their receivers have decided, too.
+            sends = [engine.send(peer, ctx, number, [bytes(frame) for frame in frames], nbytes, flags, urgent=True)
+                     for peer in alive]
             receives = [] if decided else [engine.recv(ctx, peer, number) for peer in alive]
         yield [*(_Quiet(op) for op in sends), *(_Quiet(op) for op in receives)]
         if decided:
             break
         decided = _merge(view, alive, receives)
+    with core.endpoint.lock:
+        engine.revoke(ctx, LATE)
     result = -1
     for peer, each in view.values.items():
         if peer not in view.failed:

@@ -70,6 +70,8 @@ class Line:
             except BlockingIOError:
                 sent = 0
             except OSError as error:
+                # Kept: it fails when the peer counts as lost.
+                self.queue.append((_rest([header, *frames], 0), op))
                 self._transport.broken(self, error)
                 return
             if sent == total:
