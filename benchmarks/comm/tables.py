@@ -25,7 +25,9 @@ def text(data: dict[str, Any]) -> str:
     pairs = [pair for result in data["results"] for pair in zip(result["sfparallel"], result["mpich"], strict=True)]
     lines = [f"Machine: {machine['cpus']} processors ({machine['model']}), Linux {machine['kernel']}, {machine['qemu']} with "
              f"{machine['acceleration'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
-    lines += ["Between two clones, one way, in microseconds:", ""]
+    lines += ["![Time and bandwidth of messages between two clones, by their size](performance/messages.svg)", "",
+              "![Collective calls, by the number of clones](performance/collectives.svg)", "",
+              "Between two clones, one way, in microseconds:", ""]  # fmt: skip
     lines += _table([pair for pair in pairs if pair[0]["call"].lower().startswith("send")], "bytes", "bytes")
     lines += ["Collective calls, until the last rank is done, in microseconds:", ""]
     lines += _table([pair for pair in pairs if not pair[0]["call"].lower().startswith("send")], "n", "clones")
