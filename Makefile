@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
 SOURCES := sfparallel examples tests benchmarks setup.py
 
-.PHONY: help build bench-tools demo test lint bench bench-fork bench-comm clean
+.PHONY: help build bench-tools demo test lint bench bench-fork bench-comm bench-map clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,7 @@ bench-tools: build
 test: lint bench-tools ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
+	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn
 	@$(BIN)/pytest
 
 lint: build ## ruff and mypy
@@ -37,6 +38,10 @@ bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minut
 bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (10 minutes on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build bench_comm --package mpich --pip mpi4py==4.1.2
 	@$(BIN)/python -m benchmarks.comm $(ARGS)
+
+bench-map: bench-tools ## cost of a task next to other pools in the same guest: data and pictures; ARGS=--quick, ARGS=--draw
+	@$(BIN)/sf image build bench_map --package mpich --pip mpi4py==4.1.2 --pip loky
+	@$(BIN)/python -m benchmarks.map $(ARGS)
 
 clean: ## remove what was built here (images and templates: `sf clean --all`)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

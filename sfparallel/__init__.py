@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         CloneLost,
         Closed,
         CollectConflict,
+        ExecutorBroken,
         OutsideVMError,
         RankError,
         RankExit,
@@ -37,19 +38,24 @@ if TYPE_CHECKING:
     from sfparallel.runtime.api import ParallelFunction, RegionFuture, parallel, parallel_map
     from sfparallel.runtime.checkpoints import Checkpoint, checkpoint_parent, create_clones
     from sfparallel.runtime.communicator import comm
+    from sfparallel.runtime.executor import Executor, TaskFuture, register_joblib
     from sfparallel.runtime.here import in_clone, on_clone
     from sfparallel.runtime.lowlevel import Ticket, clone, exit, join, kill, request_ticket
     from sfparallel.runtime.rng import rng
+    from sfparallel.runtime.stream import ResultStream, parallel_imap
 
 _HOMES = {
-    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "OutsideVMError", "RankError", "RankExit",
-               "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError", "UsageError"),
+    "errors": ("CapacityError", "CloneLost", "Closed", "CollectConflict", "ExecutorBroken", "OutsideVMError", "RankError",
+               "RankExit", "RegionError", "RegionTimeout", "RemoteError", "ResultNotPicklable", "SfError", "StateError",
+               "UsageError"),
     "runtime.api": ("ParallelFunction", "RegionFuture", "parallel", "parallel_map"),
     "runtime.checkpoints": ("Checkpoint", "checkpoint_parent", "create_clones"),
     "runtime.communicator": ("comm",),
+    "runtime.executor": ("Executor", "TaskFuture", "register_joblib"),
     "runtime.here": ("in_clone", "on_clone"),
     "runtime.lowlevel": ("Ticket", "clone", "exit", "join", "kill", "request_ticket"),
     "runtime.rng": ("rng",),
+    "runtime.stream": ("ResultStream", "parallel_imap"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -60,6 +66,8 @@ __all__ = [
     "CloneLost",
     "Closed",
     "CollectConflict",
+    "Executor",
+    "ExecutorBroken",
     "OutsideVMError",
     "ParallelFunction",
     "RankError",
@@ -69,8 +77,10 @@ __all__ = [
     "RegionTimeout",
     "RemoteError",
     "ResultNotPicklable",
+    "ResultStream",
     "SfError",
     "StateError",
+    "TaskFuture",
     "Ticket",
     "UsageError",
     "checkpoint_parent",
@@ -83,7 +93,9 @@ __all__ = [
     "kill",
     "on_clone",
     "parallel",
+    "parallel_imap",
     "parallel_map",
+    "register_joblib",
     "request_ticket",
     "rng",
 ]

@@ -20,9 +20,10 @@
     │   ├── RankExit            the function called sys.exit or sf.exit in a rank (`.rank`, `.code`)
     │   ├── RegionTimeout       not all ranks answered in time (`.missing`)
     │   └── CollectConflict     two ranks wrote the same collected file
+    ├── ExecutorBroken          the initializer of an Executor failed in a clone (`.rank`); also a BrokenExecutor
     ├── RemoteError             an exception of a rank that cannot travel; this is its text (`.type_name`, `.traceback_text`)
     ├── ResultNotPicklable      a rank's result cannot travel
-    └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`
+    └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`; also a RuntimeError
 
 Errors cross clones, so all of them pickle: they keep their constructor's keyword arguments in attributes.
 Every message says what happened and, where there is one, what to do next (`hint`).
@@ -30,6 +31,7 @@ Every message says what happened and, where there is one, what to do next (`hint
 
 from __future__ import annotations
 
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 
@@ -212,6 +214,18 @@ class CollectConflict(RegionError):
         self.ranks = ranks
 
 
+class ExecutorBroken(SfError, BrokenExecutor):
+    """The clones of an Executor cannot work: its initializer failed in one of them.
+
+    Attributes:
+        rank: that clone.
+    """
+
+    def __init__(self, message: str, *, rank: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rank = rank
+
+
 class RemoteError(SfError):
     """Stands for an exception of a rank that cannot be pickled, or not be unpickled, so that only its text arrives.
 
@@ -230,5 +244,5 @@ class ResultNotPicklable(SfError):
     """A rank's result cannot be sent to the parent."""
 
 
-class Closed(SfError):
+class Closed(SfError, RuntimeError):
     """The object was closed by its user: this call comes after `shutdown`, `kill` or `exit`."""

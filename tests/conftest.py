@@ -137,6 +137,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "squashfs": _have_program("mksquashfs"),
     "image": _have_image("default"),
     "blast": _have_image("blast"),
+    "ml": _have_image("ml"),
 }
 MAY_BE_MISSING = {"kvm"}
 """What a machine may lack: a test that needs it is skipped. Anything else that is missing fails: it hides a broken setup."""

@@ -15,6 +15,7 @@ from sfparallel.errors import CapacityError
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Grant, Lost
 from sfparallel.runtime.local import LocalJob, LocalLine, address_of
+from sfparallel.runtime.local_seed import Seed
 
 
 class ForkDouble(LocalLine):
@@ -62,10 +63,11 @@ class Doubles:
         self.default_n: int | None = None
         self.seed: int | None = None
         self.lines: list[ForkDouble] = []
+        self.seeds: dict[int, Seed | None] = {}
 
     def connect(self) -> ForkDouble:
         job = LocalJob(address_of(os.getpid()), name="double", default_n=self.default_n, seed=self.seed,
-                       answer_bytes=self.answer_bytes, shares_files=False)
+                       answer_bytes=self.answer_bytes, shares_files=False, seeds=self.seeds)
         line = ForkDouble(job, self.capacity)
         self.lines.append(line)
         return line

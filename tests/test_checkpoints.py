@@ -151,11 +151,23 @@ def test_a_clone_makes_checkpoints_of_its_own(sfrun: Sfrun) -> None:
     ).ok()
 
 
-def test_processes_have_no_checkpoints(double: Doubles) -> None:
-    for _ in range(2):
-        with pytest.raises(sf.UsageError, match="checkpoints are states of virtual machines"):
-            sf.checkpoint_parent()
-    assert len(double.lines) == 1, "the line is given back"
+def test_checkpoints_of_processes(double: Doubles) -> None:
+    """`sfrun --local` has them too: a process is kept, and forks."""
+    steps = ["then"]
+    checkpoint = sf.checkpoint_parent()
+    if checkpoint.rank:
+        if checkpoint.rank == 3:
+            os.kill(os.getpid(), 9)
+        sf.exit(100 * len(steps) + checkpoint.rank)
+    steps.append("now")
+    with checkpoint:
+        for _ in range(2):
+            ticket = sf.request_ticket(3)
+            sf.create_clones(checkpoint, ticket)
+            assert sf.join(ticket) == {1: 101, 2: 102, 3: None}
+    with pytest.raises(sf.Closed):
+        sf.create_clones(checkpoint, ticket := sf.request_ticket(1))
+    sf.kill(ticket)
 
 
 # -- zero pages ----------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def _parameters(function: Callable[..., object]) -> list[str]:
 def test_every_argument_is_in_the_reference() -> None:
     from sfparallel.runtime.api import Options
 
-    names = ("parallel", "parallel_map", "on_clone", "request_ticket", "clone", "exit", "join", "kill", "create_clones")
+    names = ("parallel", "parallel_map", "parallel_imap", "Executor", "TaskFuture",
+             "on_clone", "request_ticket", "clone", "exit", "join", "kill", "create_clones")
     arguments = {name: _parameters(getattr(sfparallel, name)) for name in names}
     arguments["parallel"] += [field.name for field in dataclasses.fields(Options) if field.init]
     for method in ("barrier", "bcast"):

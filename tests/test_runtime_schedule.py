@@ -38,6 +38,23 @@ def test_single_items_are_not_queued_behind_long_ones() -> None:
     assert schedule.refill(2) == []
 
 
+def test_keys_and_ranks_that_come_later() -> None:
+    schedule = Schedule.stream(2)
+    first = schedule.join()
+    for key in range(9):
+        schedule.add(key)
+    assert schedule.refill(first) == [0, 1]
+    second = schedule.join()
+    assert (schedule.refill(second), schedule.waiting) == ([2, 3], 5)
+    assert schedule.take_back(first, 1) and not schedule.take_back(first, 1)
+    assert schedule.lose(first) == 0
+    schedule.put_back(0)
+    schedule.set_chunk(100)
+    assert schedule.answered(second, 2) and schedule.answered(second, 3)
+    assert schedule.refill(second) == [0, 1, 4], "half of what is there"
+    assert schedule.clear() == [8, 7, 6, 5]
+
+
 class Playing(RuleBasedStateMachine):
     """Ranks answer, ask for more and die in any order."""
 

@@ -45,13 +45,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.n is not None:
             check_count("n", self.n)
-        _check(self.timeout, self.on_error, self.seed)
+        check_common(self.timeout, self.on_error, self.seed)
         if self.merge is not None and not callable(self.merge):
             raise UsageError(f"merge= takes a function of the list of results, not {self.merge!r}")
         object.__setattr__(self, "patterns", () if self.collect is None else check_patterns(self.collect))
 
 
-def _check(timeout: float | None, on_error: str, seed: int | None) -> None:
+def check_common(timeout: float | None, on_error: str, seed: int | None) -> None:
     if timeout is not None and not timeout > 0:
         raise UsageError(f"timeout= takes seconds greater than 0, or None, not {timeout!r}")
     if on_error not in ("raise", "return", "gather"):
@@ -154,7 +154,7 @@ class ParallelFunction(Generic[P, T]):
 
     @property
     def _name(self) -> str:
-        return str(getattr(self, "__qualname__", None) or _name_of(self._function))
+        return str(getattr(self, "__qualname__", None) or name_of(self._function))
 
     def _merge(self, results: list[Any]) -> T:
         merged: T = results if self._options.merge is None else self._options.merge(results)  # type: ignore[assignment]
@@ -181,7 +181,7 @@ class ParallelFunction(Generic[P, T]):
         ))
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__qualname__", None) or type(function).__qualname__)
@@ -299,14 +299,14 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
     for name, value in (("n", n), ("chunksize", chunksize)):
         if value is not None:
             check_count(name, value)
-    _check(timeout, on_error, seed)
+    check_common(timeout, on_error, seed)
     hello = HERE.require_vm()
     items = list(zip(*iterables, strict=False))
     if not items:
         return []
     ranks = min(n or hello.default_n or os.cpu_count() or 1, len(items))
     region = Region(Work(
-        name=_name_of(fn),
+        name=name_of(fn),
         call=lambda key: fn(*items[key]),
         plan=lambda granted: Schedule.dynamic(len(items), granted, chunksize),
         per_item=True,

@@ -10,9 +10,9 @@ from typing import Protocol, Self, runtime_checkable
 
 from sfparallel.errors import Closed, SfError, StateError, UsageError
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.hypervisor import Moment
+from sfparallel.runtime.hypervisor import Batch, Hypervisor, Moment
 from sfparallel.runtime.identity import Renewal
-from sfparallel.runtime.lowlevel import Ticket, TicketState, flush_output
+from sfparallel.runtime.lowlevel import Ticket, TicketState, assume_identity, flush_output
 
 
 @runtime_checkable
@@ -22,8 +22,8 @@ class Checkpointing(Protocol):
     def checkpoint(self) -> Moment:
         """Keep the state of this VM; returns again in every clone made from it."""
 
-    def create(self, ticket: int, checkpoint: int) -> None:
-        """Make clones from a checkpoint."""
+    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
+        """Make clones from a checkpoint; what they print is labelled with `first` and the numbers after it."""
 
     def drop(self, checkpoint: int) -> None:
         """Forget a checkpoint."""
@@ -64,7 +64,7 @@ class Checkpoint:
         if self._closed or self.rank or self._generation != HERE.generation:
             return
         line = HERE.take_hypervisor()
-        _require_checkpoints(line).drop(self._number)
+        require_checkpoints(line).drop(self._number)
         self._closed = True
         HERE.give_back(line)
 
@@ -75,9 +75,9 @@ class Checkpoint:
         self.close()
 
 
-def _require_checkpoints(line: object) -> Checkpointing:
+def require_checkpoints(line: object) -> Checkpointing:
     if not isinstance(line, Checkpointing):
-        raise UsageError("checkpoints are states of virtual machines; there are none with `sfrun --local`")
+        raise UsageError("checkpoints are states of virtual machines; this program does not run in one")
     return line
 
 
@@ -95,25 +95,34 @@ def checkpoint_parent() -> Checkpoint:
         VMError: the state could not be kept; the VM goes on.
     """
     with HERE.interrupts_deferred():
-        line = HERE.take_hypervisor()
-        renewal = Renewal()
-        # What is still buffered would otherwise be printed by this VM and by every clone.
-        flush_output()
-        HERE.about_to_fork()
-        try:
-            moment = _require_checkpoints(line).checkpoint()
-        except SfError:
-            HERE.give_back(line)
-            raise
+        moment, line, renewal = keep_state()
         rank = moment.fork.rank
         if not rank:
             HERE.give_back(line)
-            return Checkpoint(moment.number, 0)
-        HERE.became_clone(moment.fork, line, moment.batch)
-        renewal.apply(moment.fork.entropy)
-        for hook in HERE.hooks:
-            hook(rank)
+        else:
+            assume_identity(renewal, moment.fork.entropy, rank)
         return Checkpoint(moment.number, rank)
+
+
+def keep_state() -> tuple[Moment, Hypervisor, Renewal]:
+    """Make a checkpoint, without renewing the Python-level identity in its clones: the caller does, before anything else.
+
+    Returns:
+        how the call returned, the line by which it did, and what will renew the identity.
+    """
+    line = HERE.take_hypervisor()
+    renewal = Renewal()
+    # What is still buffered would otherwise be printed by this VM and by every clone.
+    flush_output()
+    HERE.about_to_fork()
+    try:
+        moment = require_checkpoints(line).checkpoint()
+    except SfError:
+        HERE.give_back(line)
+        raise
+    if moment.fork.rank:
+        HERE.became_clone(moment.fork, line, moment.batch)
+    return moment, line, renewal
 
 
 def create_clones(checkpoint: Checkpoint, ticket: Ticket) -> None:
@@ -132,5 +141,5 @@ def create_clones(checkpoint: Checkpoint, ticket: Ticket) -> None:
     """
     ticket.require(TicketState.GRANTED)
     number = checkpoint.number()
-    _require_checkpoints(ticket.hypervisor).create(ticket.number, number)
+    require_checkpoints(ticket.hypervisor).create(ticket.number, number)
     ticket.state = TicketState.CLONED

@@ -26,7 +26,7 @@ from sfparallel.errors import (
     UsageError,
     VMError,
 )
-from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Moment, Sibling
+from sfparallel.runtime.hypervisor import Answer, Batch, End, Fork, Grant, Hello, Lost, Moment, Sibling
 from sfparallel.runtime.wakeup import SignalAlarm
 
 AGENT = Setting("SF_AGENT_SOCKET", wire.AGENT_SOCKET, "the guest agent's socket (for tests)")
@@ -81,8 +81,9 @@ class Connection:
         reply = self._request("checkpoint")
         return Moment(number=reply["checkpoint"], batch=reply["batch"], fork=_fork(reply))
 
-    def create(self, ticket: int, checkpoint: int) -> None:
-        self._request("create", ticket=ticket, checkpoint=checkpoint)
+    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
+        reply = self._request("create", ticket=ticket, checkpoint=checkpoint, first=first)
+        return Batch(reply["batch"], _siblings(reply))
 
     def drop(self, checkpoint: int) -> None:
         self._request("drop", checkpoint=checkpoint)
@@ -182,9 +183,12 @@ class Connection:
 
 
 def _fork(reply: dict[str, Any]) -> Fork:
-    siblings = tuple(Sibling(each["rank"], each["address"], each.get("host") or "") for each in reply["clones"])
-    return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=siblings,
+    return Fork(rank=reply["rank"], address=reply.get("address") or "", parent=reply.get("parent") or "", clones=_siblings(reply),
                 entropy=reply.get("entropy") or b"")
+
+
+def _siblings(reply: dict[str, Any]) -> tuple[Sibling, ...]:
+    return tuple(Sibling(each["rank"], each["address"], each.get("host") or "") for each in reply["clones"])
 
 
 def _error(op: str, reply: dict[str, Any]) -> SfError:

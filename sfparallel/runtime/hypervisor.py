@@ -82,6 +82,18 @@ class Moment(NamedTuple):
     fork: Fork
 
 
+class Batch(NamedTuple):
+    """Clones that were made from a checkpoint by one request.
+
+    Attributes:
+        number: as `Moment.batch` has it in them.
+        clones: all of them.
+    """
+
+    number: int
+    clones: tuple[Sibling, ...]
+
+
 class End(enum.StrEnum):
     """How a clone ended that did not call exit."""
 

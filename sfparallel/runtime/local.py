@@ -21,14 +21,15 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from sfparallel import wire
-from sfparallel.errors import VMError
+from sfparallel.errors import StateError, VMError
 from sfparallel.runtime import program as programs
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.hypervisor import Answer, End, Fork, Grant, Hello, Lost, Sibling
+from sfparallel.runtime.hypervisor import Answer, Batch, End, Fork, Grant, Hello, Lost, Moment, Sibling
+from sfparallel.runtime.local_seed import Keeper, Seed
 
 ENVIRONMENT = "SF_LOCAL"
 """Says by which descriptors the supervisor talks to the program that it started: "control,start"."""
@@ -98,6 +99,7 @@ class LocalJob:
     Attributes:
         default_n, seed: as given to `sfrun`.
         world: the program's first clones are ranks of a whole program, the first of which keeps the standard input.
+        seeds: checkpoints by number, None for those that were dropped.
     """
 
     address: str
@@ -109,6 +111,7 @@ class LocalJob:
     shares_files: bool = True
     world: bool = False
     terminal: Terminal | None = None
+    seeds: dict[int, Seed | None] = field(default_factory=dict)
 
 
 class _Cradle:
@@ -149,13 +152,28 @@ class _Cradle:
 
 @dataclass
 class _Child:
+    """A clone of this process, or of a seed of it, which then knows how it ended."""
+
     ticket: int
     rank: int
     pid: int
     pidfd: int
-    cradle: _Cradle
+    cradle: _Cradle | None
+    seed: Seed | None = None
     alive: bool = True
     code: int = 0
+    said: int | None = None
+
+    def learn(self) -> None:
+        """Once it has ended: what its process ended with, and the status that it gave to `exit`."""
+        if self.seed is not None:
+            self.code, self.said = self.seed.ending(self.pid)
+            return
+        # The program itself may wait for all its children, or have the kernel do so (SIGCHLD ignored).
+        with contextlib.suppress(ChildProcessError):
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        assert self.cradle is not None
+        self.said = self.cradle.said(self.rank)
 
 
 class LocalLine:
@@ -166,6 +184,7 @@ class LocalLine:
     def __init__(self, job: LocalJob) -> None:
         self._job = job
         self._tickets = 0
+        self._granted: dict[int, int] = {}
         self._children: list[_Child] = []
         self._epoll = select.epoll()
         # Clones write packets to the second end, which they all share.
@@ -181,8 +200,8 @@ class LocalLine:
 
     def request_ticket(self, n: int) -> Grant:
         self._tickets += 1
-        self._children = [child for child in self._children if child.alive]
-        return Grant(self._tickets, min(n, MOST_CLONES))
+        granted = self._granted[self._tickets] = min(n, MOST_CLONES)
+        return Grant(self._tickets, granted)
 
     def host_of(self, rank: int) -> str:
         """The host that runs a clone; there is only one."""
@@ -201,13 +220,52 @@ class LocalLine:
                               hint="use a smaller n, or raise the limit of processes (ulimit -u)") from error
             if pid == 0:
                 return self._become(ticket, rank, parent, cradle, labels_from=0 if context else 1)
-            child = _Child(ticket, rank, pid, os.pidfd_open(pid), cradle)
-            self._epoll.register(child.pidfd, select.EPOLLIN)
-            born.append(child)
-        self._children += born
+            born.append(self._adopt(_Child(ticket, rank, pid, os.pidfd_open(pid), cradle)))
         pids = [child.pid for child in born]
         cradle.fill(pids)
         return Fork(0, self._job.address, "", self._siblings(pids))
+
+    def checkpoint(self) -> Moment:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise VMError(f"cannot keep a copy of this process: {error.strerror}",
+                          hint="raise the limit of processes (ulimit -u)") from error
+        if pid == 0:
+            try:
+                if os.fork():
+                    os._exit(0)  # so that it is not this process's child, whose end the program would have to wait for
+                ours.close()
+                sprout = Keeper(theirs, parent, _Cradle).keep()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(_EXIT_SOFTWARE)
+            fork = self._become(sprout.ticket, sprout.rank, parent, sprout.cradle, labels_from=sprout.first)
+            return Moment(0, sprout.batch, fork)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        theirs.close()
+        seeds = self._job.seeds
+        number = len(seeds) + 1
+        seeds[number] = Seed(ours)
+        return Moment(number, 0, Fork(0, self._job.address, "", ()))
+
+    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
+        seed = self._job.seeds.get(checkpoint)
+        if seed is None:
+            raise StateError(f"there is no checkpoint {checkpoint} here", hint="make one with checkpoint_parent")
+        batch, born = seed.order(ticket, self._granted[ticket], first)
+        for rank, (pid, pidfd) in enumerate(born.items(), 1):
+            self._adopt(_Child(ticket, rank, pid, pidfd, None, seed))
+        return Batch(batch, self._siblings(list(born)))
+
+    def drop(self, checkpoint: int) -> None:
+        seed = self._job.seeds.get(checkpoint)
+        if seed is not None:
+            self._job.seeds[checkpoint] = None
+            seed.close()
 
     def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
         assert self._own is not None and self._upwards is not None, "only a clone ends by exit"
@@ -236,13 +294,17 @@ class LocalLine:
                     return None
                 self._reap(child)
         self._settle()
-        return {child.rank: child.cradle.said(child.rank) for child in self._of(ticket)}
+        ended = {child.rank: child.said for child in self._of(ticket)}
+        self._forget(ticket)
+        return ended
 
     def kill(self, ticket: int, ranks: list[int] | None) -> None:
         for child in self._of(ticket, ranks):
             if child.alive:
                 self._end(child)
         self._settle()
+        if ranks is None:
+            self._forget(ticket)
 
     def report(self, ticket: int, first_s: float, last_s: float) -> None:
         """There is no --stats here."""
@@ -264,7 +326,7 @@ class LocalLine:
         for child in self._children:
             if child.alive and child.pidfd in ended:
                 self._reap(child)
-                if child.cradle.said(child.rank) is None:
+                if child.said is None:
                     events.append(Lost(child.ticket, child.rank, _cause(child.code), self.host_of(child.rank), "", End.EXITED,
                                        child.code))
         return events
@@ -279,6 +341,11 @@ class LocalLine:
     def alive(self) -> int:
         """Clones of this line that are still there."""
         return sum(child.alive for child in self._children)
+
+    def _adopt(self, child: _Child) -> _Child:
+        self._epoll.register(child.pidfd, select.EPOLLIN)
+        self._children.append(child)
+        return child
 
     def _next_packet(self) -> bytes:
         try:
@@ -306,6 +373,10 @@ class LocalLine:
             job.address, job.role = address_of(os.getpid()), "clone"
             upwards = self._mailbox[1].dup()
             self._hang_up()
+            for seed in job.seeds.values():
+                if seed is not None:
+                    seed.line.close()
+            job.seeds = {}
             self.__init__(job)  # type: ignore[misc]
             # Its own clones answer to it; it answers to its parent.
             self._upwards, self._own = upwards, (ticket, rank, cradle)
@@ -327,14 +398,16 @@ class LocalLine:
     def _of(self, ticket: int, ranks: list[int] | None = None) -> list[_Child]:
         return [child for child in self._children if child.ticket == ticket and (ranks is None or child.rank in ranks)]
 
+    def _forget(self, ticket: int) -> None:
+        self._children = [child for child in self._children if child.ticket != ticket]
+        self._granted.pop(ticket, None)
+
     def _end(self, child: _Child) -> None:
         signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
         self._reap(child)
 
     def _reap(self, child: _Child) -> None:
-        # The program itself may wait for all its children, or have the kernel do so (SIGCHLD ignored).
-        with contextlib.suppress(ChildProcessError):
-            child.code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        child.learn()
         child.alive = False
         self._epoll.unregister(child.pidfd)  # to close it is not enough: later clones have copies of it
         os.close(child.pidfd)

@@ -132,14 +132,14 @@ def clone(ticket: Ticket) -> int:
     with HERE.interrupts_deferred():
         result = fork(ticket)
         if result.rank:
-            assume_identity(ticket, result.entropy, result.rank)
+            assume_identity(ticket.renewal, result.entropy, result.rank)
     return result.rank
 
 
-def assume_identity(ticket: Ticket, entropy: bytes, rank: int) -> None:
-    """In a clone: renew this process's identity, then call the hooks of `sf.on_clone` with `rank`."""
-    assert ticket.renewal is not None, "the ticket was used to fork"
-    ticket.renewal.apply(entropy)
+def assume_identity(renewal: Renewal | None, entropy: bytes, rank: int) -> None:
+    """In a clone: renew this process's identity as prepared before the fork, then call the hooks of `sf.on_clone` with `rank`."""
+    assert renewal is not None, "made before every fork"
+    renewal.apply(entropy)
     for hook in HERE.hooks:
         hook(rank)
 

@@ -23,24 +23,30 @@ receive buffer, where an array would not be aligned; large ones have memory of t
 libzmq 4.3.4 and 4.3.5)."""
 
 
-def dumps(value: Any, origin: str = "this rank") -> list[Buffer]:
-    """Pickle `value` into frames; buffers are referred to, not copied.
+def dumps(value: Any, origin: str = "this rank", *, what: str | None = None, to: str = "the parent",
+          by_value: bool = False) -> list[Buffer]:
+    """Pickle `value` into frames; buffers are referred to, not copied. Functions of the main module go `by_value`, or by name.
 
     Args:
         origin: whose result it is, for the error.
+        what: what it is, if it is no result.
+        to: where it goes.
+        by_value: see above.
 
     Raises:
         ResultNotPicklable: neither pickle nor cloudpickle can.
     """
+    if not by_value:
+        try:
+            return _dumps(functools.partial(pickle.dumps, protocol=5), value)
+        except Exception:  # a class's own __reduce__ may raise anything
+            pass
     try:
-        return _dumps(functools.partial(pickle.dumps, protocol=5), value)
-    except Exception:  # a class's own __reduce__ may raise anything
-        pass
-    try:
-        from sfparallel.runtime import by_value
-        return _dumps(by_value.dumps, value)
+        from sfparallel.runtime.by_value import dumps as dumps_by_value
+        return _dumps(dumps_by_value, value)
     except Exception as error:
-        raise ResultNotPicklable(f"the result of {origin}, a {type(value).__qualname__}, cannot be sent to the parent: {error}",
+        noun = what or f"the result of {origin}"
+        raise ResultNotPicklable(f"{noun}, a {type(value).__qualname__}, cannot be sent to {to}: {error}",
                                  hint="return plain data (numbers, arrays, containers, what was read from a file), "
                                       "or write a file and use collect=") from error
 
@@ -62,11 +68,12 @@ def _dumps(dump: Callable[..., bytes], value: Any) -> list[Buffer]:
     return [data, *buffers]
 
 
-def loads(frames: Sequence[Buffer], origin: str = "a rank") -> Any:
+def loads(frames: Sequence[Buffer], origin: str = "a rank", *, what: str | None = None) -> Any:
     """Rebuild what `dumps` was given. Arrays lie in the memory of `frames` and are writable.
 
     Args:
         origin: whose result it is, for the error.
+        what: what it is, if it is no result.
 
     Raises:
         ResultNotPicklable: the pickle cannot be read here.
@@ -74,8 +81,10 @@ def loads(frames: Sequence[Buffer], origin: str = "a rank") -> Any:
     try:
         return pickle.loads(frames[0], buffers=[_writable(frame) for frame in frames[1:]])
     except Exception as error:  # a class's own __setstate__ may raise anything
-        raise ResultNotPicklable(f"the result of {origin} arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
-                                 hint="its class must be importable, and rebuildable from its pickle, in the parent") from error
+        noun = what or f"the result of {origin}"
+        hint = "its class must be importable, and rebuildable from its pickle, where it arrives"
+        raise ResultNotPicklable(f"{noun} arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
+                                 hint=hint) from error
 
 
 def _writable(frame: Buffer) -> Buffer:

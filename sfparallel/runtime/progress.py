@@ -19,11 +19,11 @@ class Progress:
 
     Args:
         label: what progresses.
-        total: n.
+        total: n; None if nobody knows.
         shown: None for what the environment says.
     """
 
-    def __init__(self, label: str, total: int, shown: bool | None) -> None:
+    def __init__(self, label: str, total: int | None, shown: bool | None) -> None:
         self._label = label
         self._total = total
         self._done = 0
@@ -40,7 +40,8 @@ class Progress:
             self._bar.advance(self._bar.task_ids[0])
         elif self._done == self._total or time.monotonic() - self._last >= LINE_EVERY_S:
             self._last = time.monotonic()
-            print(f"{self._label}: {self._done}/{self._total}", file=sys.stderr, flush=True)
+            of = "" if self._total is None else f"/{self._total}"
+            print(f"{self._label}: {self._done}{of}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

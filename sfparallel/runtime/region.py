@@ -137,7 +137,8 @@ class Region:
                     raise
             if fork.rank:
                 keys = self._schedule.in_hand(fork.rank - 1)
-                live(self._work, self._ticket, self._link, Place(fork, self._port, hello.answer_bytes, keys))
+                live(self._work, Place(self._ticket.hypervisor, self._ticket.renewal, self._link, fork, self._port, fork.rank - 1,
+                                       keys, hello.answer_bytes))
             self._clones = fork.clones
             self._link.expect([clone.address for clone in fork.clones])
             self._state = State.FORKED

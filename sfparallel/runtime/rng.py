@@ -36,6 +36,10 @@ class Streams:
             self._generators[key] = np.random.default_rng(np.random.SeedSequence(self.entropy, spawn_key=path))
         return self._generators[key]
 
+    def forget(self, key: int) -> None:
+        """Nobody will ask for this one again."""
+        self._generators.pop(key, None)
+
 
 def region_streams(seed: int | None, job_seed: int | None) -> Streams:
     """Streams of the region that is forked next: from its own seed, else a branch of the job's, else from fresh entropy."""

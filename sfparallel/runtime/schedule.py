@@ -44,6 +44,49 @@ class Schedule:
             schedule._deal(rank, min(schedule._share(), len(schedule._waiting) - (ranks - rank - 1)))
         return schedule
 
+    @classmethod
+    def stream(cls, chunk: int) -> Schedule:
+        """Keys and ranks that come while the work goes on."""
+        return cls([], (), chunk)
+
+    def set_chunk(self, chunk: int) -> None:
+        """From now on, ranks get so many keys at a time, but leave some for the others."""
+        self._chunk = max(1, min(chunk, len(self._waiting) // (2 * max(1, len(self._alive)))))
+
+    def take_back(self, rank: int, key: int) -> bool:
+        """A key that `rank` returns undone is to be handed out again before all others; False if it did not have it."""
+        if not self.answered(rank, key):
+            return False
+        self.put_back(key)
+        return True
+
+    def add(self, key: int) -> None:
+        """One more key."""
+        self._waiting.append(key)
+        self._total += 1
+
+    def put_back(self, key: int) -> None:
+        """A key that was handed out, and is to be handed out again before all others."""
+        self._waiting.appendleft(key)
+
+    def join(self) -> int:
+        """One more rank, with nothing in hand."""
+        rank = len(self._hands)
+        self._hands.append(deque())
+        self._alive.add(rank)
+        return rank
+
+    def clear(self) -> list[int]:
+        """Take away all that is waiting; returns it, the last first."""
+        keys = list(reversed(self._waiting))
+        self._waiting.clear()
+        return keys
+
+    @property
+    def waiting(self) -> int:
+        """Number of keys that nobody has in hand."""
+        return len(self._waiting)
+
     def in_hand(self, rank: int) -> list[int]:
         """What `rank` was given and has not answered yet."""
         return list(self._hands[rank])

@@ -101,7 +101,7 @@ class _Rank:
         HERE.membership.leave()
         lowlevel.flush_output()
         self._link.send(Kind.DONE, status=self.status)
-        while self._link.receive()[0] is not Kind.RELEASE:
+        while self._link.receive().kind is not Kind.RELEASE:
             pass
 
 
@@ -140,8 +140,8 @@ class World:
             try:
                 fork = lowlevel.fork(self._ticket, "--spmd")
                 if fork.rank:
-                    link = clone_link(self._ticket, self._link, fork)
-                    lowlevel.assume_identity(self._ticket, fork.entropy, fork.rank - 1)
+                    link = clone_link(self._ticket.hypervisor, self._link, fork, fork.rank - 1)
+                    lowlevel.assume_identity(self._ticket.renewal, fork.entropy, fork.rank - 1)
                     HERE.membership = membership(fork, link, port, streams, fork.rank - 1)
                     return link
             except BaseException:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sfparallel.runtime.collect import Collector
+from sfparallel.runtime.payload import Buffer
 from sfparallel.runtime.rng import Streams
 from sfparallel.runtime.schedule import Schedule
 
@@ -39,6 +40,9 @@ class Work:
         timeout_s: limit for the whole region.
         progress: whether to show it; None for what the environment says.
         collector: takes files back, if any are to be collected.
+        prepare: called in each clone before it asks for work, where work comes as a stream.
+        inputs_come: whether clones are sent what their keys stand for, as a stream.
+        inputs: in a clone, what came with its keys.
     """
 
     name: str
@@ -52,3 +56,6 @@ class Work:
     timeout_s: float | None = None
     progress: bool | None = None
     collector: Collector | None = None
+    prepare: Callable[[], object] | None = None
+    inputs_come: bool = False
+    inputs: dict[int, list[Buffer]] = field(default_factory=dict)

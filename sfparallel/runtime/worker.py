@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -19,13 +20,17 @@ import zmq
 
 from sfparallel.runtime import full_disk, lowlevel
 from sfparallel.runtime.here import HERE, Membership
-from sfparallel.runtime.hypervisor import Fork
-from sfparallel.runtime.link import CloneLink, Kind, ParentLink, pack_answer
+from sfparallel.runtime.hypervisor import Fork, Hypervisor
+from sfparallel.runtime.identity import Renewal
+from sfparallel.runtime.link import CloneLink, Kind, Order, ParentLink, pack_answer
 from sfparallel.runtime.payload import Buffer, dump_error, dumps
 from sfparallel.runtime.rng import Streams
 from sfparallel.runtime.work import Work
 
 EXIT_SOFTWARE = 70  # sysexits.h
+
+LONG_S = 0.05
+"""Keys do not wait in a clone behind one that takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +38,34 @@ class Place:
     """What a clone must know beyond what all of them do.
 
     Attributes:
+        hypervisor: the line by which it was made.
+        renewal: of its identity.
+        link: the parent's end of the line to it, as it was before the fork.
         fork: how the fork returned here.
         port: of the communicator.
+        rank: by which the parent knows it.
+        keys: its first share; empty where the parent waits to be asked for work.
         answer_bytes: largest answer that the supervisor takes with the exit.
-        keys: the first share of this rank.
     """
 
+    hypervisor: Hypervisor
+    renewal: Renewal | None
+    link: ParentLink
     fork: Fork
     port: int
-    answer_bytes: int
+    rank: int
     keys: list[int]
+    answer_bytes: int = 0
 
 
-def live(work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> NoReturn:
+def live(work: Work, place: Place) -> NoReturn:
     """A clone's whole life after the fork. Nothing may escape from here: it would run the parent's program a second time."""
     try:
-        worker = _Worker(work, ticket, link, place)
+        worker = _Worker(work, place)
         worker.run()
         HERE.membership = None
         lowlevel.flush_output()
-        ticket.hypervisor.exit(0, ran_ns=time.monotonic_ns() - worker.began_ns)
+        place.hypervisor.exit(0, ran_ns=time.monotonic_ns() - worker.began_ns)
     except BaseException:
         die()
 
@@ -65,11 +78,11 @@ def die() -> NoReturn:
     os._exit(EXIT_SOFTWARE)
 
 
-def clone_link(ticket: lowlevel.Ticket, link: ParentLink, fork: Fork) -> CloneLink:
+def clone_link(hypervisor: Hypervisor, link: ParentLink, fork: Fork, rank: int) -> CloneLink:
     """In a clone: its end of the line to the parent, not connected yet."""
-    whole_vm = ticket.hypervisor.keeps_threads
+    whole_vm = hypervisor.keeps_threads
     dealer = link.dealer if whole_vm else HERE.zmq_context().socket(zmq.DEALER)
-    return CloneLink(dealer, fork.rank - 1, "" if whole_vm else fork.address, link.endpoint)
+    return CloneLink(dealer, rank, "" if whole_vm else fork.address, link.endpoint)
 
 
 def membership(fork: Fork, link: CloneLink, port: int, streams: Streams, key: int) -> Membership:
@@ -78,18 +91,24 @@ def membership(fork: Fork, link: CloneLink, port: int, streams: Streams, key: in
 
 
 class _Worker:
-    """One rank of a region."""
+    """One rank of a region, or one of those that serve a stream of work."""
 
-    def __init__(self, work: Work, ticket: lowlevel.Ticket, link: ParentLink, place: Place) -> None:
+    def __init__(self, work: Work, place: Place) -> None:
         self._work = work
-        self._ticket = ticket
+        self._hypervisor = place.hypervisor
+        self._renewal = place.renewal
         self._fork = place.fork
         self._keys = deque(place.keys)
         self.began_ns = 0
+        self._watchdog: Watchdog | None = None
         # Items of a map are asked for one after the other: only a rank of a region answers once and is done.
         self._answer_bytes = 0 if work.per_item else place.answer_bytes
-        self._link = clone_link(ticket, link, place.fork)
-        self._membership = membership(place.fork, self._link, place.port, work.streams, place.keys[0])
+        self._link = clone_link(place.hypervisor, place.link, place.fork, place.rank)
+        self._rank = place.fork.rank - 1
+        if place.keys:
+            self._membership = membership(place.fork, self._link, place.port, work.streams, place.keys[0])
+        else:  # clones that come and go do different things at different times: none has to do with others
+            self._membership = Membership(0, [place.fork.address], place.port, self._link, work.streams, 0)
 
     def run(self) -> None:
         """Work until the parent says that this was all."""
@@ -98,29 +117,69 @@ class _Worker:
         HERE.membership = self._membership
         failure: BaseException | None = None
         try:
-            lowlevel.assume_identity(self._ticket, self._fork.entropy, self._membership.rank)
+            lowlevel.assume_identity(self._renewal, self._fork.entropy, self._rank)
         except BaseException as error:
             failure = error
         self.began_ns = time.monotonic_ns()
+        if not self._keys and not self._report_for_work(failure):
+            return
         while True:
-            while self._keys:
-                self._membership.key = self._keys.popleft()
+            while True:
+                try:
+                    self._membership.key = self._keys.popleft()
+                except IndexError:
+                    break
                 self._answer(failure)
-            kind, more = self._link.receive()
-            if kind is Kind.RELEASE:
+            order = self._receive()
+            if order.kind is Kind.RELEASE:
                 return
-            self._keys.extend(more)
+            self._keys.extend(order.keys)
+            if order.inputs:
+                if len(self._keys) > 1:
+                    self._watch()
+                self._work.inputs.update(zip(order.keys, order.inputs, strict=True))
+                self._rank = self._rank if order.rank is None else order.rank
+
+    def _receive(self) -> Order:
+        if self._watchdog is not None:
+            with self._watchdog.lock:
+                pass  # it may be returning keys; now that there are none, it will not begin to
+        return self._link.receive()
+
+    def _watch(self) -> None:
+        """Have keys returned that wait behind one that takes long."""
+        if self._watchdog is None:
+            self._watchdog = Watchdog(self._keys, self._link)
+        self._watchdog.busy.set()
+
+    def _report_for_work(self, failure: BaseException | None) -> bool:
+        """Say that this clone is ready for work, or that it will never be."""
+        try:
+            if failure is not None:
+                raise failure
+            if self._work.prepare is not None:
+                self._work.prepare()
+        except BaseException as error:
+            description, frames = dump_error(error, self._rank)
+            lowlevel.flush_output()
+            self._link.send(Kind.UNFIT, frames, error=description)
+            while self._link.receive().kind is not Kind.RELEASE:
+                pass
+            return False
+        self._link.send(Kind.READY)
+        return True
 
     def _answer(self, failure: BaseException | None) -> None:
         """Work on one key and send the result, or what was raised, whatever it is."""
         key = self._membership.key
         fields: dict[str, Any] = {"key": key}
+        began_ns = time.monotonic_ns()
         frames: list[Buffer]
         try:
             if failure is not None:
                 raise failure
             result = self._work.call(key)
-            rank = self._membership.rank
+            rank = self._rank
             frames = dumps(result, f"item {key}, computed by rank {rank}" if self._work.per_item else f"rank {rank}")
             self._membership.leave()
             if self._work.collector is not None:
@@ -128,15 +187,67 @@ class _Worker:
                 frames += contents
             kind = Kind.RESULT
         except BaseException as error:
-            if self._ticket.hypervisor.keeps_threads:  # a VM
+            if self._hypervisor.keeps_threads:  # a VM
                 full_disk.explain(error)
             fields = {"key": key}
-            fields["error"], frames = dump_error(error, self._membership.rank)
+            fields["error"], frames = dump_error(error, self._rank)
             kind = Kind.ERROR
         # What the rank printed shall be on its way before its answer is.
         lowlevel.flush_output()
         if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._membership.is_open:
             answer = pack_answer(kind, bytes(frames[0]) if frames else b"", fields)
             if len(answer) <= self._answer_bytes:
-                self._ticket.hypervisor.exit(0, answer, ran_ns=time.monotonic_ns() - self.began_ns)
-        self._link.send(kind, frames, **fields)
+                self._hypervisor.exit(0, answer, ran_ns=time.monotonic_ns() - self.began_ns)
+        if not self._work.inputs_come:
+            self._link.send(kind, frames, **fields)
+            return
+        self._work.streams.forget(key)
+        fields["ran_ns"] = time.monotonic_ns() - began_ns
+        if self._watchdog is None:
+            self._link.send(kind, frames, **fields)
+            return
+        with self._watchdog.lock:
+            self._link.send(kind, frames, **fields)
+        self._watchdog.answers += 1
+        # Let the answer go out before the next task begins: if that one ends this clone, it shall be known which one it was.
+        os.sched_yield()
+
+
+class Watchdog:
+    """Returns keys to the parent that wait in a clone behind one that takes long, so that others can have them.
+
+    Attributes:
+        lock: held by whoever sends.
+        busy: set while there are keys that wait.
+        answers: how many have been sent.
+    """
+
+    def __init__(self, keys: deque[int], link: CloneLink) -> None:
+        self.lock = threading.Lock()
+        self.busy = threading.Event()
+        self.answers = 0
+        self._keys = keys
+        self._link = link
+        self._never = threading.Event()
+        threading.Thread(target=self._run, name="sf-watchdog", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.busy.wait()
+            seen = self.answers
+            self._never.wait(LONG_S)
+            if not self._keys:
+                self.busy.clear()
+                if self._keys:
+                    self.busy.set()
+            elif self.answers == seen:
+                self._return()
+
+    def _return(self) -> None:
+        with self.lock:
+            keys = []
+            with contextlib.suppress(IndexError):
+                while True:
+                    keys.append(self._keys.popleft())
+            if keys:
+                self._link.send(Kind.BACK, keys=keys)

@@ -324,6 +324,7 @@ class Regions:
         ticket.require(TicketState.GRANTED)
         self._saved.find(vm, int(message["checkpoint"]))
         ticket.state = TicketState.CLONING
+        ticket.label_base = int(message.get("first", 1))
         try:
             async with self._fork_lock:
                 self._pool.hold()
@@ -346,7 +347,7 @@ class Regions:
             raise
         saved.batches += 1
         clones = self._start(ticket, shells, report)
-        vm.send(FrameType.REPLY, pack({"id": message["id"]}), ticket.channel)
+        vm.send(FrameType.REPLY, pack({"id": message["id"], "batch": saved.batches, "clones": clones}), ticket.channel)
         try:
             await self._launch(ticket, clones, saved, report)
         finally:

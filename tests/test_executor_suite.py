@@ -1,0 +1,134 @@
+"""CPython's own tests for executors, on clones made by `sfrun --local`.
+
+They are not part of this project: Debian's package of them is fetched when they are needed, and kept in pytest's cache.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BIN
+
+PACKAGE = "libpython3.11-testsuite"
+
+LEFT_OUT = {
+    # They start Python anew, with the standard library's executors; test_executor.py has the like.
+    "test_interpreter_shutdown": "starts a program of its own",
+    "test_submit_after_interpreter_shutdown": "starts a program of its own",
+    "test_hang_gh83386": "starts a program of its own",
+    "test_max_tasks_per_child": "not offered",
+    "test_max_tasks_early_shutdown": "not offered",
+    "test_max_tasks_per_child_defaults_to_spawn_context": "not offered",
+    "test_processes_terminate": "looks at processes of ProcessPoolExecutor",
+    "test_context_manager_shutdown": "is about ProcessPoolExecutor, whatever is tested",
+    "test_del_shutdown": "is about ProcessPoolExecutor, whatever is tested",
+    "test_shutdown_no_wait": "is about ProcessPoolExecutor, whatever is tested",
+    "test_saturation": "looks at processes of ProcessPoolExecutor",
+    "test_idle_process_reuse_one": "looks at processes of ProcessPoolExecutor",
+    "test_idle_process_reuse_multiple": "looks at processes of ProcessPoolExecutor",
+    "test_killed_child": "wants all futures to fail when a process dies; only that of its own task does",
+    "test_traceback": "wants the remote traceback as a cause; it is a note",
+    "test_ressources_gced_in_workers": "asks multiprocessing for the executor's context",
+    "test_shutdown_deadlock_pickle": "looks at the thread of ProcessPoolExecutor",
+}
+"""Tests that do not fit, and why."""
+
+PROGRAM = """
+import importlib.util, sys, unittest
+from concurrent import futures
+import sfparallel as sf
+
+path, *left_out = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("test.test_concurrent_futures", path)
+suite = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(suite)
+
+class Executor(sf.Executor):
+    def __init__(self, max_workers=None, mp_context=None, **options):
+        super().__init__(max_workers, **options)
+
+    @property
+    def _broken(self):
+        return self.broken is not None
+
+class Mixin(suite.ExecutorMixin):
+    executor_type = Executor
+
+    def get_context(self):
+        return None
+
+class FailingInitializer(suite.FailingInitializerMixin):
+    executor_type = Executor
+
+    def _assert_logged(self, message):
+        return suite.contextlib.nullcontext()
+
+class Deadlock(suite.ExecutorDeadlockTest):
+    # A clone that dies costs its own task only.
+    def _check_crash(self, error, func, *args, ignore_stderr=False):
+        self.executor.shutdown(wait=True)
+        error = {suite.BrokenProcessPool: (sf.CloneLost, sf.ResultNotPicklable, sf.RankExit),
+                 SystemExit: (sf.RankExit, sf.ResultNotPicklable, SystemExit),
+                 suite.PicklingError: sf.ResultNotPicklable}.get(error, error)
+        with Executor(2) as executor, self.assertRaises(error):
+            executor.submit(func, *args).result(timeout=self.TIMEOUT)
+
+    def test_shutdown_deadlock(self):
+        with Executor(2) as executor:
+            future = executor.submit(suite._crash, delay=.1)
+            executor.shutdown(wait=True)
+            with self.assertRaises(sf.CloneLost):
+                future.result()
+
+class Shutdown(suite.ProcessPoolShutdownTest):
+    def test_cancel_futures(self):
+        self.executor.submit(int).result()  # its clones need longer than the test until they can begin
+        super().test_cancel_futures()
+
+class Initializer(suite.InitializerMixin):
+    executor_type = Executor
+
+for tests in (Shutdown, suite.WaitTests, suite.AsCompletedTests, suite.ProcessPoolExecutorTest, Deadlock):
+    name = f"Sf{tests.__name__}"
+    globals()[name] = type(name, (tests, Mixin, suite.BaseTestCase), {"__module__": __name__})
+for tests in (FailingInitializer, Initializer):
+    name = f"Sf{tests.__name__}"
+    globals()[name] = type(name, (tests, suite.BaseTestCase), {"__module__": __name__})
+FutureTests = suite.FutureTests
+
+def wanted(tests):
+    for test in tests:
+        if isinstance(test, unittest.TestSuite):
+            yield from wanted(test)
+        elif test._testMethodName not in left_out:
+            yield test
+
+chosen = unittest.TestSuite(wanted(unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])))
+result = unittest.TextTestRunner(verbosity=2).run(chosen)
+assert result.testsRun > 50, result
+sys.exit(not result.wasSuccessful())
+"""
+
+
+@pytest.fixture(scope="session")
+def suite(request: pytest.FixtureRequest) -> Path:
+    """The file with CPython's tests."""
+    folder = Path(request.config.cache.mkdir("cpython"))  # type: ignore[union-attr]
+    tests = folder / "usr/lib/python3.11/test/test_concurrent_futures.py"
+    if not tests.exists():
+        ended = subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, capture_output=True, text=True, timeout=300)
+        packages = list(folder.glob(f"{PACKAGE}_*.deb"))
+        assert packages, f"CPython's tests cannot be fetched:\n{ended.stderr}"
+        subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(folder)], check=True, timeout=300)
+    return tests
+
+
+def test_cpythons_own_tests(suite: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    ended = subprocess.run([str(BIN / "sfrun"), "--local", "-n", "2", "--timeout", "400", str(program), str(suite), *LEFT_OUT],
+                           cwd=tmp_path, capture_output=True, text=True, timeout=450)  # fmt: skip
+    assert ended.returncode == 0, f"{ended.stdout[-4000:]}\n{ended.stderr[-16000:]}"
