@@ -38,10 +38,11 @@ MODULES = (
 )
 """What the agent loads at boot, before what they depend on is added; those that are built into the kernel are left out."""
 
-# Documentation and translations are half of the files and of no use there. One package keeps sample data in its documentation.
+# Documentation and translations are half of the files and of no use there; but Debian's packages of examples and sample data put
+# these below their documentation (policy 12.6).
 _DPKG_OPTIONS = (
     "path-exclude=/usr/share/doc/*",
-    "path-include=/usr/share/doc/mmseqs2*",
+    "path-include=/usr/share/doc/*/example*",
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/locale/*",

@@ -33,7 +33,7 @@ from sfparallel.vmm.apt_sources import debian_sources
 from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, make_root
 from sfparallel.vmm.initramfs import write_initramfs
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Part of every key: to be raised when the same recipe gives another image."""
 
 NEEDED_BYTES = 1500 << 20
