@@ -34,6 +34,9 @@ CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with 
 LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: debug, info, warning, error")
 PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
 
+TERMINAL = "SF_TERMINAL"
+"""Environment variable of the guest's program: there if the host's stderr is a terminal. In the guest it is a pipe."""
+
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, LOG, PROGRESS)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from sfparallel.config import PROGRESS
+from sfparallel.config import PROGRESS, TERMINAL
+from sfparallel.runtime.here import in_clone
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -24,7 +26,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None, shown: bool | None) -> None:
-        self._label = label
+        self._label = label.rpartition(".")[2]  # of a function within another one, its own name
         self._total = total
         self._done = 0
         self._last = time.monotonic()
@@ -38,6 +40,7 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0])
+            self._bar.refresh()
         elif self._done == self._total or time.monotonic() - self._last >= LINE_EVERY_S:
             self._last = time.monotonic()
             of = "" if self._total is None else f"/{self._total}"
@@ -48,7 +51,8 @@ class Progress:
             self._bar.stop()
 
     def _open_bar(self) -> RichProgress | None:
-        if not sys.stderr.isatty():
+        # A clone's lines get its rank in front: nothing that is drawn over would do there.
+        if not sys.stderr.isatty() and (TERMINAL not in os.environ or in_clone()):
             return None
         try:
             # Not in the guest image unless the user puts it there.
@@ -58,7 +62,10 @@ class Progress:
         except ImportError:
             return None
         columns = (*RichProgress.get_default_columns(), MofNCompleteColumn())
-        bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+        # No thread that draws: it would go on in the clones of a fork that happens meanwhile. And what the program prints to
+        # stdout must stay there.
+        bar = RichProgress(*columns, console=Console(stderr=True, force_terminal=True), transient=True, auto_refresh=False,
+                           redirect_stdout=False, redirect_stderr=False)
         bar.add_task(self._label, total=self._total)
         bar.start()
         return bar

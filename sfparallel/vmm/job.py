@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from sfparallel.config import QEMU
+from sfparallel.config import QEMU, TERMINAL
 from sfparallel.errors import ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
@@ -221,7 +221,7 @@ class Job:
         program = self._options.program
         parent.send(FrameType.RUN, pack_names({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
-            "env": {**GUEST_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb"), **program.environment},
+            "env": {**GUEST_ENVIRONMENT, **_terminal(), **program.environment},
             "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,
             "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
         }))  # fmt: skip
@@ -441,6 +441,15 @@ class Job:
                     return
 
         threading.Thread(target=read, name="stdin", daemon=True).start()
+
+
+def _terminal() -> dict[str, str]:
+    """What the guest's program is told of the terminal behind its stderr."""
+    told = {"TERM": os.environ.get("TERM", "dumb")}
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(2)
+        told |= {TERMINAL: "1", "COLUMNS": str(size.columns or 80), "LINES": str(size.lines or 24)}
+    return told
 
 
 def _may_read_stdin() -> bool:
