@@ -4,10 +4,12 @@ BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
 SOURCES := sfparallel examples tests benchmarks setup.py
 
-.PHONY: help build bench-tools demo test lint bench bench-fork bench-comm bench-map clean
+RENDER_PACKAGES := --package povray --package povray-examples --package python3-pil --package python3-rich
+
+.PHONY: help build bench-tools demo example-render test lint bench bench-fork bench-comm bench-map clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## install what is needed, build the native parts (quick when there is nothing to do)
 	@tools/prepare
@@ -16,6 +18,10 @@ demo: build ## build the guest image of the example, then run BLAST in clones of
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py --output examples/blast/out
 
+example-render: build ## build the guest image of the example, then render with POV-Ray in clones of a VM
+	@$(BIN)/sf image build render $(RENDER_PACKAGES)
+	@$(BIN)/sfrun -n 4 --image render examples/render/render.py --output examples/render/out
+
 bench-tools: build
 	@tools/prepare bench
 
@@ -23,6 +29,7 @@ test: lint bench-tools ## lint, type check, all tests (real VMs; about 15 minute
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn
+	@$(BIN)/sf image build render $(RENDER_PACKAGES)
 	@$(BIN)/pytest
 
 lint: build ## ruff and mypy

@@ -138,6 +138,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "image": _have_image("default"),
     "blast": _have_image("blast"),
     "ml": _have_image("ml"),
+    "render": _have_image("render"),
 }
 MAY_BE_MISSING = {"kvm"}
 """What a machine may lack: a test that needs it is skipped. Anything else that is missing fails: it hides a broken setup."""
