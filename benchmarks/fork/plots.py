@@ -220,8 +220,8 @@ def private(results: Results) -> Figure:
     figure, (axes,) = _figure(1, 7.0, 4.6)
     written = results.spreads("private", "touched_mib", "anonymous_mib", access="write")
     read = results.spreads("private", "touched_mib", "anonymous_mib", access="read")
-    _line(axes, written, "written to", BLUE, "o")
-    _line(axes, read, "only read", GREEN, "^")
+    _line(axes, written, "written to", BLUE, "o", "none")
+    _line(axes, read, "only read", GREEN, "^", "none")
     if written:
         base, most = written[0][1].median, written[-1][0]
         steps = [most * i / 400 for i in range(401)]
@@ -246,17 +246,17 @@ def drift(results: Results) -> Figure:
         time.plot(numbers, answered, color=BLUE, marker=".", linestyle="none", markersize=4, label=f"{point['n']} have answered")
         time.plot(numbers, [sample["pause_ms"] for sample in samples], color=ORANGE, marker=".", linestyle="none", markersize=4,
                   label="pause of the parent")  # fmt: skip
-        files.plot(numbers, [sample["supervisor"]["open_files"] for sample in samples], color=BLUE)
-        memory.plot(numbers, [sample["supervisor"]["private_mib"] for sample in samples], color=BLUE)
-        time.legend(loc="center right")
-        # Some forks had to wait for shells: the program does not leave the pool the time to fill.
-        time.set_ylim(bottom=0)
+        for axes, key in ((files, "open_files"), (memory, "private_mib")):
+            values = [sample["supervisor"][key] for sample in samples]
+            axes.plot(numbers, values, color=BLUE, marker=".", linestyle="none", markersize=4)
+            axes.set_ylim(0, 1.15 * max(values))
+        time.set_ylim(0, 1.3 * max(answered))
+        time.legend(loc="upper right")
     for axes, title, unit in ((time, "Time", "ms"), (files, "Open files of the supervisor", "files"),
                               (memory, "Private memory of the supervisor", "MiB")):  # fmt: skip
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.set_xlabel("fork")
-        axes.set_ylim(bottom=0)
     _source(figure, results, "drift", marks="each fork is one mark")
     return figure
 
