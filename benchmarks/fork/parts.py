@@ -86,10 +86,6 @@ def _rounds(points: list[Point], repeat: int, wanted: Wanted) -> Iterator[Point]
         yield from (point for point in points if wanted(point))
 
 
-def _any_wanted(points: list[Point], wanted: Wanted) -> bool:
-    return any(wanted(point) for point in points)
-
-
 def clones_points(scale: Scale) -> list[Point]:
     return [{"n": n} for n in scale.counts]
 
@@ -153,16 +149,20 @@ def pause(scale: Scale, wanted: Wanted) -> Measured:
     With no earlier state alive the pages are stored in place; with one that is kept they go to a layer that is new each time.
     """
     most = max(scale.dirty_mib)
-    with Session(memory_mib=768 + int(most), pool=1) as job:
-        job.ask("hold", name="buffer", mib=most)
-        job.fork(n=1)
-        for point in _rounds(pause_points(scale), scale.repeat, wanted):
-            kept = point["earlier"] == "kept"
-            if kept:
-                job.ask("keep")
-            yield point, job.fork(n=1, dirty_mib=point["dirty_mib"])
-            if kept:
-                job.ask("drop")
+    for earlier in ("gone", "kept"):
+        points = [point for point in pause_points(scale) if point["earlier"] == earlier]
+        if not any(map(wanted, points)):
+            continue
+        # A job for each: layers that were made for a checkpoint stay when it is gone, and pages go to the newest.
+        with Session(memory_mib=768 + int(most), pool=1) as job:
+            job.ask("hold", name="buffer", mib=most)
+            job.fork(n=1)
+            for point in _rounds(points, scale.repeat, wanted):
+                if earlier == "kept":
+                    job.ask("keep")
+                yield point, job.fork(n=1, dirty_mib=point["dirty_mib"])
+                if earlier == "kept":
+                    job.ask("drop")
 
 
 def parent_points(scale: Scale) -> list[Point]:
