@@ -270,6 +270,14 @@ def test_tables_show_medians_spreads_and_what_is_missing() -> None:
     assert f" {tables.NOT_MEASURED} " in row
 
 
+def test_tables_say_what_a_whole_run_would_have_had() -> None:
+    results = begun()
+    for n in (1, 2, 4, 8, 16, 64):
+        results.add("clones", {"n": n}, {"milestones_ms": {"loaded": 1.0, "last_answer": 2.0}})
+    line = next(line for line in tables.text(results).splitlines() if line.startswith("Not measured yet"))
+    assert "`clones` (n=32)" in line and "`boot`," in line
+
+
 def test_tables_replace_what_is_between_the_marks_only(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text(f"before\n\n{tables.BEGIN}\nwhat was there\n{tables.END}\nafter\n")

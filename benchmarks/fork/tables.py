@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.fork.parts import FULL, PARTS
 from benchmarks.fork.plots import TARGET_MS, TARGET_MS_PER_MB
 from benchmarks.fork.results import Results, Sample, Spread, megabytes, pauses
 
@@ -63,7 +64,20 @@ def _machine(results: Results) -> list[str]:
     speeds = [run["speed_ms"] for _, run in runs]
     if speeds and max(speeds) > _SAME_SPEED * min(speeds):
         lines += [f"The machine was not equally fast in all parts: the loop took {min(speeds):.0f} to {max(speeds):.0f} ms.", ""]
-    return lines
+    return [*lines, *_missing(results)]
+
+
+def _missing(results: Results) -> list[str]:
+    """What a whole run has and these data have not."""
+    missing = []
+    for name, part in PARTS.items():
+        lacking = [point for point in part.points(FULL) if not results.count(name, point)]
+        if len(lacking) == len(part.points(FULL)):
+            missing.append(f"`{name}`")
+        elif lacking:
+            points = "; ".join(", ".join(f"{key}={value}" for key, value in point.items()) for point in lacking)
+            missing.append(f"`{name}` ({points})")
+    return [f"Not measured yet: {', '.join(missing)}.", ""] if missing else []
 
 
 def _times(results: Results) -> list[str]:
