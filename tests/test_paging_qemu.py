@@ -32,7 +32,7 @@ async def qemu(control: int | Path, fds: tuple[int, ...] = ()) -> AsyncIterator[
     assert QEMU
     process = await asyncio.create_subprocess_exec(
         QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg", "-m", "64", "-qmp", "stdio",
-        "-sandbox", SANDBOX,
+        "-sandbox", SANDBOX, "-device", "loader,addr=0x200000,data=0x5346,data-len=4",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=fds,
         env={**os.environ, **paging.environment(control)})
     try:
