@@ -38,7 +38,7 @@ class Capacity:
         return self._clone_bytes
 
     def learn(self, samples: Sequence[int]) -> None:
-        """Clones that are gone had this much private memory."""
+        """Clones that are gone had made this much memory of their own (not: had mapped pages of layers that nobody else had)."""
         if samples:
             self._clone_bytes = max(self._clone_bytes, max(samples))
 

@@ -422,7 +422,7 @@ class Regions:
         report = ticket.report
         if report and ticket.state is TicketState.ENDED and ticket.number not in self._tickets:
             ticket.report = None
-            self._capacity.learn(report.private_bytes)
+            self._capacity.learn(report.anonymous_bytes)
             self._on_report(report)
 
     def _lost(self, ticket: Ticket, member: Member, cause: str, end: str = "died", status: int = 0) -> None:
