@@ -14,8 +14,9 @@ class PrivateMemory:
 
     Attributes:
         total: bytes.
-        anonymous: what of it the process has made, and what it shares with the launcher that it was forked from; the rest are pages of files, layers among them, that nobody else has mapped
-            just now, and that stay when it ends. (Private_Dirty does not tell them apart: pages of a memfd are always dirty.)
+        anonymous: what of it the process has made, and what it shares with the launcher that it was forked from; the rest are
+            pages of files, layers among them, that nobody else has mapped just now, and that stay when it ends. (Private_Dirty
+            does not tell them apart: pages of a memfd are always dirty.)
     """
 
     total: int = 0
