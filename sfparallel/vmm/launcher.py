@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import struct
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ class Launcher:
     def __init__(self, pid: int, control: socket.socket) -> None:
         self._pid = pid
         self._control = control
+        self._serial = 0
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -70,27 +73,37 @@ class Launcher:
             VMError: there is no shell.
         """
         targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
-        order = _ORDER.pack(_MAGIC, _VERSION, 0, control, len(fds), *targets)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
         async with self._turn:
+            self._serial = (self._serial + 1) & 0xFFFF
             try:
-                self._control.sendmsg([order], rights)
-                answer = await asyncio.get_running_loop().sock_recv(self._control, _ANSWER.size)
+                self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
+                status, pid = await self._answer()
             except OSError as error:
                 raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
-        if not answer:
-            raise VMError("the launcher of shells is gone", hint="`sfrun` printed why, if QEMU could not be loaded")
-        if len(answer) != _ANSWER.size:
-            raise ProtocolError(f"an answer of {len(answer)} bytes from the launcher of shells")
-        magic, version, _, status, pid = _ANSWER.unpack(answer)
-        if (magic, version) != (_MAGIC, _VERSION):
-            raise ProtocolError("the paging layer is of another version", hint="build it anew: `make build`")
         if status:
             raise VMError(f"no further shell could be started: {os.strerror(-status)}",
                           hint="free memory or processes on the host")
-        return int(pid)
+        return pid
+
+    async def _answer(self) -> tuple[int, int]:
+        """Status and pid of the answer to the last order."""
+        while True:
+            answer = await asyncio.get_running_loop().sock_recv(self._control, _ANSWER.size)
+            if not answer:
+                raise VMError("the launcher of shells is gone", hint="`sfrun` printed why, if QEMU could not be loaded")
+            if len(answer) != _ANSWER.size:
+                raise ProtocolError(f"an answer of {len(answer)} bytes from the launcher of shells")
+            magic, version, serial, status, pid = _ANSWER.unpack(answer)
+            if (magic, version) != (_MAGIC, _VERSION):
+                raise ProtocolError("the paging layer is of another version", hint="build it anew: `make build`")
+            # Another one is the answer to an order whose sender was cancelled. That shell has ended with its sockets.
+            if serial == self._serial:
+                return status, pid
 
     def close(self) -> None:
         """End the launcher and wait for it; its shells live on."""
         self._control.close()
-        os.waitpid(self._pid, 0)
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)  # it would end by itself, unless somebody has stopped it
+            os.waitpid(self._pid, 0)

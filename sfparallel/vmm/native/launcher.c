@@ -43,6 +43,14 @@ static pid_t fork_sibling(void)
     return pid < 0 ? -errno : (pid_t)pid;
 }
 
+static bool is_wanted(int fd, const int32_t *targets, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        if (targets[i] == fd)
+            return true;
+    return false;
+}
+
 /* Descriptors move above all numbers that are wanted first: sources and targets may overlap. Closes all others. */
 static int place(const int *fds, const int32_t *targets, unsigned count)
 {
@@ -56,6 +64,9 @@ static int place(const int *fds, const int32_t *targets, unsigned count)
     for (unsigned i = 0; i < count; i++)
         if (dup2(moved[i], targets[i]) < 0)
             return -errno;
+    for (int fd = 3; fd < above; fd++)
+        if (!is_wanted(fd, targets, count))
+            close(fd);
     return syscall(SYS_close_range, (unsigned)above, ~0U, 0) == 0 ? 0 : -errno;
 }
 
@@ -117,7 +128,8 @@ int sf_launch_shells(int control)
         int fds[SFPAGE_LAUNCH_FDS];
         unsigned count = 0;
         int status = receive(control, &order, fds, &count);
-        struct sfpage_launched answer = {.magic = SFPAGE_MAGIC, .version = SFPAGE_VERSION, .status = status};
+        struct sfpage_launched answer = {
+            .magic = SFPAGE_MAGIC, .version = SFPAGE_VERSION, .serial = order.serial, .status = status};
         if (status == 0) {
             answer.pid = fork_sibling();
             if (answer.pid == 0)

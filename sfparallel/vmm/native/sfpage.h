@@ -141,7 +141,7 @@ enum sfpage_stats_value {
 struct sfpage_launch {
     uint32_t magic;
     uint16_t version;
-    uint16_t reserved;
+    uint16_t serial;   /* chosen by the sender, repeated in the answer */
     uint32_t control;  /* which number the paging layer's control socket of the shell gets */
     uint32_t count;
     int32_t targets[SFPAGE_LAUNCH_FDS]; /* the numbers that the descriptors get in the shell, each once and not 0 */
@@ -150,7 +150,7 @@ struct sfpage_launch {
 struct sfpage_launched {
     uint32_t magic;
     uint16_t version;
-    uint16_t reserved;
+    uint16_t serial;
     int32_t status; /* 0 or -errno; then there is no shell */
     int32_t pid;    /* of the shell, which is a child of the launcher's parent */
 };
