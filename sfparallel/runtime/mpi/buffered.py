@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sfparallel.runtime.mpi.buffers import BufferAutomaticType, byte_array
 from sfparallel.runtime.mpi.constants import ANY_SOURCE
@@ -42,8 +42,8 @@ def begin_flush() -> Request:
 class Buffered:
     """The calls of objects that can hold a buffer."""
 
-    def _live(self) -> Any:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        def _live(self) -> Any: ...
 
     def Attach_buffer(self, buf: Any) -> None:
         """Lend memory for buffered sends."""
