@@ -283,7 +283,9 @@ class Crew:
             self._complete()
             wait_s = self._idle_wait_s()
             self._hungry = len(self._roster) < self._work.ranks or bool(self._schedule.idle())
-            if self._arrivals or self._unread or self._broken is not None:
+            # Dealing may have found that the last tasks were cancelled: then nothing will come that ends the poll.
+            done = self._closing and not self._tasks
+            if self._arrivals or self._unread or done or self._broken is not None:
                 self._hungry = False
                 if self._broken is not None:
                     return
