@@ -25,7 +25,7 @@ example-render: build ## build the guest image of the example, then render with 
 bench-tools: build
 	@tools/prepare bench
 
-test: lint bench-tools ## lint, type check, all tests (real VMs; about 15 minutes on 2 cores)
+test: lint bench-tools ## lint, type check, all tests (real VMs; about 35 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn
