@@ -54,8 +54,9 @@ def test_a_quick_run_measures_every_part_and_draws_every_picture(tmp_path: Path)
         for sample in samples:
             assert sample["n"] == point["n"] == len(sample["private_mib"])
             times = sample["milestones_ms"]
-            order = [times[key] for key in ("shells", "frozen", "stopped", "devices", "committed", "resumed", "loaded", "woken")]
-            assert order == sorted(order)
+            for saved in ("devices", "committed"):  # the two happen side by side, either may end first
+                order = [times[key] for key in ("shells", "frozen", "stopped", saved, "resumed", "loaded", "woken")]
+                assert order == sorted(order)
             assert times["first_answer"] <= times["last_answer"]
             assert 0 < sample["pause_ms"] < times["last_answer"]
     written, read = (dict(results.spreads("private", "touched_mib", "anonymous_mib", access=access))

@@ -42,11 +42,15 @@ MUSTER_TIMEOUT_S = 2.0
 
 
 def _plan_commit(vm: Vm, store: LayerStore) -> CommitPlan:
-    """Into the VM's own layer while nobody else holds it, to be written in place; else into a new one."""
+    """Into a layer that nobody else holds, to be written in place; else into a new one.
+
+    Of several the one that holds most: a page that comes from there already is only overwritten, any other needs memory anew
+    and a mapping.
+    """
     assert vm.memory is not None
     layers = store.descriptors(vm.memory.layers)
     own = [number for number in vm.memory.layers if store.exclusive(number, vm)]
-    number = own[-1] if own else store.create(vm.ram_bytes, vm)
+    number = max(own, key=vm.memory.pages_of) if own else store.create(vm.ram_bytes, vm)
     mode = CommitMode.IN_PLACE if own else CommitMode.FRESH
     return CommitPlan(vm.memory, store.descriptors([number])[number], number, mode, layers=layers)
 

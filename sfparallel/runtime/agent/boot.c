@@ -170,7 +170,7 @@ static void enter_root(void)
 static void mount_root(void)
 {
     must_mount("/dev/vda", "/ro", "squashfs", MS_RDONLY, NULL);
-    must_mount("rw", "/rw", "tmpfs", 0, "size=80%");
+    must_mount("rw", "/rw", "tmpfs", 0, "size=60%");
     if (make_folders("/rw/up") < 0 || make_folders("/rw/work") < 0)
         die("/rw", errno);
     must_mount("root", "/new", "overlay", 0, "lowerdir=/ro,upperdir=/rw/up,workdir=/rw/work");
@@ -179,9 +179,9 @@ static void mount_root(void)
 static void mount_rest(void)
 {
     must_mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=620,ptmxmode=666");
-    must_mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=80%,mode=1777");
-    must_mount("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "size=80%,mode=755");
-    must_mount("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=80%,mode=1777");
+    must_mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=1777");
+    must_mount("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=755");
+    must_mount("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=1777");
     must_mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     static const char *const links[][2] = {
         { "/proc/self/fd", "/dev/fd" }, { "fd/0", "/dev/stdin" }, { "fd/1", "/dev/stdout" }, { "fd/2", "/dev/stderr" },
