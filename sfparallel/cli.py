@@ -196,6 +196,8 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         script = Path(os.path.realpath(script))
         folder, path0 = script.parent, str(script.parent)
         words = [str(script), *words[1:]]
+    if mode == "command" and any("\ud800" <= char <= "\udfff" for char in words[0]):
+        raise UsageError("the command after -c is not valid UTF-8", hint="put it into a script with a line `# coding: …`")
     data = tuple(Path(os.path.realpath(text)) for text in options.data)
     for path in data:
         if not path.is_dir():

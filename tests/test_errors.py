@@ -314,6 +314,12 @@ def test_bad_options(sfrun: Sfrun, option: list[str]) -> None:
     assert "Traceback" not in ended.err and ended.err.strip()
 
 
+def test_a_command_that_is_not_text() -> None:
+    ended = subprocess.run([BIN / "sfrun", "-c", b"print('\xff')"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "not valid UTF-8" in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_kill_9_of_the_parents_qemu(sfrun: Sfrun) -> None:
     before = left_overs()
     process = sfrun.start("import time; print('up', flush=True); time.sleep(1000)")

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DATA = ROOT / "benchmarks" / "data" / "comm.json"
-PICTURES = ROOT / "docs" / "performance"
-DOCUMENT = ROOT / "docs" / "performance-messages.md"
+from benchmarks import host
+
+DATA = host.ROOT / "benchmarks" / "data" / "comm.json"
+PICTURES = host.ROOT / "docs" / "performance"
+DOCUMENT = host.ROOT / "docs" / "performance-messages.md"
 IMAGE = "bench_comm"
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -38,7 +37,7 @@ def measure(specification: dict[str, Any]) -> list[dict[str, Any]]:
     sfrun = str(Path(sys.prefix) / "bin" / "sfrun")
     command = [sfrun, "--image", IMAGE, "-m", "benchmarks.comm.guest", json.dumps(specification)]
     results = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=host.ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             results.append(json.loads(line))
@@ -46,13 +45,6 @@ def measure(specification: dict[str, Any]) -> list[dict[str, Any]]:
     if process.returncode:
         sys.exit(process.returncode)
     return results
-
-
-def machine() -> dict[str, Any]:
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), "")  # fmt: skip
-    return {"cpus": os.cpu_count(), "model": model, "kernel": platform.release(), "qemu": qemu, "acceleration": "tcg"}
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -79,7 +71,7 @@ def main() -> int:
             return 0
         known = json.loads(DATA.read_text())["results"] if options.n and DATA.exists() else []
         together = {result["n"]: result for result in (*known, *results)}
-        data = {"machine": machine(), "specification": {**WHOLE, "n": sorted(together)},
+        data = {"machine": host.describe(), "specification": {**WHOLE, "n": sorted(together)},
                 "results": [together[n] for n in sorted(together)]}  # fmt: skip
         DATA.parent.mkdir(exist_ok=True)
         DATA.write_text(json.dumps(data, indent=1) + "\n")

@@ -23,8 +23,8 @@ def text(data: dict[str, Any]) -> str:
     machine = data["machine"]
     library = data["results"][0]["library"].splitlines()[0].strip()
     pairs = [pair for result in data["results"] for pair in zip(result["sfparallel"], result["mpich"], strict=True)]
-    lines = [f"Machine: {machine['cpus']} processors ({machine['model']}), Linux {machine['kernel']}, {machine['qemu']} with "
-             f"{machine['acceleration'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
+    lines = [f"Machine: {machine['cores']} cores ({machine['processor']}), Linux {machine['kernel']}, QEMU {machine['qemu']} "
+             f"with {machine['accelerator'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
     lines += ["![Time and bandwidth of messages between two clones, by their size](performance/messages.svg)", "",
               "![Collective calls, by the number of clones](performance/collectives.svg)", "",
               "Between two clones, one way, in microseconds:", ""]  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.fork import host
+from benchmarks import host
 from benchmarks.fork.parts import FULL, PARTS, QUICK, LeftOut, Part, Scale
 from benchmarks.fork.results import Point, Results
 from sfparallel.errors import SfError

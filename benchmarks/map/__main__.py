@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DATA = ROOT / "benchmarks" / "data" / "map.json"
-PICTURES = ROOT / "docs" / "performance"
+from benchmarks import host
+
+DATA = host.ROOT / "benchmarks" / "data" / "map.json"
+PICTURES = host.ROOT / "docs" / "performance"
 IMAGE = "bench_map"
 
 WHOLE = {"workers": 2, "items": 2000, "repeat": 3, "chunksizes": [1, 32]}
@@ -32,19 +31,12 @@ def measure(specification: dict[str, Any], image: str) -> list[dict[str, Any]]:
     """Run the guest's program; its rows."""
     command = [str(Path(sys.prefix) / "bin" / "sfrun"), "--image", image, "--cpus", "2", "-m", "benchmarks.map.guest",
                json.dumps(specification)]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    ended = subprocess.run(command, cwd=host.ROOT, stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     show(rows)
     if ended.returncode:
         sys.exit(ended.returncode)
     return rows
-
-
-def machine() -> dict[str, Any]:
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), "")  # fmt: skip
-    return {"cpus": os.cpu_count(), "model": model, "kernel": platform.release(), "qemu": qemu, "acceleration": "tcg"}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -74,7 +66,7 @@ def draw(data: dict[str, Any]) -> None:
         axis.invert_yaxis()
     specification, where = data["specification"], data["machine"]
     figure.suptitle(f"{specification['workers']} workers, {specification['items']} tasks; "
-                    f"{where['model']}, {where['cpus']} cores, {where['acceleration'].upper()}", fontsize=9)
+                    f"{where['processor']}, {where['cores']} cores, {where['accelerator'].upper()}", fontsize=9)
     figure.tight_layout()
     PICTURES.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
@@ -91,7 +83,7 @@ def main() -> None:
         measure(QUICK, options.image)
         return
     if not options.draw:
-        data = {"machine": machine(), "specification": WHOLE, "results": measure(WHOLE, options.image)}
+        data = {"machine": host.describe(), "specification": WHOLE, "results": measure(WHOLE, options.image)}
         DATA.parent.mkdir(exist_ok=True)
         DATA.write_text(json.dumps(data, indent=1) + "\n")
     draw(json.loads(DATA.read_text()))

@@ -15,7 +15,7 @@ from sfparallel.config import QEMU
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.template import qemu_version
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 _LOOKING_S = 1.0
 _LOOPS = 5
