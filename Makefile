@@ -43,11 +43,11 @@ bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minut
 	@$(BIN)/python -m benchmarks.fork $(ARGS)
 
 bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (10 minutes on 2 cores); ARGS=--quick, ARGS=--draw
-	@$(BIN)/sf image build bench_comm --package mpich --pip mpi4py==4.1.2
+	@$(BIN)/sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
 	@$(BIN)/python -m benchmarks.comm $(ARGS)
 
 bench-map: bench-tools ## cost of a task next to other pools in the same guest: data and pictures; ARGS=--quick, ARGS=--draw
-	@$(BIN)/sf image build bench_map --package mpich --pip mpi4py==4.1.2 --pip loky
+	@$(BIN)/sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
 	@$(BIN)/python -m benchmarks.map $(ARGS)
 
 clean: ## remove what was built here (images and templates: `sf clean --all`)

@@ -10,7 +10,7 @@ import enum
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgpack
 
@@ -97,12 +97,14 @@ class FrameParser:
 
 def pack(message: dict[str, Any]) -> bytes:
     """Encode a message as msgpack."""
-    return cast(bytes, msgpack.packb(message, use_bin_type=True))
+    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    return packed
 
 
 def pack_names(message: dict[str, Any]) -> bytes:
     """Encode a message to a guest that has names of files, arguments or variables in it: those need not be UTF-8 (PEP 383)."""
-    return cast(bytes, msgpack.packb(message, use_bin_type=True, unicode_errors="surrogateescape"))
+    packed: bytes = msgpack.packb(message, use_bin_type=True, unicode_errors="surrogateescape")
+    return packed
 
 
 def unpack(data: bytes) -> dict[str, Any]:

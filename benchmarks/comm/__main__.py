@@ -5,7 +5,7 @@
     python -m benchmarks.comm --quick            less of it, printed only
     python -m benchmarks.comm --draw             pictures and tables again, from the data
 
-It needs the image `bench_comm`: sf image build bench_comm --package mpich --pip mpi4py==4.1.2
+It needs the image `bench`: sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks import host
 DATA = host.ROOT / "benchmarks" / "data" / "comm.json"
 PICTURES = host.ROOT / "docs" / "performance"
 DOCUMENT = host.ROOT / "docs" / "performance-messages.md"
-IMAGE = "bench_comm"
+IMAGE = "bench"
 
 KIB, MIB = 1 << 10, 1 << 20
 WHOLE = {

@@ -4,7 +4,7 @@
     python -m benchmarks.map --quick     less of it, printed only
     python -m benchmarks.map --draw      the pictures again, from the data
 
-It needs the image `bench_map`: sf image build bench_map --package mpich --pip mpi4py==4.1.2 --pip loky
+It needs the image `bench`: sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks import host
 
 DATA = host.ROOT / "benchmarks" / "data" / "map.json"
 PICTURES = host.ROOT / "docs" / "performance"
-IMAGE = "bench_map"
+IMAGE = "bench"
 
 WHOLE = {"workers": 2, "items": 2000, "repeat": 3, "chunksizes": [1, 32]}
 QUICK = {"workers": 2, "items": 200, "repeat": 1, "chunksizes": [1, 32]}

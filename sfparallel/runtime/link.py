@@ -73,7 +73,7 @@ class Order(NamedTuple):
 
 def pack_answer(kind: Kind, pickled: bytes, fields: dict[str, Any]) -> bytes:
     """A whole answer as one piece, for the way through the supervisor."""
-    return wire.pack({"kind": kind.value, "pickle": pickled, **fields})
+    return wire.pack({"kind": kind, "pickle": pickled, **fields})
 
 
 def unpack_answer(rank: int, data: bytes) -> Message:

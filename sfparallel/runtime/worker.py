@@ -194,7 +194,7 @@ class _Worker:
             kind = Kind.ERROR
         # What the rank printed shall be on its way before its answer is.
         lowlevel.flush_output()
-        if sum(map(len, frames)) < self._answer_bytes and len(frames) <= 1 and not self._membership.is_open:
+        if len(frames) <= 1 and sum(map(len, frames)) < self._answer_bytes and not self._membership.is_open:
             answer = pack_answer(kind, bytes(frames[0]) if frames else b"", fields)
             if len(answer) <= self._answer_bytes:
                 self._hypervisor.exit(0, answer, ran_ns=time.monotonic_ns() - self.began_ns)

@@ -35,6 +35,9 @@ log = logging.getLogger("sfparallel")
 PREFIX_LENGTH = 16
 """All VMs of a job are in one subnet (net.addresses)."""
 
+MEASURED = 8
+"""Clones of a fork whose memory is measured: the kernel looks at each of their pages for that, while others want to wake."""
+
 ANSWER_BYTES = 64 << 10
 """A result up to this size may travel with the clone's last request, which has to be made anyway: a TCP connection to the parent
 costs a clone more than a third of its whole life under emulation (measured). Larger ones go over the clone network."""
@@ -438,9 +441,10 @@ class Regions:
             ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
 
     def _sample(self, ticket: Ticket, member: Member) -> None:
-        """Note the private memory of a clone that is about to go: all with `--stats`, else one per fork."""
+        """Note the private memory of a clone that is about to go: of `MEASURED` per fork with `--stats`, else of one."""
         member.leaving = time.monotonic()
-        if self._settings.statistics or not any(other.measured for other in ticket.members.values()):
+        measured = sum(1 for other in ticket.members.values() if other.measured)
+        if measured < (MEASURED if self._settings.statistics else 1):
             memory = private_memory(member.vm.pid)
             member.measured = {"private_bytes": memory.total, "anonymous_bytes": memory.anonymous,
                                "host_cpu_s": cpu_seconds(member.vm.pid)}  # fmt: skip

@@ -35,6 +35,10 @@ FLUSH_S = 30.0
 SPINS, SPIN_S, BREATH_S = 20, 1e-4, 1e-3
 """A program that has asked so often in vain, with so little between, waits so long for something to happen when it asks again."""
 
+LOOK_S, MOST_SKIPPED = 2e-3, 127
+"""Who waits looks for so long before it sleeps: to fall asleep and to wake up costs a guest more than a message does. When
+nothing had come by then, the next 1, 3, 7 ... waits sleep at once: others may need the processor for what is waited for."""
+
 ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
 """Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
 
@@ -91,6 +95,8 @@ class Endpoint:
         self._alarm = -1
         self._doomed: dict[int, tuple[float, str, bool]] = {}
         """Ranks that will count as gone: from when on, why, and whether they left in peace."""
+        self._skip, self._skipped = 0, 0
+        """How many waits shall sleep at once, and how many it were to be the last time."""
         self._asked_parent = False
         self._asked_at, self._in_vain = 0.0, 0
         """When `poll` ended, and how often it has found nothing since it found something."""
@@ -105,7 +111,11 @@ class Endpoint:
     def push(self, peer: int, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """The engine's wire."""
         transport = self._transport or self._open()
-        transport.push(peer, header, frames, op)
+        line = transport.out.get(peer)
+        if line is not None:
+            line.write(header, frames, op)
+        else:
+            transport.push(peer, header, frames, op)
         if self._polling and (transport.retries or self._doomed):
             self.changed()  # the thread that polls may have to wake up earlier than it thought
 
@@ -120,6 +130,12 @@ class Endpoint:
         """Wait until `op` is done; False when time ran out."""
         with self.lock:  # to ask whether it is done, too: that may search queues which other threads change
             asks = 0.0
+            if not op.done and self._transport is not None and not self._polling:
+                if self._skip:
+                    self._skip -= 1
+                else:
+                    end = time.monotonic() + LOOK_S
+                    self._look(op, self._transport, end if deadline is None else min(end, deadline))
             while not op.done:
                 now = time.monotonic()
                 asks = asks or now + PATIENCE_S
@@ -222,14 +238,39 @@ class Endpoint:
             if self._sleeping:
                 self._changed.notify_all()
 
+    def _look(self, op: Waitable, transport: Transport, end: float) -> None:
+        """Look out for what `op` waits for, for a while; with the lock."""
+        lock, poll = self.lock, transport.epoll.poll
+        self._polling = True
+        try:
+            while True:
+                lock.release()
+                try:
+                    events = poll(0)
+                finally:
+                    lock.acquire()
+                if events:
+                    self._move(events)
+                    if op.done:
+                        self._skipped = 0
+                        return
+                if time.monotonic() >= end:
+                    self._skip = self._skipped = min(2 * self._skipped + 1, MOST_SKIPPED)
+                    return
+        finally:
+            self._polling = False
+            if self._sleeping:
+                self._changed.notify_all()
+
     def _pause(self, until: float) -> float | None:
         for when, _, _ in self._doomed.values():
             until = min(until, when)
         return None if until == float("inf") else max(0.0, until - time.monotonic())
 
     def _move(self, events: list[tuple[int, int]]) -> None:
-        assert self._transport is not None
-        self._transport.handle(events)
+        transport = self._transport
+        assert transport is not None
+        transport.handle(events)
         if self._doomed:
             self._bury()
         if self._tasks:

@@ -67,8 +67,13 @@ class SendOp:
         done: it is complete, or has failed (`error`).
     """
 
-    __slots__ = ("awaits_ack", "awaits_wire", "collective", "ctx", "dest", "done", "error", "flags", "frames", "members",
-                 "nbytes", "tag")
+    # In the class, not set by each object: one is made for every message.
+    awaits_ack = False
+    awaits_wire = True
+    done = False
+    error: BaseException | None = None
+    members: Collection[int] = ()
+    collective = False
 
     def __init__(self, dest: int, ctx: int, tag: int, frames: Sequence[Buffer], nbytes: int, flags: int) -> None:
         self.dest = dest
@@ -77,12 +82,8 @@ class SendOp:
         self.frames = frames
         self.nbytes = nbytes
         self.flags = flags
-        self.awaits_ack = bool(flags & SYNC)
-        self.awaits_wire = True
-        self.done = False
-        self.error: BaseException | None = None
-        self.members: Collection[int] = ()
-        self.collective = False
+        if flags & SYNC:
+            self.awaits_ack = True
 
     def on_the_way(self) -> None:
         self.awaits_wire = False
@@ -107,23 +108,21 @@ class RecvOp:
         done: it is complete, was cancelled, or has failed (`error`).
     """
 
-    __slots__ = ("buffer", "cancelled", "collective", "ctx", "done", "error", "flags", "matched", "members", "nbytes", "payload",
-                 "source", "tag")
+    payload: Buffer = b""
+    nbytes = 0
+    flags = 0
+    matched = False
+    done = False
+    cancelled = False
+    error: BaseException | None = None
+    members: Collection[int] = ()
+    collective = False
 
     def __init__(self, ctx: int, source: int, tag: int, buffer: memoryview | None) -> None:
         self.ctx = ctx
         self.source = source
         self.tag = tag
         self.buffer = buffer
-        self.payload: Buffer = b""
-        self.nbytes = 0
-        self.flags = 0
-        self.matched = False
-        self.done = False
-        self.cancelled = False
-        self.error: BaseException | None = None
-        self.members: Collection[int] = ()
-        self.collective = False
 
     def fail(self, error: BaseException) -> None:
         if not self.done:
@@ -190,7 +189,8 @@ class Engine:
              members: Collection[int] = (), collective: bool = False, urgent: bool = False) -> SendOp:
         """Post a send. `frames` must not change until it is done. A small one that is urgent does not care about the window."""
         op = SendOp(dest, ctx, tag, frames, nbytes, flags)
-        op.members, op.collective = members, collective
+        if collective or members:
+            op.members, op.collective = members, collective
         if (self.dead or self.left or self.revoked) and (reason := self._why_not(ctx, dest, members, collective)):
             op.fail(reason)
         elif dest == self.me:
@@ -206,7 +206,8 @@ class Engine:
                     self._to_be_acknowledged[number] = op
             if at_once:
                 self._window[dest] = window - cost
-                self._push(dest, EAGER, flags, tag, ctx, number, nbytes, frames, op)
+                credit = self._owed.pop(dest, 0) if self._owed else 0
+                self._wire.push(dest, HEADER.pack(EAGER, flags, 0, tag, ctx, number, credit, nbytes), frames, op)
             else:
                 self._announced[number] = op
                 self._push(dest, RTS, flags, tag, ctx, number, nbytes)
@@ -222,7 +223,8 @@ class Engine:
             members: processes whose loss fails it if it is collective, or from ANY_SOURCE.
         """
         op = RecvOp(ctx, source, tag, buffer)
-        op.members, op.collective = members, collective
+        if collective or members:
+            op.members, op.collective = members, collective
         if collective and self.dead and (reason := self._why_not(ctx, source, members, collective)):
             # At once, though messages of thousands of calls may be here, if this rank is behind: it will not get to the end.
             op.fail(reason)
@@ -285,12 +287,13 @@ class Engine:
 
     def on_header(self, peer: int, kind: int, flags: int, tag: int, ctx: int, number: int, credit: int,
                   payload: memoryview) -> None:
-        """Something other than DATA has arrived. `payload` is only valid during the call."""
+        """Something other than RTS and DATA has arrived. `payload` is only valid during the call."""
+        if kind == EAGER:
+            self.on_eager(peer, flags, tag, ctx, number, credit, payload)
+            return
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
-        if kind == EAGER:
-            self._on_eager(peer, flags, tag, ctx, number, payload)
-        elif kind == CTS:
+        if kind == CTS:
             op = self._announced.pop(number, None)
             if op is not None and not op.error:
                 self._push(peer, DATA, 0, 0, 0, number, op.nbytes, op.frames, op)
@@ -302,6 +305,32 @@ class Engine:
                     op.done = True
         elif kind >= CONTROL and self._on_control is not None:
             self._on_control(peer, kind, tag, ctx, number, bytes(payload))
+
+    def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: memoryview) -> None:
+        """A small message has arrived, as a whole. `payload` is only valid during the call."""
+        if credit:
+            self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
+        op = self._match(ctx, peer, tag)
+        nbytes = len(payload)
+        if op is None:
+            if ctx in self.revoked:
+                self._return_window(peer, nbytes)
+            else:
+                arrival = Arrival(peer, tag, flags, number, nbytes, bytes(payload))
+                self._unexpected.setdefault(ctx, deque()).append(arrival)
+            return
+        op.source, op.tag, op.flags, op.nbytes, op.matched = peer, tag, flags, nbytes, True
+        # What `_return_window` and `_deliver` do, for most messages without a call.
+        self._owed[peer] = owed = self._owed.get(peer, 0) + nbytes + OVERHEAD_BYTES
+        if owed >= WINDOW_BYTES // 2:
+            self._push(peer, CREDIT, 0, 0, 0, 0)
+        if flags & SYNC:
+            self._push(peer, ACK, 0, 0, 0, number)
+        if op.buffer is None:
+            op.payload = bytes(payload)
+            op.done = True
+        else:
+            self._deliver(op, payload)
 
     def on_rts(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, nbytes: int) -> None:
         """A message is announced; `nbytes` is its length."""
@@ -423,25 +452,10 @@ class Engine:
         queue = self._posted.get(ctx)
         if queue:
             for op in queue:
-                if (op.source in (peer, ANY_SOURCE)) and (op.tag in (tag, ANY_TAG)):
+                if (op.source == peer or op.source == ANY_SOURCE) and (op.tag == tag or op.tag == ANY_TAG):
                     queue.remove(op)
                     return op
         return None
-
-    def _on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, payload: memoryview) -> None:
-        op = self._match(ctx, peer, tag)
-        if op is None:
-            if ctx in self.revoked:
-                self._return_window(peer, len(payload))
-            else:
-                arrival = Arrival(peer, tag, flags, number, len(payload), bytes(payload))
-                self._unexpected.setdefault(ctx, deque()).append(arrival)
-            return
-        op.source, op.tag, op.flags, op.nbytes, op.matched = peer, tag, flags, len(payload), True
-        self._return_window(peer, len(payload))
-        if flags & SYNC:
-            self._push(peer, ACK, 0, 0, 0, number)
-        self._deliver(op, bytes(payload) if op.buffer is None else payload)
 
     def _take(self, op: RecvOp, arrival: Arrival) -> None:
         op.source, op.tag, op.flags, op.nbytes, op.matched = arrival.peer, arrival.tag, arrival.flags, arrival.nbytes, True

@@ -67,7 +67,9 @@ class PointToPoint:
 
     def _to(self, dest: int, tag: int) -> int:
         """The process of a destination; PROC_NULL if there is none."""
-        core = self._live()
+        core: Any = self._core
+        if core is None or core.revoked:
+            core = self._live()
         if 0 <= dest < len(core.peers):
             if not 0 <= tag <= TAG_LIMIT:
                 core.raise_error(MPIException(ERR_TAG, f"{tag}"))
@@ -77,7 +79,9 @@ class PointToPoint:
         return PROC_NULL
 
     def _from(self, source: int, tag: int) -> int:
-        core = self._live()
+        core: Any = self._core
+        if core is None or core.revoked:
+            core = self._live()
         if tag != ANY_TAG and not 0 <= tag <= TAG_LIMIT:
             core.raise_error(MPIException(ERR_TAG, f"{tag}"))
         if 0 <= source < len(core.peers):
@@ -154,8 +158,19 @@ class PointToPoint:
 
     def send(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> None:
         """Send an object."""
-        if dest != PROC_NULL or not self._live():
-            self._send(pickle.payload(obj), dest, tag, "send", timeout)
+        peer = self._to(dest, tag)
+        if peer == PROC_NULL:
+            return
+        # What `_send` does, for most messages without more calls.
+        flags, frames, nbytes = pickle.payload(obj)
+        core = self._core
+        endpoint = core.endpoint
+        with endpoint.lock:
+            op = core.engine.send(peer, core.ctx, tag, frames, nbytes, flags)
+            if peer == endpoint.rank:
+                endpoint.changed()
+        if not op.done or op.error is not None:
+            self._finish_send(op, "send", timeout)
 
     def ssend(self, obj: Any, dest: int, tag: int = 0, *, timeout: float | None = None) -> None:
         """Send an object; returns when its receive has begun."""

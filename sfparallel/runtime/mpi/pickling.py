@@ -18,6 +18,9 @@ ALIGN = 64
 OUT_OF_BAND_BYTES = 16 << 10
 """Smaller buffers stay in the pickle: a copy costs less than a part of its own."""
 
+_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+"""Types whose objects have no buffers to leave out, and are always pickled."""
+
 _COUNT = struct.Struct("<Q")
 _ZEROS = bytes(ALIGN)
 THRESHOLD = 1 << 18
@@ -94,6 +97,9 @@ class Pickle:
         """An object as a message; its large buffers are referred to, not copied."""
         if not self._own:
             data = self.dumps(obj)
+            return 0, [data], len(data)
+        if type(obj) in _PLAIN:
+            data = python_pickle.dumps(obj, 5)
             return 0, [data], len(data)
         outside: list[memoryview] = []
 

@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from sfparallel.runtime.mpi.matching import DATA, HEADER, RTS, Buffer, Engine, SendOp
+from sfparallel.runtime.mpi.matching import DATA, EAGER, HEADER, RTS, Buffer, Engine, SendOp
 
 HELLO = 255
 BYE = 254
@@ -61,7 +61,7 @@ class Line:
     def write(self, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """Send now what the socket takes, and the rest when it takes more."""
         if not self.connecting and not self.queue:
-            total = len(header) + sum(map(len, frames))
+            total = HEADER_BYTES + (len(frames[0]) if len(frames) == 1 else sum(map(len, frames)))
             try:
                 if total <= SMALL_BYTES:
                     sent = self.sock.send(b"".join((header, *frames)))
@@ -169,6 +169,9 @@ class Line:
                 at = start + nbytes
                 if at > end:
                     return start - HEADER_BYTES
+                if kind == EAGER and self.peer >= 0:
+                    engine.on_eager(self.peer, flags, tag, ctx, number, credit, view[start:at])
+                    continue
                 if self.peer < 0 and kind != HELLO:
                     self._transport.refuse(self, "a connection does not say whose it is")
                     return end
@@ -219,7 +222,8 @@ class Transport:
         self._port = port
         self._on_closed = on_closed
         self._lines: dict[int, Line] = {}
-        self._out: dict[int, Line] = {}
+        self.out: dict[int, Line] = {}
+        """On which to send, by peer."""
         self._waiting: dict[int, deque[tuple[list[memoryview], SendOp | None]]] = {}
         """For peers that do not listen yet."""
         self._retry: dict[int, float] = {}
@@ -237,7 +241,7 @@ class Transport:
 
     def push(self, peer: int, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """Send to a peer (see `matching.Wire`)."""
-        line = self._out.get(peer)
+        line = self.out.get(peer)
         if line is not None:
             line.write(header, frames, op)
         elif peer in self._gone:
@@ -288,13 +292,13 @@ class Transport:
     @property
     def is_flushed(self) -> bool:
         """Whether everything is on its way, but for peers that are not there."""
-        return not any(line.queue for line in self._out.values())
+        return not any(line.queue for line in self.out.values())
 
     def forget(self, peer: int, error: BaseException) -> None:
         """Drop what would go to a lost peer."""
         self._gone.add(peer)
         self._retry.pop(peer, None)
-        for queue in (self._waiting.pop(peer, deque()), self._out[peer].queue if peer in self._out else deque()):
+        for queue in (self._waiting.pop(peer, deque()), self.out[peer].queue if peer in self.out else deque()):
             for _, op in queue:
                 if op is not None:
                     op.fail(error)
@@ -303,7 +307,7 @@ class Transport:
     def say_bye(self) -> None:
         """Tell all who are connected that nothing more comes from here."""
         goodbye = HEADER.pack(BYE, 0, 0, 0, 0, self.rank, 0, 0)
-        for line in list(self._out.values()):
+        for line in list(self.out.values()):
             line.write(goodbye, (), None)
 
     def close(self) -> None:
@@ -366,9 +370,9 @@ class Transport:
 
     def _use(self, line: Line) -> None:
         """Send to this peer on this line from now on, unless there is one already."""
-        if line.peer in self._out:
+        if line.peer in self.out:
             return
-        self._out[line.peer] = line
+        self.out[line.peer] = line
         self._retry.pop(line.peer, None)
         waiting = self._waiting.pop(line.peer, None)
         if waiting:
@@ -401,16 +405,16 @@ class Transport:
 
     def knows(self, peer: int) -> bool:
         """Whether there is a connection with this peer."""
-        return peer in self._out or any(line.peer == peer for line in self._lines.values())
+        return peer in self.out or any(line.peer == peer for line in self._lines.values())
 
     def broken(self, line: Line, error: OSError | None) -> None:
         """A connection has ended."""
         self._drop(line)
         if line.peer >= 0:
-            if self._out.get(line.peer) is line:
+            if self.out.get(line.peer) is line:
                 # The queue stays: its operations fail when the peer counts as lost.
                 self._waiting.setdefault(line.peer, deque()).extend(line.queue)
-                del self._out[line.peer]
+                del self.out[line.peer]
             self._on_closed(line.peer, line.peer in self._left)
 
     def _drop(self, line: Line) -> None:
