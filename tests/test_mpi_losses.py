@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -284,3 +285,107 @@ def test_errors_travel(double: Doubles) -> None:
     assert error.rank == 1
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.rank, int(again)) == (str(error), 1, MPI.ERR_PROC_FAILED)
+
+
+# -- receives that are given up, and ranks that leave at once ----------------------------------------------------------
+
+
+def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles) -> None:
+    """Also one that was matched already: the sender is busy elsewhere while its large message is asked for."""
+
+    @sf.parallel(n=2, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank:
+            request = comm.isend(np.full(200_000, 7.0), 0, tag=1)
+            comm._core.endpoint.poll()
+            comm.barrier()
+            time.sleep(0.3)
+            request.wait()
+            return None
+        comm.barrier()
+        with pytest.raises(sf.RegionTimeout):
+            comm.recv(source=1, tag=1, timeout=0.05)
+        return float(comm.recv(source=1, tag=1).sum())
+
+    assert work()[0] == 1_400_000.0
+
+
+def test_a_receive_that_a_signal_ended_leaves_its_message(double: Doubles) -> None:
+    class Alarm(Exception):
+        pass
+
+    def ring(number: int, frame: object) -> None:
+        raise Alarm
+
+    @sf.parallel(n=2, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank:
+            comm.barrier()
+            comm.send("late", 0)
+            return None
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Alarm):
+            comm.recv(source=1)
+        comm.barrier()
+        return comm.recv(source=1)
+
+    assert work()[0] == "late"
+
+
+def test_a_message_of_a_rank_that_returns_at_first_contact(double: Doubles) -> None:
+    @sf.parallel(n=2, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank:
+            comm.bsend("hello", 0)
+            return None
+        return comm.recv(source=1)
+
+    assert work() == ["hello", None]
+
+
+@pytest.mark.parametrize("way", ["ssend", "Test"])
+def test_a_rank_that_has_returned_and_was_never_called_before(double: Doubles, way: str) -> None:
+    """Its listener must not keep those waiting that call it later."""
+
+    @sf.parallel(n=3, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank == 1:
+            comm.send("x", 2)
+            return "returned"
+        if comm.rank == 2:
+            return comm.recv(source=1)
+        time.sleep(0.5)
+        try:
+            if way == "ssend":
+                comm.ssend("y", 1)
+            else:
+                request = comm.irecv(source=1)
+                while not request.Test():
+                    pass
+        except sf.CloneLost as error:
+            return error.rank, error.cause
+        return None
+
+    assert work() == [(1, "has returned"), "returned", "x"]
+
+
+def test_an_object_is_sent_as_it_was(double: Doubles) -> None:
+    @sf.parallel(n=2, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        if comm.rank:
+            array = np.ones(100_000)
+            request = comm.isend(array, 0)
+            array[:] = 2
+            comm.barrier()
+            request.wait()
+            return None
+        comm.barrier()
+        return float(comm.recv(source=1).sum())
+
+    assert work()[0] == 100_000.0

@@ -62,7 +62,7 @@ def test_a_child_has_its_own_session_empty_stdin_and_default_signals() -> None:
     assert code == 0
     assert b"SigBlk:\t0000000000000000" in said
     ignored = int(said.partition(b"SigIgn:\t")[2].split()[0], 16)
-    # Two signals are the C library's own (nptl(7)), which it lets nobody reset. What nohup(1) had ignored stays so, for children too.
+    # Two signals are the C library's own (nptl(7)), which it lets nobody reset. What nohup(1) had ignored stays so.
     kept = 1 << 31 | 1 << 32
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         kept |= 1 << signal.SIGHUP - 1

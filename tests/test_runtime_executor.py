@@ -335,3 +335,37 @@ def test_wrong_arguments(double: Doubles) -> None:
         for more in ({"chunksize": 0}, {"buffersize": 0}):
             with pytest.raises(sf.UsageError):
                 executor.map(square, [1], **more)
+
+
+def test_arguments_may_change_after_submit(double: Doubles) -> None:
+    array = np.ones(100_000)
+    with sf.Executor(1) as executor:
+        executor.submit(time.sleep, 0.2)
+        future = executor.submit(np.sum, array)
+        array[:] = 0
+        assert future.result() == 100_000
+
+
+def test_shutdown_in_a_callback(double: Doubles) -> None:
+    with sf.Executor(2) as executor:
+        first = executor.submit(square, 2)
+        first.add_done_callback(lambda _: executor.shutdown())
+        assert first.result() == 4
+    assert double.alive == 0
+
+
+def test_kill_reaches_the_clones_that_refresh_waits_for(double: Doubles) -> None:
+    executor = sf.Executor(1)
+    future = executor.submit(time.sleep, 1000)
+    while not future.running():
+        time.sleep(0.01)
+    refreshing = threading.Thread(target=executor.refresh)
+    refreshing.start()
+    while executor._crew is not None:
+        time.sleep(0.01)
+    executor.kill()
+    refreshing.join(20)
+    assert not refreshing.is_alive() and double.alive == 0
+    with pytest.raises(sf.Closed):
+        future.result()
+    executor.shutdown()

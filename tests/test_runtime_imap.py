@@ -200,3 +200,22 @@ def test_wrong_arguments(double: Doubles) -> None:
             sf.parallel_imap(abs, [1], **wrong)  # type: ignore[call-overload]
     with pytest.raises(sf.UsageError):
         sf.parallel_imap(abs)
+
+
+def test_items_and_results_may_change_after_they_were_given(double: Doubles) -> None:
+    """Neither the iterable nor the function has to know when its array has been sent."""
+    result = np.zeros(100_000)
+
+    def refilled() -> Iterator[np.ndarray[Any, Any]]:
+        array = np.zeros(100_000)
+        for k in range(40):
+            array[:] = k
+            yield array
+
+    def fill(item: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        result[:] = item
+        return result
+
+    assert [set(found) for found in sf.parallel_imap(fill, refilled(), n=2)] == [{float(k)} for k in range(40)]
+    assert [set(found) for found in sf.parallel_map(lambda k: fill(np.full(100_000, k)), range(40), n=2)] == [
+        {float(k)} for k in range(40)]

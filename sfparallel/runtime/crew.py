@@ -39,6 +39,9 @@ STILLBORN_LIMIT = 3
 SHARE_NS = 4_000_000
 """A clone is given so much to do at a time, if tasks take less: a message costs as much as many small tasks."""
 
+LOSS_GRACE_S = 0.25
+"""So long the last answers of a lost clone are waited for: they come over the network, and the news of its loss does not."""
+
 MAX_SHARE = 64
 """Tasks in one share at most."""
 
@@ -96,6 +99,8 @@ class Crew:
         self._tasks: dict[int, Task] = {}
         self._attempts: dict[int, int] = {}
         self._stillborn = 0
+        self._losses: deque[tuple[float, Lost]] = deque()
+        """Clones that are lost, and when they are struck off."""
         self._hungry = False
         """The steward sleeps, and wants to know of tasks."""
         self._idle_since: float | None = None
@@ -179,7 +184,9 @@ class Crew:
         self.wake()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until all is over after `finish`."""
+        """Wait until all is over after `finish`; False if it is not. A callback of one of its own tasks would wait for itself."""
+        if self.is_steward:
+            return False
         if not self._over.wait(timeout_s):
             return False
         if self._steward is not None:
@@ -267,13 +274,14 @@ class Crew:
         self._unread = True
         ready: dict[Any, int] = {}
         while True:
-            # Events first: a clone that died may have answered before, and its answer is here by then.
             events = self._line.events() if self._unread or line in ready else []
             self._unread = False
             while (message := self._link.receive()) is not None:
                 self._on_message(message)
             for event in events:
                 self._on_event(event)
+            while self._losses and self._losses[0][0] <= time.monotonic():
+                self._lose(self._losses.popleft()[1])
             self._take_arrivals()
             if self._cancelling:
                 self._cancel_waiting()
@@ -281,7 +289,7 @@ class Crew:
                 return
             self._deal()
             self._complete()
-            wait_s = self._idle_wait_s()
+            wait_s = self._wait_s()
             self._hungry = len(self._roster) < self._work.ranks or bool(self._schedule.idle())
             # Dealing may have found that the last tasks were cancelled: then nothing will come that ends the poll.
             done = self._closing and not self._tasks
@@ -312,6 +320,14 @@ class Crew:
             else:
                 self._schedule.put_back(key)
 
+    def _wait_s(self) -> float | None:
+        """How long nothing has to be done unless something happens."""
+        now = time.monotonic()
+        waits = [self._idle_wait_s(), *(max(0.0, when - now) for when, _ in itertools.islice(self._losses, 1))]
+        if self._schedule.waiting and self._roster.next_try > now:
+            waits.append(self._roster.next_try - now)
+        return min((wait_s for wait_s in waits if wait_s is not None), default=None)
+
     def _idle_wait_s(self) -> float | None:
         """How long to wait for something to do before the clones are let go."""
         if self._idle_s is None or self._tasks or not len(self._roster):
@@ -330,7 +346,8 @@ class Crew:
         if self._schedule.waiting:
             self._adapt()
             for hand in self._schedule.idle():
-                self._give(hand)
+                if not self._roster.by_hand[hand].doomed:
+                    self._give(hand)
 
     def _adapt(self) -> None:
         if self._adapts:
@@ -374,7 +391,8 @@ class Crew:
                 self._task_ns += (max(1, message.header.get("ran_ns", 0)) - self._task_ns) / 8
                 self._adapt()
                 # First the clone's next task: what becomes of this answer may take a while.
-                self._give(member.hand)
+                if not member.doomed:
+                    self._give(member.hand)
                 self._on_answer(message, member, key)
 
     def _on_answer(self, message: Message, member: Member, key: int) -> None:
@@ -409,8 +427,19 @@ class Crew:
             threading.excepthook(threading.ExceptHookArgs(told))
 
     def _on_event(self, event: Lost | Answer) -> None:
-        member = None if isinstance(event, Answer) else self._roster.gone(event)
+        member = None if isinstance(event, Answer) else self._roster.find(event)
         if member is None or isinstance(event, Answer):
+            return
+        if member.hand is not None and self._schedule.in_hand(member.hand):
+            member.doomed = True
+            self._losses.append((time.monotonic() + LOSS_GRACE_S, event))
+        else:
+            self._lose(event)
+
+    def _lose(self, event: Lost) -> None:
+        """A clone is lost, and with it what it had in hand."""
+        member = self._roster.gone(event)
+        if member is None:
             return
         self._unread = True  # there may have been events between the answers to our requests
         if member.hand is None:

@@ -19,7 +19,7 @@ from sfparallel.errors import Closed, ResultNotPicklable, UsageError
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.lowlevel import check_count
-from sfparallel.runtime.payload import Buffer, dumps, loads
+from sfparallel.runtime.payload import Buffer, dumps, loads, owned
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.schedule import Schedule
 from sfparallel.runtime.work import Work
@@ -130,6 +130,7 @@ class Executor(concurrent.futures.Executor):
         # Reentrant: a clone is made while its thread holds it, and a task may use the executor that it was given to.
         self._lock = threading.RLock()
         self._crew: Crew | None = None
+        self._retiring: Crew | None = None
         self._known = _Known()
         self._shutdown = False
         self._register()
@@ -186,10 +187,11 @@ class Executor(concurrent.futures.Executor):
         """
         with self._lock:
             self._shutdown = True
-            crew = self._our_crew()
-        if crew is not None:
+            crews = self._our_crews()
+        for crew in crews:
             crew.finish(cancel=cancel_futures)
-            if wait:
+        if wait:
+            for crew in crews:
                 crew.wait()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
@@ -209,24 +211,26 @@ class Executor(concurrent.futures.Executor):
         with self._lock:
             self._check_open()
             crew, self._crew = self._our_crew(), None
+            self._retiring = crew
         if crew is None:
             return
         # Not under the lock: callbacks of the tasks that are waited for may want it.
         crew.finish()
         crew.wait()
         with self._lock:
-            if self._our_crew() is None:
+            self._retiring = None  # not before: after a Ctrl-C, `kill` has to find it
+            if not self._shutdown and self._our_crew() is None:
                 self._enlist()
 
     def kill(self) -> None:
         """Take no more tasks, and discard the clones now, whatever they are doing: futures that are not done fail with Closed."""
         with self._lock:
             self._shutdown = True
-            crew = self._our_crew()
-        if crew is not None:
+            crews = self._our_crews()
+        for crew in crews:
             crew.finish(kill=True)
-            if not crew.is_steward:
-                crew.wait()
+        for crew in crews:
+            crew.wait()
 
     @property
     def broken(self) -> BaseException | None:
@@ -242,7 +246,7 @@ class Executor(concurrent.futures.Executor):
             self._check_open()
             crew = self._our_crew() or self._enlist()
             try:
-                frames = dumps((fn, args, kwargs), what="a task", to="a clone", by_value=self._known.lacks(users))
+                frames = owned(dumps((fn, args, kwargs), what="a task", to="a clone", by_value=self._known.lacks(users)))
             except ResultNotPicklable as error:
                 future.set_running_or_notify_cancel()
                 future.set_exception(error)
@@ -252,6 +256,10 @@ class Executor(concurrent.futures.Executor):
 
     def _our_crew(self) -> Crew | None:
         return self._crew if self._crew is not None and self._crew.is_ours else None
+
+    def _our_crews(self) -> list[Crew]:
+        """That one, and one that `refresh` waits for."""
+        return [crew for crew in (self._retiring, self._crew) if crew is not None and crew.is_ours]
 
     def _check_open(self) -> None:
         if self._shutdown:

@@ -68,6 +68,11 @@ def _dumps(dump: Callable[..., bytes], value: Any) -> list[Buffer]:
     return [data, *buffers]
 
 
+def owned(frames: list[Buffer]) -> list[Buffer]:
+    """The same payload in memory of its own: for one that is sent after its sender goes on, and may change what it refers to."""
+    return [frames[0], *map(bytes, frames[1:])]
+
+
 def loads(frames: Sequence[Buffer], origin: str = "a rank", *, what: str | None = None) -> Any:
     """Rebuild what `dumps` was given. Arrays lie in the memory of `frames` and are writable.
 

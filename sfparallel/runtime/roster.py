@@ -26,6 +26,7 @@ class Member:
         number: what the link knows it by; each clone has its own.
         ticket, rank: what the supervisor knows it by.
         hand: what the schedule knows it by, once it has asked for work.
+        doomed: it is lost, but answers of it may still be on their way.
     """
 
     place: int
@@ -34,6 +35,7 @@ class Member:
     rank: int
     host: str
     hand: int | None = None
+    doomed: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.place} (host {self.host})" if self.host else f"rank {self.place}"
@@ -61,6 +63,7 @@ class Roster:
     Attributes:
         members: by number on the link.
         by_hand: those that have asked for work, by what the schedule calls them.
+        next_try: when clones that did not fit may be asked for again (monotonic clock).
     """
 
     def __init__(self, line: Hypervisor, keeper: Checkpointing, link: ParentLink, checkpoint: int, size: int) -> None:
@@ -71,7 +74,7 @@ class Roster:
         self._link = link
         self._checkpoint = checkpoint
         self._size = size
-        self._next_try = 0.0
+        self.next_try = 0.0
         self._tickets: dict[int, set[Member]] = {}
         """Open tickets, with those of their clones that are still there."""
 
@@ -114,24 +117,29 @@ class Roster:
         """
         taken = {member.place for member in self.members.values()}
         free = [place for place in range(self._size) if place not in taken][:most]
-        if not free or time.monotonic() < self._next_try:
+        if not free or (self.members and time.monotonic() < self.next_try):
             return False
         # Labels of one request's clones follow each other.
         run = list(itertools.takewhile(lambda place: place - free[0] == free.index(place), free))
         try:
             self.make(run, everyone=False)
         except SfError:
-            self._next_try = time.monotonic() + TRY_AGAIN_S
+            self.next_try = time.monotonic() + TRY_AGAIN_S
             if not self.members:
                 raise
         return True
 
+    def find(self, event: Lost) -> Member | None:
+        """The clone that was lost; None if it is not one of these."""
+        members = self._tickets.get(event.ticket, set())
+        return next((each for each in members if each.rank == event.rank), None)
+
     def gone(self, event: Lost) -> Member | None:
         """Strike a clone off that was lost; None if it is not one of these."""
-        members = self._tickets.get(event.ticket, set())
-        member = next((each for each in members if each.rank == event.rank), None)
+        member = self.find(event)
         if member is None:
             return None
+        members = self._tickets[event.ticket]
         members.discard(member)
         self._strike(member)
         if not members:

@@ -15,7 +15,7 @@ from sfparallel.runtime.api import ErrorMode, check_common, name_of
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.lowlevel import check_count
-from sfparallel.runtime.payload import Buffer, dumps, loads
+from sfparallel.runtime.payload import Buffer, dumps, loads, owned
 from sfparallel.runtime.progress import Progress
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.schedule import Schedule
@@ -95,8 +95,8 @@ class ResultStream(Iterator[R], Generic[R]):
     `close` ends it early: the clones are discarded.
     """
 
-    def __init__(self, crew: Crew, items: Iterator[tuple[Any, ...]], *, ordered: bool, buffersize: int, timeout_s: float | None,
-                 on_error: OnError, progress: Progress) -> None:
+    def __init__(self, crew: Crew, items: Iterator[list[Buffer] | Exception], *, ordered: bool, buffersize: int,
+                 timeout_s: float | None, on_error: OnError, progress: Progress) -> None:
         self._crew = crew
         self._items = items
         self._shelf = _Shelf(ordered=ordered)
@@ -172,12 +172,10 @@ class ResultStream(Iterator[R], Generic[R]):
                 self._more = False
                 return
             index, self._given = self._given, self._given + 1
-            try:
-                frames = dumps(item, what="an item", to="a clone")
-            except Exception as error:
-                self._shelf.put(index, None, error)
+            if isinstance(item, Exception):
+                self._shelf.put(index, None, item)
             else:
-                self._submit(_Item(self._shelf, index, frames))
+                self._submit(_Item(self._shelf, index, item))
             if self._shelf.has_one():
                 return
 
@@ -261,7 +259,7 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
     check_common(timeout, on_error, seed)
     hello = HERE.require_vm()
     total = _length(iterables)
-    items = zip(*iterables, strict=False)
+    items = map(_packed, zip(*iterables, strict=False))
     # No more clones than items; which can be known only by reading so many.
     first = list(itertools.islice(items, n or hello.default_n or os.cpu_count() or 1))
     inputs: dict[int, list[Buffer]] = {}
@@ -280,6 +278,14 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
     buffersize = buffersize or LOOK_AHEAD * clones * (chunksize or 1)
     return ResultStream(crew, itertools.chain(first, items), ordered=ordered, buffersize=buffersize, timeout_s=timeout,
                         on_error=OnError(on_error), progress=Progress(name_of(fn), total, progress))
+
+
+def _packed(item: tuple[Any, ...]) -> list[Buffer] | Exception:
+    """An item as it is when it is read: the iterable may use the same memory for the next one."""
+    try:
+        return owned(dumps(item, what="an item", to="a clone"))
+    except Exception as error:  # of this item
+        return error
 
 
 def _length(iterables: tuple[Iterable[Any], ...]) -> int | None:

@@ -23,7 +23,7 @@ from sfparallel.runtime.here import HERE, Membership
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
 from sfparallel.runtime.identity import Renewal
 from sfparallel.runtime.link import CloneLink, Kind, Order, ParentLink, pack_answer
-from sfparallel.runtime.payload import Buffer, dump_error, dumps
+from sfparallel.runtime.payload import Buffer, dump_error, dumps, owned
 from sfparallel.runtime.rng import Streams
 from sfparallel.runtime.work import Work
 
@@ -133,12 +133,12 @@ class _Worker:
             order = self._receive()
             if order.kind is Kind.RELEASE:
                 return
-            self._keys.extend(order.keys)
             if order.inputs:
-                if len(self._keys) > 1:
-                    self._watch()
                 self._work.inputs.update(zip(order.keys, order.inputs, strict=True))
                 self._rank = self._rank if order.rank is None else order.rank
+            self._keys.extend(order.keys)
+            if order.inputs and len(self._keys) > 1:
+                self._watch()
 
     def _receive(self) -> Order:
         if self._watchdog is not None:
@@ -149,7 +149,7 @@ class _Worker:
     def _watch(self) -> None:
         """Have keys returned that wait behind one that takes long."""
         if self._watchdog is None:
-            self._watchdog = Watchdog(self._keys, self._link)
+            self._watchdog = Watchdog(self._keys, self._work.inputs, self._link)
         self._watchdog.busy.set()
 
     def _report_for_work(self, failure: BaseException | None) -> bool:
@@ -181,6 +181,8 @@ class _Worker:
             result = self._work.call(key)
             rank = self._rank
             frames = dumps(result, f"item {key}, computed by rank {rank}" if self._work.per_item else f"rank {rank}")
+            if len(frames) > 1 and self._work.per_item:
+                frames = owned(frames)  # ZeroMQ sends it while the next item is computed, perhaps in the same array
             self._membership.leave()
             if self._work.collector is not None:
                 fields["files"], contents = self._work.collector.changed()
@@ -222,11 +224,12 @@ class Watchdog:
         answers: how many have been sent.
     """
 
-    def __init__(self, keys: deque[int], link: CloneLink) -> None:
+    def __init__(self, keys: deque[int], inputs: dict[int, list[Buffer]], link: CloneLink) -> None:
         self.lock = threading.Lock()
         self.busy = threading.Event()
         self.answers = 0
         self._keys = keys
+        self._inputs = inputs
         self._link = link
         self._never = threading.Event()
         threading.Thread(target=self._run, name="sf-watchdog", daemon=True).start()
@@ -249,5 +252,7 @@ class Watchdog:
             with contextlib.suppress(IndexError):
                 while True:
                     keys.append(self._keys.popleft())
+            for key in keys:
+                self._inputs.pop(key, None)
             if keys:
                 self._link.send(Kind.BACK, keys=keys)

@@ -60,6 +60,12 @@ class Call:
 Prepared = Callable[[Call], Collective]
 
 
+def _loss(ops: Wait, engine: Engine) -> BaseException | None:
+    """What is said of a lost rank on which collective operations depend, though they wait for others: for one, say, that has
+    given up because of the same loss, and takes in no message any more."""
+    return next((error for rank, error in engine.dead.items() for op in ops if op.collective and rank in op.members), None)
+
+
 class _Step:
     """Operations that a collective call waits for: it goes on when all are done, or one has failed.
 
@@ -77,13 +83,15 @@ class _Step:
     @property
     def done(self) -> bool:
         still_open = self._open
+        if self.error is not None:
+            return True
         while still_open and still_open[-1].done:
             self.error = still_open.pop().error
             if self.error is not None:
                 return True
         if self._engine.dead or self._engine.left or self._engine.revoked:
             # Who is waited for first may wait for the one that is gone, too.
-            self.error = next((op.error for op in still_open if op.error is not None), None)
+            self.error = next((op.error for op in still_open if op.error is not None), None) or _loss(still_open, self._engine)
         return not still_open or self.error is not None
 
 
@@ -274,6 +282,8 @@ class Collecting(RequestCore):
             for op in self._waiting:
                 if op.error is not None:
                     return self._end(op.error)
+            if self._core.engine.dead and (error := _loss([op for op in self._waiting if not op.done], self._core.engine)):
+                return self._end(error)
             if not all(op.done for op in self._waiting):
                 return False
             try:

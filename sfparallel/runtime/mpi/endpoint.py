@@ -160,6 +160,7 @@ class Endpoint:
             if now - self._asked_at > SPIN_S:
                 self._in_vain = 0
             if self._in_vain >= SPINS:
+                self._ask_parent()
                 self._round(now + BREATH_S)
             else:
                 events = (self._transport or self._open()).wait(0)
@@ -199,6 +200,8 @@ class Endpoint:
                 # As in a blocked send: others may be here, too, and have announced something to this rank.
                 self.engine.blocked_in_send += 1
                 self.engine.pull()
+                if not transport.is_flushed:
+                    self._ask_parent()  # who has returned takes nothing any more
                 while not (transport.is_flushed and self.engine.is_flushed) and time.monotonic() < end:
                     self._round(end)
                 self.engine.blocked_in_send -= 1
@@ -226,8 +229,8 @@ class Endpoint:
         transport = self._transport or self._open()
         self._polling = True
         try:
-            self.lock.release()
-            try:
+            try:  # around the release, too: a signal's handler may raise right behind it
+                self.lock.release()
                 events = transport.wait(pause)
             finally:
                 self.lock.acquire()
@@ -244,13 +247,15 @@ class Endpoint:
         self._polling = True
         try:
             while True:
-                lock.release()
                 try:
+                    lock.release()
                     events = poll(0)
                 finally:
                     lock.acquire()
                 if events:
-                    self._move(events)
+                    transport.handle(events)
+                    if self._doomed or self._tasks:
+                        self._move([])
                     if op.done:
                         self._skipped = 0
                         return
@@ -268,15 +273,14 @@ class Endpoint:
         return None if until == float("inf") else max(0.0, until - time.monotonic())
 
     def _move(self, events: list[tuple[int, int]]) -> None:
-        transport = self._transport
-        assert transport is not None
-        transport.handle(events)
+        assert self._transport is not None
+        self._transport.handle(events)
         if self._doomed:
             self._bury()
         if self._tasks:
-            # A task may add tasks.
-            tasks, self._tasks = self._tasks, []
-            self._tasks = [task for task in tasks if not task.advance()] + self._tasks
+            for task in list(self._tasks):  # which may add tasks
+                if task.advance():
+                    self._tasks.remove(task)
 
     def _open(self) -> Transport:
         if self._link is None and self.size == 1:

@@ -256,7 +256,10 @@ class Engine:
     def recv_extracted(self, ctx: int, arrival: Arrival, buffer: memoryview | None = None) -> RecvOp:
         """Receive a message that was taken out."""
         op = RecvOp(ctx, arrival.peer, arrival.tag, buffer)
-        self._take(op, arrival)
+        if arrival.payload is None and (gone := self.dead.get(arrival.peer) or self.left.get(arrival.peer)):
+            op.fail(gone)  # only its announcement has come
+        else:
+            self._take(op, arrival)
         return op
 
     def cancel(self, op: RecvOp | SendOp) -> bool:
@@ -266,6 +269,28 @@ class Engine:
         self._posted[op.ctx].remove(op)
         op.cancelled = op.done = True
         return True
+
+    def withdraw(self, op: RecvOp) -> bool:
+        """Give a receive up: a message that is on its way to it stays for the next one. False if it is done, or must be awaited
+        because its buffer is being written to."""
+        if op.done or not op.matched:
+            return self.cancel(op)
+        for key, target in self._incoming.items():
+            if target is op:
+                if op.buffer is not None and key in self._landing:
+                    return False
+                arrival = self._incoming[key] = Arrival(key[0], op.tag, op.flags & ~SYNC, key[1], op.nbytes, None)
+                arrival.pulled = True
+                self._pulled_bytes += op.nbytes
+            elif isinstance(target, Arrival) and target.op is op:
+                arrival, target.op = target, None
+                arrival.flags &= ~SYNC
+            else:
+                continue
+            self._unexpected.setdefault(op.ctx, deque()).appendleft(arrival)
+            op.cancelled = op.done = True
+            return True
+        return False
 
     def pull(self) -> None:
         """While this process is blocked in a send: take in what is announced."""
@@ -310,7 +335,13 @@ class Engine:
         """A small message has arrived, as a whole. `payload` is only valid during the call."""
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
-        op = self._match(ctx, peer, tag)
+        op: RecvOp | None = None
+        if posted := self._posted.get(ctx):
+            op = posted[0]
+            if (op.source == peer or op.source == ANY_SOURCE) and (op.tag == tag or op.tag == ANY_TAG):
+                posted.popleft()
+            else:
+                op = self._match(ctx, peer, tag)
         nbytes = len(payload)
         if op is None:
             if ctx in self.revoked:

@@ -10,7 +10,7 @@ from sfparallel.runtime.mpi.constants import ANY_SOURCE, ANY_TAG, PROC_NULL, TAG
 from sfparallel.runtime.mpi.core import CommCore
 from sfparallel.runtime.mpi.errors import CODES, ERR_RANK, ERR_TAG, MPIException
 from sfparallel.runtime.mpi.handle import Core, Handle, predefined
-from sfparallel.runtime.mpi.matching import SYNC, Arrival, RecvOp, SendOp
+from sfparallel.runtime.mpi.matching import PARTS, SYNC, Arrival, RecvOp, SendOp
 from sfparallel.runtime.mpi.messages import EMPTY, Block, simple
 from sfparallel.runtime.mpi.pickling import Payload, pickle
 from sfparallel.runtime.mpi.request import (
@@ -36,6 +36,12 @@ def _owned(payload: Payload) -> Payload:
     """The same, in memory of its own."""
     flags, frames, nbytes = payload
     return flags, [b"".join(frames)], nbytes
+
+
+def _pickled(obj: Any) -> Payload:
+    """An object that may change before it is sent: only buffers that are left out of the pickle are not copied yet."""
+    payload = pickle.payload(obj)
+    return _owned(payload) if payload[0] & PARTS else payload
 
 
 class _Probe:
@@ -124,12 +130,19 @@ class PointToPoint:
             core.raise_error(op.error)
 
     def _finish_recv(self, op: RecvOp, call: str, timeout: float | None, status: Status | None) -> None:
-        core = self._core
-        if not op.done and not core.endpoint.wait(op, deadline_of(timeout)):
-            with core.endpoint.lock:
-                withdrawn = core.engine.cancel(op)
-            if withdrawn or not op.done:
-                raise timed_out(call, timeout, [op.source] if op.source >= 0 else sorted(core.sources - {core.endpoint.rank}))
+        core, endpoint = self._core, self._core.endpoint
+        try:
+            in_time = op.done or endpoint.wait(op, deadline_of(timeout))
+        except BaseException:  # a signal's handler has raised: nobody waits for the message any more
+            with endpoint.lock:
+                core.engine.withdraw(op)
+            raise
+        if not in_time:
+            with endpoint.lock:
+                withdrawn = core.engine.withdraw(op)
+            if withdrawn:
+                raise timed_out(call, timeout, [op.source] if op.source >= 0 else sorted(core.sources - {endpoint.rank}))
+            endpoint.wait(op)  # it is coming in, into its buffer
         if status is not None:
             status.set_all(core.source_of(op.source), op.tag, op.nbytes)
         if op.error is not None:
@@ -181,10 +194,11 @@ class PointToPoint:
         self._isend(_owned(pickle.payload(obj)), dest, tag)
 
     def isend(self, obj: Any, dest: int, tag: int = 0) -> Request:
-        return Request._of(self._isend(pickle.payload(obj), dest, tag))
+        """Begin to send an object as it is now."""
+        return Request._of(self._isend(_pickled(obj), dest, tag))
 
     def issend(self, obj: Any, dest: int, tag: int = 0) -> Request:
-        return Request._of(self._isend(pickle.payload(obj), dest, tag, SYNC))
+        return Request._of(self._isend(_pickled(obj), dest, tag, SYNC))
 
     def ibsend(self, obj: Any, dest: int, tag: int = 0) -> Request:
         self._isend(_owned(pickle.payload(obj)), dest, tag)
@@ -201,7 +215,8 @@ class PointToPoint:
                 status.set_all(PROC_NULL, ANY_TAG, 0)
             return None
         op = self._post_recv(peer, tag, None)
-        self._finish_recv(op, "recv", timeout, status)
+        if not op.done or status is not None or op.error is not None:
+            self._finish_recv(op, "recv", timeout, status)
         return pickle.object(op.payload, op.flags)
 
     def irecv(self, buf: Any = None, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Request:
@@ -326,8 +341,10 @@ class PointToPoint:
         core = self._core
         probe = _Probe(core, peer, tag)
         with core.endpoint.lock:
-            if not probe.done:
-                core.endpoint.poll()
+            found = probe.done
+        if not found:
+            core.endpoint.poll()  # not with the lock: it may wait a little
+            with core.endpoint.lock:
                 probe.done  # noqa: B018
         if probe.error is not None:
             core.raise_error(probe.error)
@@ -381,12 +398,14 @@ class PointToPoint:
     def Improbe(self, source: int = ANY_SOURCE, tag: int = ANY_TAG, status: Status | None = None) -> Message | None:
         """The same without waiting: None if there is no message."""
         core = self._live()
-        with core.endpoint.lock:
+        while True:
             found, arrival = self._look(source, tag)
             if not found:
                 return None
-            self._describe(arrival, status)
-            return self._extracted(arrival)
+            with core.endpoint.lock:
+                if arrival is None or core.engine.holds(core.ctx, arrival):  # no other thread was faster
+                    self._describe(arrival, status)
+                    return self._extracted(arrival)
 
     def _extracted(self, arrival: Arrival | None) -> Message:
         if arrival is None:

@@ -24,6 +24,7 @@ class _Quiet:
     """An operation whose failure is an answer, too."""
 
     __slots__ = ("error", "op")
+    collective = False  # the loss of others does not fail it
 
     def __init__(self, op: SendOp | RecvOp) -> None:
         self.op = op

@@ -61,11 +61,13 @@ class Line:
     def write(self, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """Send now what the socket takes, and the rest when it takes more."""
         if not self.connecting and not self.queue:
-            total = HEADER_BYTES + (len(frames[0]) if len(frames) == 1 else sum(map(len, frames)))
             try:
-                if total <= SMALL_BYTES:
-                    sent = self.sock.send(b"".join((header, *frames)))
+                if len(frames) == 1 and len(frames[0]) <= SMALL_BYTES:
+                    whole = header + frames[0]
+                    total = len(whole)
+                    sent = self.sock.send(whole)
                 else:
+                    total = HEADER_BYTES + sum(map(len, frames))
                     sent = self.sock.sendmsg((header, *frames[:IOV_MAX]))
             except BlockingIOError:
                 sent = 0
@@ -74,6 +76,9 @@ class Line:
                 self.queue.append((_rest([header, *frames], 0), op))
                 self._transport.broken(self, error)
                 return
+            except BaseException:
+                self._transport.broken(self, None)
+                raise
             if sent == total:
                 if op is not None:
                     op.on_the_way()
@@ -95,6 +100,9 @@ class Line:
             except OSError as error:
                 self._transport.broken(self, error)
                 return
+            except BaseException:
+                self._transport.broken(self, None)
+                raise
             rest = _rest(views, sent)
             if rest:
                 queue[0] = (rest, op)
@@ -130,6 +138,9 @@ class Line:
         except OSError as error:
             transport.broken(self, error)
             return
+        except BaseException:  # a signal's handler: nobody knows how much has been taken
+            transport.broken(self, None)
+            raise
         if not count:
             transport.broken(self, None)
 
@@ -291,8 +302,9 @@ class Transport:
 
     @property
     def is_flushed(self) -> bool:
-        """Whether everything is on its way, but for peers that are not there."""
-        return not any(line.queue for line in self.out.values())
+        """Whether everything is on its way, messages to peers that do not listen yet included."""
+        return (not any(line.queue for line in self.out.values())
+                and not any(op is not None for queue in self._waiting.values() for _, op in queue))
 
     def forget(self, peer: int, error: BaseException) -> None:
         """Drop what would go to a lost peer."""
@@ -305,9 +317,14 @@ class Transport:
             queue.clear()
 
     def say_bye(self) -> None:
-        """Tell all who are connected that nothing more comes from here."""
+        """Tell all who are connected, or have called, that nothing more comes from here; others are refused from now on."""
+        if self._listener.fileno() >= 0:
+            self._accept()
+            del self._watched[self._listener.fileno()]
+            self.epoll.unregister(self._listener)
+            self._listener.close()
         goodbye = HEADER.pack(BYE, 0, 0, 0, 0, self.rank, 0, 0)
-        for line in list(self.out.values()):
+        for line in [*self.out.values(), *(line for line in self._lines.values() if line.peer < 0)]:
             line.write(goodbye, (), None)
 
     def close(self) -> None:
@@ -378,7 +395,7 @@ class Transport:
         if waiting:
             line.queue.extend(waiting)
             line.flush()
-            if line.queue:
+            if line.queue and line.sock.fileno() >= 0:
                 line._want_to_write(True)
 
     def on_line_message(self, line: Line, kind: int, number: int) -> bool:
@@ -405,7 +422,7 @@ class Transport:
 
     def knows(self, peer: int) -> bool:
         """Whether there is a connection with this peer."""
-        return peer in self.out or any(line.peer == peer for line in self._lines.values())
+        return peer in self.out or any(line.peer == peer and not line.connecting for line in self._lines.values())
 
     def broken(self, line: Line, error: OSError | None) -> None:
         """A connection has ended."""
