@@ -18,14 +18,19 @@ import numpy as np
 WARM_UP, LARGE_WARM_UP, LARGE_BYTES = 60, 5, 256 << 10
 """Calls before the measurement: an emulated processor meets each path for the first time, and Python adapts its code to it."""
 
+MANY, MANY_WARM_UP, MOST_BYTES = 8, 15, 8 << 20
+"""So many ranks take long for each call: they warm up less, and leave out what would be more bytes in all."""
+
 FEWEST, MOST = 7, 400
 """Repetitions: as many as fit into the time given, within these bounds."""
 
 Row = dict[str, Any]
 
 
-def warm_up(size: int) -> int:
-    return WARM_UP if size < LARGE_BYTES else LARGE_WARM_UP
+def warm_up(size: int, ranks: int) -> int:
+    if size >= LARGE_BYTES:
+        return LARGE_WARM_UP
+    return WARM_UP if ranks < MANY else MANY_WARM_UP
 
 
 Call = Callable[[int], object]
@@ -38,7 +43,7 @@ def ping_pong(comm: Any, there: Call, back: Call, size: int, budget_s: float) ->
         return []
     steps = (there, back) if comm.rank == 0 else (back, there)
     times: list[float] = []
-    for count in (warm_up(size), 0):
+    for count in (warm_up(size, comm.size), 0):
         if not count:
             # How many fit is what rank 0 has seen.
             count = max(FEWEST, min(MOST, int(budget_s / (2 * statistics.median(times))))) if comm.rank == 0 else 0
@@ -55,7 +60,7 @@ def ping_pong(comm: Any, there: Call, back: Call, size: int, budget_s: float) ->
 def together(comm: Any, call: Callable[[], object], size: int, budget_s: float) -> list[float]:
     """Seconds of each call until the last rank has finished it; all begin together, as far as a barrier does that."""
     times: list[float] = []
-    for count in (warm_up(size), 0):
+    for count in (warm_up(size, comm.size), 0):
         if not count:
             count = comm.bcast(max(FEWEST, min(MOST, int(budget_s / statistics.median(times)))), 0)
             times = []
@@ -83,7 +88,7 @@ def collective(comm: Any, sizes: list[int], budget_s: float) -> Iterator[Row]:
     yield row("barrier", 0, comm.size, together(comm, comm.barrier, 8, budget_s))
     yield row("bcast", 8, comm.size, together(comm, partial(comm.bcast, 12345), 8, budget_s))
     yield row("allreduce", 8, comm.size, together(comm, partial(comm.allreduce, 12345), 8, budget_s))
-    for size in sizes:
+    for size in (size for size in sizes if size * comm.size <= MOST_BYTES):
         array, place = np.zeros(size // 8), np.zeros(size // 8)
         yield row("Bcast", size, comm.size, together(comm, partial(comm.Bcast, array), size, budget_s))
         yield row("Allreduce", size, comm.size, together(comm, partial(comm.Allreduce, array, place), size, budget_s))
