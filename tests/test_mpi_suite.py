@@ -82,9 +82,10 @@ def test_the_rest(suite: Path) -> None:
 
 
 @pytest.mark.needs("qemu", "image", "root")
+@pytest.mark.timeout(900)
 def test_what_has_to_pass_in_vms(suite: Path) -> None:
-    """What takes a few minutes under emulation.
+    """All six with two ranks, which takes two minutes under emulation.
 
-    All six, for any number of ranks: `sfrun -n 3 --mpi4py main.py -q test_p2p_obj ...` in the folder of mpi4py's tests.
+    For other numbers of ranks: `sfrun -n 3 --mpi4py main.py -q test_p2p_obj ...` in the folder of mpi4py's tests.
     """
-    run(suite, 2, ["--no-array", "test_p2p_obj", "test_cco_obj", "test_status", "test_request"], timeout_s=540)
+    run(suite, 2, ACCEPTANCE, timeout_s=800)

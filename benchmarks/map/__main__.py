@@ -23,7 +23,7 @@ DATA = host.ROOT / "benchmarks" / "data" / "map.json"
 PICTURES = host.ROOT / "docs" / "performance"
 IMAGE = "bench"
 
-WHOLE = {"workers": 2, "items": 2000, "repeat": 3, "chunksizes": [1, 32]}
+WHOLE = {"workers": 2, "items": 1000, "repeat": 3, "chunksizes": [1, 32]}
 QUICK = {"workers": 2, "items": 200, "repeat": 1, "chunksizes": [1, 32]}
 
 
