@@ -27,7 +27,7 @@ from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Lost
 from sfparallel.runtime.link import Kind, Message
 from sfparallel.runtime.payload import Buffer, load_error, loads
-from sfparallel.runtime.region import Alarm, bind_link, free_port
+from sfparallel.runtime.region import LOSS_GRACE_S, Alarm, bind_link, free_port
 from sfparallel.runtime.roster import Member, Roster, number_of
 from sfparallel.runtime.schedule import Schedule
 from sfparallel.runtime.work import Work
@@ -38,9 +38,6 @@ STILLBORN_LIMIT = 3
 
 SHARE_NS = 4_000_000
 """A clone is given so much to do at a time, if tasks take less: a message costs as much as many small tasks."""
-
-LOSS_GRACE_S = 0.25
-"""So long the last answers of a lost clone are waited for: they come over the network, and the news of its loss does not."""
 
 MAX_SHARE = 64
 """Tasks in one share at most."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import os
 import socket
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import zmq
@@ -41,6 +43,9 @@ from sfparallel.runtime.worker import Place, die, live
 
 JOIN_LIMIT_S = 10.0
 """A clone that has been released ends at once; one that does not in this time is killed."""
+
+LOSS_GRACE_S = 0.25
+"""So long the last answers of a lost clone are waited for: they come over the network, and the news of its loss does not."""
 
 COMMUNICATOR_PORTS = range(10_083, 32_768)
 """Below Linux's ephemeral ports, so that no clone's outgoing connection can sit on the one that is chosen."""
@@ -104,6 +109,8 @@ class Region:
         """Ranks that have returned."""
         self._curious: set[int] = set()
         """Ranks that want to know of these."""
+        self._losses: deque[tuple[float, Lost]] = deque()
+        """Clones that are lost, and when what they had in hand is given up."""
         self._clones: tuple[Sibling, ...] = ()
         self._resources = contextlib.ExitStack()
 
@@ -197,12 +204,14 @@ class Region:
         poller.register(signals.fileno(), zmq.POLLIN)
         done = 0
         while True:
-            # Events first: a clone that died may have answered before, and its answer is here by then.
+            # Events first: a clone that died may have answered before.
             events = hypervisor.events()
             while (message := self._link.receive()) is not None:
                 self._on_message(message)
             for event in events:
                 self._on_event(event)
+            while self._losses and self._losses[0][0] <= time.monotonic():
+                self._on_lost(self._losses.popleft()[1])
             while done < len(self._results) + len(self._errors):
                 done += 1
                 progress.advance()
@@ -210,10 +219,12 @@ class Region:
                 return next(iter(self._errors.values()))
             if done == len(self._schedule):
                 return None
-            remaining = None if deadline is None else deadline - time.monotonic()
-            if remaining is not None and remaining <= 0:
+            until = deadline
+            if deadline is not None and deadline <= time.monotonic():
                 return self._timed_out()
-            poller.poll(None if remaining is None else int(remaining * 1000) + 1)
+            if self._losses:
+                until = min(self._losses[0][0], deadline or math.inf)
+            poller.poll(None if until is None else int(max(0.0, until - time.monotonic()) * 1000) + 1)
             signals.reset()
             self._look_around()
 
@@ -229,6 +240,8 @@ class Region:
             return  # of an earlier region on the same line
         if isinstance(event, Answer):
             self._on_message(unpack_answer(event.rank - 1, event.data))
+        elif self._work.per_item:
+            self._losses.append((time.monotonic() + LOSS_GRACE_S, event))
         else:
             self._on_lost(event)
 
@@ -257,7 +270,7 @@ class Region:
             self._errors[key] = load_error(description, message.frames, self._where(rank, key))
             if not self._work.per_item:
                 self._tell_out(rank, f"raised {description['type']}")
-        keys = self._schedule.refill(rank)
+        keys = [] if self._is_doomed(rank) else self._schedule.refill(rank)
         if keys:
             self._link.send(rank, Kind.KEYS, keys=keys)
         elif not self._work.per_item and rank not in self._in_comm:
@@ -287,11 +300,14 @@ class Region:
         if key is not None:
             self._errors[key] = self._lost_error(event, rank, f"{self._where(rank, key)} was lost: {event.cause}")
         for idle in self._schedule.idle():
-            if keys := self._schedule.refill(idle):
+            if not self._is_doomed(idle) and (keys := self._schedule.refill(idle)):
                 self._link.send(idle, Kind.KEYS, keys=keys)
         for orphan in self._schedule.abandon():
             text = f"nobody is left to compute item {orphan}: the last clone, rank {rank}, was lost: {event.cause}"
             self._errors[orphan] = self._lost_error(event, rank, text)
+
+    def _is_doomed(self, rank: int) -> bool:
+        return any(event.rank - 1 == rank for _, event in self._losses)
 
     @staticmethod
     def _lost_error(event: Lost, rank: int, message: str) -> CloneLost:
