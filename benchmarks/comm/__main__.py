@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import host
+from benchmarks.comm.tables import fill, pairs
 
 DATA = host.ROOT / "benchmarks" / "data" / "comm.json"
 PICTURES = host.ROOT / "docs" / "performance"
@@ -51,9 +52,10 @@ def show(results: list[dict[str, Any]]) -> None:
     """A table of all rows."""
     print(f"{'call':14}{'bytes':>10}{'n':>4}{'sfparallel':>14}{'MPICH':>14}{'ratio':>8}   (median, microseconds)")
     for result in results:
-        for ours, theirs in zip(result["sfparallel"], result["mpich"], strict=True):
-            ratio = ours["median_us"] / theirs["median_us"]
-            print(f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}{theirs['median_us']:14.1f}{ratio:8.2f}")
+        for ours, theirs in pairs(result):
+            print(f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}", end="")
+            ratio = ours["median_us"] / theirs["median_us"] if theirs else 0
+            print(f"{theirs['median_us']:14.1f}{ratio:8.2f}" if theirs else f"{'-':>14}{'-':>8}")
 
 
 def main() -> int:
@@ -76,7 +78,6 @@ def main() -> int:
         DATA.parent.mkdir(exist_ok=True)
         DATA.write_text(json.dumps(data, indent=1) + "\n")
     from benchmarks.comm.plots import draw
-    from benchmarks.comm.tables import fill
 
     data = json.loads(DATA.read_text())
     draw(data, PICTURES)

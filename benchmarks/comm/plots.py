@@ -60,7 +60,7 @@ def collectives(data: dict[str, Any]) -> Figure:
     for axes, (call, size) in zip(figure.subplots(2, 3).flat, chosen, strict=True):
         for library in LABELS:
             _line(axes, [row for row in _rows(data, library, call) if row["bytes"] == size], "n", library)
-        clones = sorted({row["n"] for row in _rows(data, "mpich", call)})
+        clones = sorted({row["n"] for row in _rows(data, "sfparallel", call)})
         axes.set(title=call if not size else f"{call}, {_size(size)}", xlabel="clones", ylabel="ms", xscale="log", ylim=(0, None))
         axes.set_xticks(clones, [str(each) for each in clones])
         axes.minorticks_off()

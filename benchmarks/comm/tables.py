@@ -9,6 +9,13 @@ BEGIN = "<!-- figures: `python -m benchmarks.comm --draw` writes what follows --
 END = "<!-- end of figures -->"
 
 Row = dict[str, Any]
+Pair = tuple[Row, Row | None]
+
+
+def pairs(result: dict[str, Any]) -> list[Pair]:
+    """Rows of both libraries, for one number of clones; None for each row of MPICH if it did not finish."""
+    theirs = result["mpich"] or [None] * len(result["sfparallel"])
+    return list(zip(result["sfparallel"], theirs, strict=True))
 
 
 def fill(data: dict[str, Any], document: Path) -> None:
@@ -21,22 +28,25 @@ def fill(data: dict[str, Any], document: Path) -> None:
 def text(data: dict[str, Any]) -> str:
     """All tables, as Markdown. Medians, in microseconds."""
     machine = data["machine"]
-    library = data["results"][0]["library"].splitlines()[0].strip()
-    pairs = [pair for result in data["results"] for pair in zip(result["sfparallel"], result["mpich"], strict=True)]
+    library = next(result["library"] for result in data["results"] if result["library"]).splitlines()[0].strip()
+    rows = [pair for result in data["results"] for pair in pairs(result)]
     lines = [f"Machine: {machine['cores']} cores ({machine['processor']}), Linux {machine['kernel']}, QEMU {machine['qemu']} "
              f"with {machine['accelerator'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
     lines += ["![Time and bandwidth of messages between two clones, by their size](performance/messages.svg)", "",
               "![Collective calls, by the number of clones](performance/collectives.svg)", "",
               "Between two clones, one way, in microseconds:", ""]  # fmt: skip
-    lines += _table([pair for pair in pairs if pair[0]["call"].lower().startswith("send")], "bytes", "bytes")
+    lines += _table([pair for pair in rows if pair[0]["call"].lower().startswith("send")], "bytes", "bytes")
     lines += ["Collective calls, until the last rank is done, in microseconds:", ""]
-    lines += _table([pair for pair in pairs if not pair[0]["call"].lower().startswith("send")], "n", "clones")
+    lines += _table([pair for pair in rows if not pair[0]["call"].lower().startswith("send")], "n", "clones")
+    for result in data["results"]:
+        if not result["mpich"]:
+            lines += [f"With {result['n']} clones, MPICH did not finish within {result['mpich_limit_s']} s.", ""]
     return "\n".join(lines)
 
 
-def _table(pairs: list[tuple[Row, Row]], column: str, name: str) -> list[str]:
+def _table(pairs: list[Pair], column: str, name: str) -> list[str]:
     columns = sorted({ours[column] for ours, _ in pairs})
-    rows: dict[str, dict[int, tuple[Row, Row]]] = {}
+    rows: dict[str, dict[int, Pair]] = {}
     for ours, theirs in pairs:
         call = str(ours["call"])
         if column == "n" and ours["bytes"] > 8:
@@ -50,5 +60,7 @@ def _table(pairs: list[tuple[Row, Row]], column: str, name: str) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "not finished"
     return f"{row['median_us']:,.0f}".replace(",", " ")
