@@ -5,6 +5,7 @@ RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --sel
 SOURCES := sfparallel examples tests benchmarks setup.py
 
 RENDER_PACKAGES := --package povray --package povray-examples --package python3-pil --package python3-rich
+BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed --pip ray
 
 .PHONY: help build bench-tools demo example-render test lint bench bench-fork bench-comm bench-map clean
 
@@ -36,18 +37,18 @@ lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
 	@$(BIN)/mypy
 
-bench: bench-fork bench-comm ## all benchmarks
+bench: bench-fork bench-comm bench-map ## all benchmarks
 
 bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minutes on 2 cores); ARGS="--part pause", ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build default
 	@$(BIN)/python -m benchmarks.fork $(ARGS)
 
 bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (10 minutes on 2 cores); ARGS=--quick, ARGS=--draw
-	@$(BIN)/sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
+	@$(BIN)/sf image build bench $(BENCH_IMAGE)
 	@$(BIN)/python -m benchmarks.comm $(ARGS)
 
 bench-map: bench-tools ## cost of a task next to other pools in the same guest: data and pictures; ARGS=--quick, ARGS=--draw
-	@$(BIN)/sf image build bench --package mpich --pip mpi4py==4.1.2 --pip loky
+	@$(BIN)/sf image build bench $(BENCH_IMAGE)
 	@$(BIN)/python -m benchmarks.map $(ARGS)
 
 clean: ## remove what was built here (images and templates: `sf clean --all`)

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import documents
 from benchmarks.fork import __main__ as command
 from benchmarks.fork import plots, tables
 from benchmarks.fork.parts import FULL, PARTS, QUICK, LeftOut, Part
@@ -282,11 +283,11 @@ def test_tables_say_what_a_whole_run_would_have_had() -> None:
 
 def test_tables_replace_what_is_between_the_marks_only(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
-    document.write_text(f"before\n\n{tables.BEGIN}\nwhat was there\n{tables.END}\nafter\n")
-    tables.fill(some(), document)
+    document.write_text(f"before\n\n{documents.begin('benchmarks.fork')}\nwhat was there\n{documents.END}\nafter\n")
+    documents.fill(document, "benchmarks.fork", tables.text(some()))
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "what was there" not in text
-    tables.fill(some(), document)
+    documents.fill(document, "benchmarks.fork", tables.text(some()))
     assert document.read_text() == text
 
 
@@ -294,7 +295,7 @@ def test_the_committed_document_and_pictures_are_of_the_committed_data(tmp_path:
     results = Results.read(command.DATA)
     document = tmp_path / "performance.md"
     document.write_text(command.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    tables.fill(results, document)
+    documents.fill(document, "benchmarks.fork", tables.text(results))
     assert document.read_text(encoding="utf-8") == command.DOCUMENT.read_text(encoding="utf-8")
     drawn = {path.name for path in plots.draw(results, tmp_path)}
     assert drawn == {path.name for path in command.PICTURES.iterdir()}

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import host
-from benchmarks.comm.tables import fill, pairs
+from benchmarks import documents, host
+from benchmarks.comm import tables
 
 DATA = host.ROOT / "benchmarks" / "data" / "comm.json"
 PICTURES = host.ROOT / "docs" / "performance"
@@ -41,7 +41,7 @@ def measure(specification: dict[str, Any]) -> list[dict[str, Any]]:
     with subprocess.Popen(command, cwd=host.ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            results.append(json.loads(line))
+            results.append(json.loads(line) | host.revision())
             print(f"measured {results[-1]['n']} clones", file=sys.stderr)
     if process.returncode:
         sys.exit(process.returncode)
@@ -52,7 +52,7 @@ def show(results: list[dict[str, Any]]) -> None:
     """A table of all rows."""
     print(f"{'call':14}{'bytes':>10}{'n':>4}{'sfparallel':>14}{'MPICH':>14}{'ratio':>8}   (median, microseconds)")
     for result in results:
-        for ours, theirs in pairs(result):
+        for ours, theirs in tables.pairs(result):
             print(f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}", end="")
             ratio = ours["median_us"] / theirs["median_us"] if theirs else 0
             print(f"{theirs['median_us']:14.1f}{ratio:8.2f}" if theirs else f"{'-':>14}{'-':>8}")
@@ -81,7 +81,7 @@ def main() -> int:
 
     data = json.loads(DATA.read_text())
     draw(data, PICTURES)
-    fill(data, DOCUMENT)
+    documents.fill(DOCUMENT, "benchmarks.comm", tables.text(data))
     return 0
 
 

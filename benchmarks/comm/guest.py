@@ -17,21 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import sfparallel as sf
+from benchmarks import mpich
 from benchmarks.comm import measure
 
 HERE = Path(__file__).parent
-LIBRARIES = "/tmp/mpich"
-"""mpi4py's wheel looks for libmpi.so.12; Debian calls MPICH's libmpich.so.12."""
-
 LIMIT_S, GRACE_S = 300, 15
 """With 16 clones on two emulated processors, MPICH's ranks have been seen to wait for each other for ever."""
 
 
 def with_mpich(comm: Any, specification: dict[str, Any]) -> dict[str, Any] | None:
     """Measure mpi4py in the clones of this region: the result at rank 0; None there if it does not finish within the limit."""
-    os.makedirs(LIBRARIES, exist_ok=True)
-    os.symlink("/usr/lib/x86_64-linux-gnu/libmpich.so.12", f"{LIBRARIES}/libmpi.so.12")
-    os.environ.update(LD_LIBRARY_PATH=LIBRARIES, UCX_TLS="tcp,self", UCX_NET_DEVICES="eth0")
+    os.environ.update(mpich.environment(), UCX_TLS="tcp,self", UCX_NET_DEVICES="eth0")
     addresses = comm.allgather(socket.gethostbyname(socket.gethostname()))
     starter, commands = None, None
     if comm.rank == 0:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-BEGIN = "<!-- figures: `python -m benchmarks.comm --draw` writes what follows -->"
-END = "<!-- end of figures -->"
 
 Row = dict[str, Any]
 Pair = tuple[Row, Row | None]
@@ -16,13 +12,6 @@ def pairs(result: dict[str, Any]) -> list[Pair]:
     """Rows of both libraries, for one number of clones; None for each row of MPICH if it did not finish."""
     theirs = result["mpich"] or [None] * len(result["sfparallel"])
     return list(zip(result["sfparallel"], theirs, strict=True))
-
-
-def fill(data: dict[str, Any], document: Path) -> None:
-    """Put the tables between the marks of a document."""
-    before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(f"{before}{BEGIN}\n\n{text(data)}\n{END}{after}", encoding="utf-8")
 
 
 def text(data: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import host
+from benchmarks import documents, host
 from benchmarks.fork.parts import FULL, PARTS, QUICK, LeftOut, Part, Scale
 from benchmarks.fork.results import Point, Results
 from sfparallel.errors import SfError
@@ -140,7 +140,7 @@ def draw(data: Path, pictures: Path, document: Path | None) -> None:
     for path in plots.draw(results, pictures):
         say(f"drawn: {path}")
     if document:
-        tables.fill(results, document)
+        documents.fill(document, "benchmarks.fork", tables.text(results))
         say(f"tables: {document}")
     else:
         print(tables.text(results))

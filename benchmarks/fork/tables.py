@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from benchmarks.fork.parts import FULL, PARTS
 from benchmarks.fork.plots import TARGET_MS, TARGET_MS_PER_MB
 from benchmarks.fork.results import Results, Sample, Spread, megabytes, pauses
 
-BEGIN = "<!-- figures: `python -m benchmarks.fork --draw` writes what follows -->"
-END = "<!-- end of figures -->"
 NOT_MEASURED = "-"
 _SAME_SPEED = 1.15
-
-
-def fill(results: Results, document: Path) -> None:
-    """Put the tables between the marks of a document."""
-    text_before, _, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, text_after = rest.partition(END)
-    document.write_text(f"{text_before}{BEGIN}\n\n{text(results)}\n{END}{text_after}", encoding="utf-8")
 
 
 def text(results: Results) -> str:

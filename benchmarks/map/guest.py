@@ -15,8 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from typing import Any
+
+from benchmarks import mpich
 
 
 def nothing(x: int) -> int:
@@ -47,11 +50,41 @@ def contenders(workers: int) -> Iterator[tuple[str, Callable[[], AbstractContext
     yield "ProcessPoolExecutor", lambda: concurrent.futures.ProcessPoolExecutor(workers), of_executor
     yield ("multiprocessing.Pool", lambda: multiprocessing.Pool(workers),
            lambda pool: lambda fn, items, chunksize: pool.map(fn, range(items), chunksize))  # fmt: skip
-    try:
+    if find_spec("loky"):
         import loky
-    except ImportError:
-        return
-    yield "loky", lambda: loky.ProcessPoolExecutor(workers), of_executor
+        yield "loky", lambda: loky.ProcessPoolExecutor(workers), of_executor
+    if find_spec("distributed"):
+        yield "dask.distributed", lambda: dask_client(workers), of_dask
+    if find_spec("ray"):
+        yield ("ray.util.multiprocessing.Pool", lambda: ray_pool(workers),
+               lambda pool: lambda fn, items, chunksize: pool.map(fn, range(items), chunksize))  # fmt: skip
+
+
+@contextmanager
+def dask_client(workers: int) -> Iterator[Any]:
+    """A scheduler in this process, and workers with one thread each."""
+    from distributed import Client, LocalCluster
+    with LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        yield client
+
+
+def of_dask(client: Any) -> Map:
+    """dask has no chunksize: a task of a chunk is the way that its users go."""
+    def mapped(fn: Callable[[int], int], items: int, chunksize: int) -> list[int]:
+        chunks = [range(start, min(start + chunksize, items)) for start in range(0, items, chunksize)]
+        results = client.gather(client.map(lambda chunk: [fn(x) for x in chunk], chunks, pure=False))
+        return [result for chunk in results for result in chunk]
+    return mapped
+
+
+@contextmanager
+def ray_pool(workers: int) -> Iterator[Any]:
+    import ray
+    from ray.util.multiprocessing import Pool
+    ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=100 << 20, logging_level="ERROR")
+    with Pool(workers) as pool:
+        yield pool
+    ray.shutdown()
 
 
 def microseconds(mapped: Map, fn: Callable[[int], int], items: int, chunksize: int, repeat: int) -> list[float]:
@@ -98,8 +131,8 @@ def main() -> None:
     measure("sf.parallel_imap, with its fork", parallel_imap, specification)
     if shutil.which("mpiexec"):
         command = ["mpiexec", "-n", str(workers + 1), sys.executable, "-m", "mpi4py.futures", "-m", "benchmarks.map.guest"]
-        subprocess.run([*command, json.dumps(specification | {"mpi": True})], check=True,
-                       env={**os.environ, "PYTHONPATH": os.getcwd(), "MPICH_INTERFACE_HOSTNAME": "localhost"})  # fmt: skip
+        environment = {**os.environ, **mpich.environment(), "PYTHONPATH": os.getcwd(), "MPICH_INTERFACE_HOSTNAME": "localhost"}
+        subprocess.run([*command, json.dumps(specification | {"mpi": True})], check=True, env=environment)
 
 
 if __name__ == "__main__":
