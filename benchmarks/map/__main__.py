@@ -64,8 +64,9 @@ def draw(data: dict[str, Any]) -> None:
                          color=["#c44e52" if pool.startswith("sf.") else "#8c8c8c" for pool in pools])
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
         axis.set(title=f"{task}, chunksize {chunksize}", xlabel="µs per task")
-        axis.margins(x=0.2)
-        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0].invert_yaxis()  # which all share: the first on top, as in the table
     specification, where = data["specification"], data["machine"]
     figure.suptitle(f"{specification['workers']} workers, {specification['items']} tasks; "
                     f"{where['processor']}, {where['cores']} cores, {where['accelerator'].upper()}", fontsize=9)
