@@ -236,3 +236,40 @@ MPI4PY = """
 def test_programs_of_mpi4py_futures(sfrun: Sfrun, how: tuple[str, ...]) -> None:
     ended = sfrun(MPI4PY, "-n", "2", "--mpi4py", "--no-label", *how).ok()
     assert ended.out == "root 1 [0, 1, 4, 9, 16]\n"
+
+
+@vms
+def test_processes_that_the_program_forks_have_lines_of_their_own(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import multiprocessing, os, sys, threading
+        import sfparallel as sf
+
+        def square(k):
+            return k * k
+
+        def in_a_child(k):
+            with sf.Executor(2) as own:
+                return k, list(own.map(square, range(k, k + 4))), sf.parallel_map(square, range(3), n=2)
+
+        def want(k):
+            return k, [x * x for x in range(k, k + 4)], [0, 1, 4]
+
+        executor = sf.Executor(2)
+        assert executor.submit(square, 3).result() == 9          # there is a line to the agent, and a thread
+        sf.parallel_map(square, range(2), n=2)
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.map(in_a_child, [5, 6]) == [want(5), want(6)]
+        assert executor.submit(square, 4).result() == 16
+        pid = os.fork()
+        if pid == 0:
+            assert executor.submit(square, 7).result() == 49     # by clones of its own
+            assert in_a_child(8) == want(8)
+            sys.exit(3)                                          # does not wait for its parent's clones
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+        assert executor.submit(square, 5).result() == 25
+        executor.shutdown()
+        print("done")
+        """,
+    ).ok()  # fmt: skip
+    assert ended.out == "done\n"

@@ -302,7 +302,7 @@ class Executor(concurrent.futures.Executor):
     @classmethod
     def _finish_all(cls) -> None:
         cls._exit["begun"] = True
-        crews = list(cls._crews)
+        crews = [crew for crew in cls._crews if crew.is_ours]  # not those of the process that this one was forked from
         for crew in crews:
             crew.finish()
         for crew in crews:

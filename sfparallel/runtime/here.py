@@ -8,6 +8,7 @@ names: `os.getpid()` is the same in the parent and in all clones.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -192,6 +193,15 @@ class Here:
             for orphan in self._waiting:
                 orphan.wake()
 
+    def became_child(self) -> None:
+        """First thing in a process that this one makes with `os.fork`, as `multiprocessing` does: it has no part in this one's
+        lines, sockets and clones, and makes its own. (Two processes on one line would take each other's replies.)"""
+        self.generation += 1
+        self.first_use = threading.Lock()  # the old one may be held by a thread that does not exist on this side
+        # Kept, not closed: what closes a ZeroMQ context waits for its I/O thread, which does not exist on this side.
+        self._ghosts += [self._idle, self._context]
+        self._idle, self._context, self._waiting = [], None, []
+
     def park_if_ghost(self) -> None:
         """Stop a thread that came along from the parent when it is about to start a region in a region's clone.
 
@@ -232,6 +242,7 @@ class Here:
 
 
 HERE = Here()
+os.register_at_fork(after_in_child=HERE.became_child)
 
 
 def in_clone() -> bool:
