@@ -29,7 +29,7 @@ bench-tools: build
 test: lint bench-tools ## lint, type check, all tests (real VMs; about 35 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
-	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn
+	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pytest
 	@$(BIN)/sf image build render $(RENDER_PACKAGES)
 	@$(BIN)/pytest
 

@@ -1,16 +1,18 @@
-"""CPython's own tests for executors, on clones made by `sfrun --local`.
+"""Tests that others have written for executors: CPython's, on clones made by `sfrun --local`, and joblib's, in VMs.
 
-They are not part of this project: Debian's package of them is fetched when they are needed, and kept in pytest's cache.
+They are not part of this project: Debian's package of CPython's is fetched when it is needed, and kept in pytest's cache; joblib
+brings its own into the guest image.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN
+from tests.conftest import BIN, Sfrun
 
 PACKAGE = "libpython3.11-testsuite"
 
@@ -137,3 +139,39 @@ def test_cpythons_own_tests(suite: Path, tmp_path: Path) -> None:
     ended = subprocess.run([str(BIN / "sfrun"), "--local", "-n", "2", "--timeout", "400", str(program), str(suite), *LEFT_OUT],
                            cwd=tmp_path, capture_output=True, text=True, timeout=450)  # fmt: skip
     assert ended.returncode == 0, f"{ended.stdout[-4000:]}\n{ended.stderr[-16000:]}"
+
+
+JOBLIB_LEFT_OUT = {
+    "test_nested_loop[loky-sf]": "the processes of loky do not know a backend that their program has registered",
+    "test_nested_loop[back_compat_backend-sf]": "the same",
+}
+"""Tests that do not fit, and why."""
+
+JOBLIB_PROGRAM = """
+import os, sys
+import joblib, pytest
+import sfparallel as sf
+
+left_out = sys.argv[1:]
+
+def backends(item):
+    return item.name.partition("[")[2].rstrip("]").split("-")
+
+class Choice:
+    @staticmethod
+    def pytest_collection_modifyitems(items):
+        # Those with the name of our backend among their parameters: joblib's tests ask joblib for all that there are.
+        items[:] = [item for item in items if "sf" in backends(item) and item.name not in left_out]
+
+sf.register_joblib()
+tests = os.path.join(os.path.dirname(joblib.__file__), "test", "test_parallel.py")
+sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "--rootdir", "/tmp", tests], [Choice]))
+"""
+
+
+@pytest.mark.needs("qemu", "ml", "root")
+def test_joblibs_own_tests(sfrun: Sfrun) -> None:
+    ended = sfrun(JOBLIB_PROGRAM, "-n", "2", "--image", "ml", "--memory", "1G", "--timeout", "400", args=tuple(JOBLIB_LEFT_OUT),
+                  timeout=450).ok()  # fmt: skip
+    passed = re.search(r"(\d+) passed", ended.out)
+    assert passed and int(passed[1]) >= 70, ended.out[-4000:]
