@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,6 +75,59 @@ def test_a_clone_that_dies_is_reported_with_its_cause(sfrun: Sfrun, death: str, 
     first, second = ended.out.strip().split("\n")[-2:]
     assert first.startswith("2 [0, 1] ") and cause in first
     assert second == "the next call works"
+
+DYING_SHELLS = """
+import asyncio, sys
+from sfparallel import cli
+from sfparallel.vmm.shells import Pool
+from sfparallel.vmm.vm import VmState
+
+take = Pool.take
+
+async def take_and_kill_one(pool, n):
+    shells = await take(pool, n)
+    if n > 1:
+        shells[1].kill()
+        while shells[1].state is not VmState.GONE:
+            await asyncio.sleep(0.001)
+    elif "--fail" in sys.argv:
+        raise IndexError("as in a mistake")
+    return shells
+
+Pool.take = take_and_kill_one
+sys.exit(cli.sfrun([word for word in sys.argv[1:] if word != "--fail"]))
+"""
+
+
+def test_shells_that_die_right_before_they_become_clones(sfrun: Sfrun) -> None:
+    program = sfrun.write(
+        """
+        import sfparallel as sf
+
+        @sf.parallel(n=4, on_error="return")
+        def rank():
+            return sf.comm().rank
+
+        for _ in range(3):
+            zero, lost, two, three = rank()
+            assert (zero, two, three) == (0, 2, 3)
+            assert isinstance(lost, sf.CloneLost) and lost.rank == 1 and "killed by SIGKILL" in lost.cause, lost
+        with sf.Executor(2) as executor:
+            assert list(executor.map(abs, range(-20, 0))) == list(range(20, 0, -1))
+        print("done")
+        """
+    )
+    ended = subprocess.run([sys.executable, "-c", DYING_SHELLS, str(program)], cwd=sfrun.folder, capture_output=True, text=True,
+                           timeout=100)  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+def test_a_mistake_in_the_supervisor_ends_the_job(sfrun: Sfrun) -> None:
+    program = sfrun.write("import sfparallel as sf; print(sf.parallel(abs, n=1)(-1))")
+    ended = subprocess.run([sys.executable, "-c", DYING_SHELLS, "--fail", str(program)], cwd=sfrun.folder, capture_output=True,
+                           text=True, timeout=100)  # fmt: skip
+    assert ended.returncode != 0 and not ended.stdout
+    assert "the parent VM is lost: the supervisor failed: IndexError('as in a mistake')" in ended.stderr
 
 
 def test_kill_9_of_a_clones_qemu(sfrun: Sfrun) -> None:

@@ -239,6 +239,7 @@ async def launch(
             if missing := checkpoint.disks[len(shell.disks):]:
                 await plug_data_disks(shell, missing)
             plan = checkpoint.plan()
+            shell.require(VmState.SHELL)  # for one that has ended nobody would let the layers go
             checkpoint.store.hold(shell, checkpoint.layers)
             times = await shell.load(plan, checkpoint.device_state)
         finally:

@@ -43,7 +43,7 @@ from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_launcher, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
-from sfparallel.vmm.vm import Vm
+from sfparallel.vmm.vm import Vm, VmState
 from sfparallel.wire import Frame, FrameType, pack, pack_names, unpack
 
 log = logging.getLogger("sfparallel")
@@ -275,7 +275,8 @@ class Job:
         vm.events.on_gone = self._gone
 
     def _clone_starts(self, vm: Vm, label: str) -> None:
-        self._outputs[vm] = LabelledOutput(label, self._output.write)
+        if vm.state is not VmState.GONE:
+            self._outputs[vm] = LabelledOutput(label, self._output.write)
 
     def _print(self, vm: Vm, stream: int, data: bytes) -> None:
         if stream in self._unread:

@@ -124,6 +124,10 @@ class Regions:
             answer = failure(error)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             answer = {"error": "invalid", "message": f"malformed request: {error!r}"}
+        except Exception as error:  # a mistake of ours; who knows in which state it leaves the VM: do not let it wait for ever
+            log.exception("%s: request %r failed", vm.name, payload[:200])
+            vm.end(f"the supervisor failed: {error!r}")
+            return
         if answer is not None:
             vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
 
@@ -370,9 +374,12 @@ class Regions:
     # -- ends ------------------------------------------------------------------------------------------------------
 
     def _could_not_start(self, vm: Vm, cause: str) -> None:
-        # It may be gone already, and reported by `vm_gone`.
         ticket, member = self._members.get(vm, (None, None))
-        if ticket and member and not member.discarded and member.lost is None:
+        if ticket is None or member is None:
+            return  # it is gone, and `vm_gone` has told
+        if vm.state is VmState.GONE:
+            self.vm_gone(vm, vm.cause)  # it was gone before it became a clone: nobody else will tell
+        elif not member.discarded and member.lost is None:
             self._lost(ticket, member, cause)
 
     def clone_exited(self, vm: Vm, status: int, oom_kills: int) -> None:

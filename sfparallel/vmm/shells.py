@@ -233,13 +233,13 @@ class Pool:
         errors = [result for result in results if isinstance(result, BaseException)]
         taken += [result for result in results if isinstance(result, Vm)]
         if errors:
-            self._ready.extend(taken)
+            self.give_back(taken)
             raise errors[0]
         return taken
 
     def give_back(self, shells: list[Vm]) -> None:
-        """Shells that were taken and are still empty."""
-        self._ready.extend(shells)
+        """Shells that were taken and are still empty; some may have ended meanwhile."""
+        self._ready.extend(shell for shell in shells if shell.state is VmState.SHELL)
 
     def _fill(self) -> None:
         if (self._filler is None or self._filler.done()) and len(self._ready) < self.target:

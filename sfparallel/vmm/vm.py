@@ -120,6 +120,8 @@ class Vm:
         self.closing = contextlib.ExitStack()
         self.started = self.ready = time.monotonic()
         self.woken_at: float | None = None
+        self.cause = ""
+        """Why it is gone, when it is."""
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._console = sockets.console
@@ -214,7 +216,8 @@ class Vm:
                 future.set_exception(error)
                 future.exception()
         self.closing.close()
-        self.events.on_gone(self, self._cause or cause)
+        self.cause = self._cause or cause
+        self.events.on_gone(self, self.cause)
         # The VM, its monitor and its port refer to each other, until the collector comes; its map is as large as half a MiB.
         self.memory = None
         os.close(self._console)
