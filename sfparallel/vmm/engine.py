@@ -264,11 +264,11 @@ async def launch(
             # Not now: frames that came with WOKEN may have been dealt with before this task went on.
             report.note(shell.name, Phase.WAKE, resumed, shell.woken_at,
                         guest_cpu_ms=woken.get("cpu_ns", 0) / 1e6, guest_wall_ms=woken.get("wall_ns", 0) / 1e6)  # fmt: skip
-        except (VMError, StateError) as error:
-            lost(shell, str(error))
-            shell.kill()
         except TimeoutError:
             lost(shell, f"its agent did not wake up within {WAKE_TIMEOUT_S:.0f} s")
+            shell.kill()
+        except (VMError, StateError, OSError) as error:  # OSError: no descriptors, say
+            lost(shell, str(error))
             shell.kill()
 
     await asyncio.gather(*(start(birth) for birth in births))
