@@ -47,7 +47,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['pool']:34}{row['task']:>12}{row['chunksize']:>11}{statistics.median(row['us_per_task']):>13.0f}")
 
 
-def draw(data: dict[str, Any]) -> None:
+def draw(data: dict[str, Any], folder: Path) -> None:
     """Bars: microseconds per task, for each pool, task and chunksize."""
     import matplotlib
     matplotlib.use("Agg")
@@ -71,9 +71,9 @@ def draw(data: dict[str, Any]) -> None:
     figure.suptitle(f"{specification['workers']} workers, {specification['items']} tasks; "
                     f"{where['processor']}, {where['cores']} cores, {where['accelerator'].upper()}", fontsize=9)
     figure.tight_layout()
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
-        figure.savefig(PICTURES / f"map.{kind}", dpi=120)
+        figure.savefig(folder / f"map.{kind}", dpi=120)
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
         DATA.parent.mkdir(exist_ok=True)
         DATA.write_text(json.dumps(data, indent=1) + "\n")
     data = json.loads(DATA.read_text())
-    draw(data)
+    draw(data, PICTURES)
     documents.fill(DOCUMENT, "benchmarks.map", tables.text(data))
 
 
