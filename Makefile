@@ -26,7 +26,7 @@ example-render: build ## build the guest image of the example, then render with 
 bench-tools: build
 	@tools/prepare bench
 
-test: lint bench-tools ## lint, type check, all tests (real VMs; about 35 minutes on 2 cores)
+test: lint bench-tools ## lint, type check, all tests (real VMs; about 30 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pytest
@@ -43,11 +43,11 @@ bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minut
 	@$(BIN)/sf image build default
 	@$(BIN)/python -m benchmarks.fork $(ARGS)
 
-bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (10 minutes on 2 cores); ARGS=--quick, ARGS=--draw
+bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (14 minutes on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build bench $(BENCH_IMAGE)
 	@$(BIN)/python -m benchmarks.comm $(ARGS)
 
-bench-map: bench-tools ## cost of a task next to other pools in the same guest: data and pictures; ARGS=--quick, ARGS=--draw
+bench-map: bench-tools ## cost of a task next to other pools in the same guest: data and pictures (9 minutes on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build bench $(BENCH_IMAGE)
 	@$(BIN)/python -m benchmarks.map $(ARGS)
 

@@ -5,9 +5,6 @@ No timing decides here.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,15 +15,10 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import documents
-from benchmarks.comm import __main__ as comm_command
-from benchmarks.comm import plots as comm_plots
-from benchmarks.comm import tables as comm_tables
 from benchmarks.fork import __main__ as command
 from benchmarks.fork import plots, tables
 from benchmarks.fork.parts import FULL, PARTS, QUICK, LeftOut, Part
 from benchmarks.fork.results import Point, Results, Spread
-from benchmarks.map import __main__ as map_command
-from benchmarks.map import tables as map_tables
 from sfparallel.vmm.regions import MEASURED
 from tests.conftest import descendants
 
@@ -295,37 +287,3 @@ def test_tables_replace_what_is_between_the_marks_only(tmp_path: Path) -> None:
     assert text.startswith("before\n") and text.endswith("after\n") and "what was there" not in text
     documents.fill(document, "benchmarks.fork", tables.text(some()))
     assert document.read_text() == text
-
-
-def test_the_committed_document_and_pictures_are_of_the_committed_data(tmp_path: Path) -> None:
-    results = Results.read(command.DATA)
-    document = tmp_path / "performance.md"
-    document.write_text(command.DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    documents.fill(document, "benchmarks.fork", tables.text(results))
-    assert document.read_text(encoding="utf-8") == command.DOCUMENT.read_text(encoding="utf-8")
-    assert plots.draw(results, tmp_path)
-    comm = json.loads(comm_command.DATA.read_text(encoding="utf-8"))
-    comm_plots.draw(comm, tmp_path)
-    maps = json.loads(map_command.DATA.read_text(encoding="utf-8"))
-    map_command.draw(maps, tmp_path)
-    for path, module, text in ((comm_command.DOCUMENT, "benchmarks.comm", comm_tables.text(comm)),
-                               (map_command.DOCUMENT, "benchmarks.map", map_tables.text(maps))):
-        document.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-        documents.fill(document, module, text)
-        assert document.read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
-    document.unlink()
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in command.PICTURES.iterdir()}
-    # Coordinates depend on matplotlib's version; what is written in the pictures does not.
-    for path in command.PICTURES.glob("*.svg"):
-        assert _comments(path) == _comments(tmp_path / path.name)
-
-
-def _comments(svg: Path) -> list[str]:
-    """Texts of a picture: matplotlib draws them as shapes, and notes each in a comment."""
-    return re.findall(r"<!-- (.*?) -->", svg.read_text(encoding="utf-8"))
-
-
-def test_the_data_do_not_name_the_machine() -> None:
-    text = command.DATA.read_text(encoding="utf-8")
-    assert os.uname().nodename not in re.findall(r"[\w.-]+", text)
-    assert not re.search(r'"/|\\/|/(?:root|home|tmp|work)\b', text)

@@ -76,6 +76,7 @@ def test_a_clone_that_dies_is_reported_with_its_cause(sfrun: Sfrun, death: str, 
     assert first.startswith("2 [0, 1] ") and cause in first
     assert second == "the next call works"
 
+
 DYING_SHELLS = """
 import asyncio, sys
 from sfparallel import cli

@@ -242,7 +242,7 @@ def test_programs_of_mpi4py_futures(sfrun: Sfrun, how: tuple[str, ...]) -> None:
 def test_processes_that_the_program_forks_have_lines_of_their_own(sfrun: Sfrun) -> None:
     ended = sfrun(
         """
-        import multiprocessing, os, sys, threading
+        import multiprocessing, os, sys
         import sfparallel as sf
 
         def square(k):

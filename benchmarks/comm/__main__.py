@@ -53,9 +53,10 @@ def show(results: list[dict[str, Any]]) -> None:
     print(f"{'call':14}{'bytes':>10}{'n':>4}{'sfparallel':>14}{'MPICH':>14}{'ratio':>8}   (median, microseconds)")
     for result in results:
         for ours, theirs in tables.pairs(result):
-            print(f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}", end="")
-            ratio = ours["median_us"] / theirs["median_us"] if theirs else 0
-            print(f"{theirs['median_us']:14.1f}{ratio:8.2f}" if theirs else f"{'-':>14}{'-':>8}")
+            line = f"{ours['call']:14}{ours['bytes']:10}{ours['n']:4}{ours['median_us']:14.1f}"
+            if theirs:
+                line += f"{theirs['median_us']:14.1f}{ours['median_us'] / theirs['median_us']:8.2f}"
+            print(line)
 
 
 def main() -> int:

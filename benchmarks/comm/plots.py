@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks import pictures
 
 # M. Okabe and K. Ito, "Color Universal Design" (2008): people with any colour vision can tell them apart.
 OURS, THEIRS = ("#0072B2", "o", "-"), ("#D55E00", "s", "--")
 LABELS = {"sfparallel": "sfparallel", "mpich": "mpi4py on MPICH (TCP)"}
-STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "sfparallel",
-    "figure.dpi": 100, "savefig.dpi": 150, "axes.axisbelow": True,
-}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -77,8 +71,6 @@ def _size(size: int) -> str:
 
 def draw(data: dict[str, Any], folder: Path) -> None:
     """Write both pictures as PNG and SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        for name, figure in (("messages", messages(data)), ("collectives", collectives(data))):
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(pictures.STYLE):
+        for drawing in (messages, collectives):
+            pictures.save(drawing(data), folder, drawing.__name__, drawing.__doc__ or "")

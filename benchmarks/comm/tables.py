@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import documents
+
 Row = dict[str, Any]
 Pair = tuple[Row, Row | None]
 
@@ -16,11 +18,9 @@ def pairs(result: dict[str, Any]) -> list[Pair]:
 
 def text(data: dict[str, Any]) -> str:
     """All tables, as Markdown. Medians, in microseconds."""
-    machine = data["machine"]
     library = next(result["library"] for result in data["results"] if result["library"]).splitlines()[0].strip()
     rows = [pair for result in data["results"] for pair in pairs(result)]
-    lines = [f"Machine: {machine['cores']} cores ({machine['processor']}), Linux {machine['kernel']}, QEMU {machine['qemu']} "
-             f"with {machine['accelerator'].upper()}. The other library: mpi4py on {library}.", ""]  # fmt: skip
+    lines = [f"{documents.machine(data['machine'])}. The other library: mpi4py on {library}.", ""]
     lines += ["![Time and bandwidth of messages between two clones, by their size](performance/messages.svg)", "",
               "![Collective calls, by the number of clones](performance/collectives.svg)", "",
               "Between two clones, one way, in microseconds:", ""]  # fmt: skip
@@ -41,15 +41,11 @@ def _table(pairs: list[Pair], column: str, name: str) -> list[str]:
         if column == "n" and ours["bytes"] > 8:
             call += f", {ours['bytes']} bytes"
         rows.setdefault(call, {})[ours[column]] = (ours, theirs)
-    lines = [f"| call | | {' | '.join(f'{each} {name}' for each in columns)} |", "|---|---|" + "---:|" * len(columns)]
-    for call, cells in rows.items():
-        for place, library in enumerate(("sfparallel", "MPICH")):
-            lines.append(f"| {'' if place else call} | {library} | "
-                         f"{' | '.join(_cell(cells[each][place]) if each in cells else '' for each in columns)} |")  # fmt: skip
-    return [*lines, ""]
+    lines = [[call if library == "sfparallel" else "", library,
+              *(_cell(cells[each][place]) if each in cells else "-" for each in columns)]
+             for call, cells in rows.items() for place, library in enumerate(("sfparallel", "MPICH"))]  # fmt: skip
+    return documents.table(["call", "", *(f"{each} {name}" for each in columns)], lines, left=2)
 
 
 def _cell(row: Row | None) -> str:
-    if row is None:
-        return "not finished"
-    return f"{row['median_us']:,.0f}".replace(",", " ")
+    return "not finished" if row is None else documents.whole(row["median_us"])

@@ -6,20 +6,16 @@ marks and line styles differ as well.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks import pictures
 from benchmarks.fork.results import Results, Spread, megabytes, pauses
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -32,12 +28,6 @@ SNOWFLOCK_CLONES, SNOWFLOCK_MS = 32, 800.0
 
 TARGET_MS, TARGET_MS_PER_MB = 10.0, 0.4
 """The pause that the project promises: issue 3."""
-
-STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9, "svg.hashsalt": "sfparallel",
-    "figure.dpi": 100, "savefig.dpi": 150, "axes.axisbelow": True,
-}  # fmt: skip
 
 # Milestones of a fork, and what the time up to each went into.
 PHASES = (
@@ -275,24 +265,10 @@ PICTURES: dict[str, tuple[Drawing, tuple[str, ...]]] = {
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw every picture for which there are data, as SVG and PNG; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    with matplotlib.rc_context(STYLE):
+    drawn: list[Path] = []
+    with matplotlib.rc_context(pictures.STYLE):
         for name, (drawing, parts) in PICTURES.items():
             if not any(list(results.points(part)) for part in parts):
                 continue
-            figure = drawing(results)
-            svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-            figure.savefig(svg, metadata={"Date": None, "Creator": None})
-            figure.savefig(png, metadata={"Software": None})
-            _describe(svg, figure, drawing.__doc__ or "")
-            drawn += [svg, png]
+            drawn += pictures.save(drawing(results), folder, name, drawing.__doc__ or "")
     return drawn
-
-
-def _describe(svg: Path, figure: Figure, description: str) -> None:
-    """A title and a description, which screen readers read out (SVG 1.1, 5.4)."""
-    title = "; ".join(axes.get_title() for axes in figure.axes)
-    words = f"\n <title>{escape(title)}</title>\n <desc>{escape(description)}</desc>"
-    text = svg.read_text(encoding="utf-8")
-    svg.write_text(re.sub(r"(<svg [^>]*>)", lambda match: match[1] + words, text, count=1), encoding="utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from benchmarks import documents
 from benchmarks.fork.parts import FULL, PARTS
 from benchmarks.fork.plots import TARGET_MS, TARGET_MS_PER_MB
 from benchmarks.fork.results import Results, Sample, Spread, megabytes, pauses
@@ -18,13 +19,8 @@ def text(results: Results) -> str:
                       *_drift(results)])  # fmt: skip
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [list(head), ["---", *("---:" for _ in head[1:])], *map(list, rows)]
-    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
 def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) < 10 else f"{value:,.0f}".replace(",", " ")
+    return f"{value:.1f}" if abs(value) < 10 else documents.whole(value)
 
 
 def _cell(spread: Spread | None) -> str:
@@ -37,10 +33,7 @@ def _cell(spread: Spread | None) -> str:
 
 
 def _machine(results: Results) -> list[str]:
-    machine = results.machine
-    lines = [f"Machine: {machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB, "
-             f"Linux {machine['kernel']}, QEMU {machine['qemu']} with {machine['accelerator'].upper()}, "
-             f"Python {machine['python']}. Figures are medians, with the lowest and the highest sample.", ""]  # fmt: skip
+    lines = [f"{documents.machine(results.machine)}. Figures are medians, with the lowest and the highest sample.", ""]
     runs = [(name, run) for name, part in results.parts.items() for run in part["runs"]]
     counts = {name: sorted({len(samples) for _, samples in results.points(name)}) for name in results.parts}
     rows = [(name, "/".join(map(str, counts[name])),
@@ -50,7 +43,7 @@ def _machine(results: Results) -> list[str]:
              f"{max(run['others_busy'] for run in part['runs']):.0%}")
             for name, part in results.parts.items()]  # fmt: skip
     head = ("part", "samples of each point", "day", "sfparallel at", "fixed loop on a core (ms)", "others busy before")
-    lines += _table(head, rows)
+    lines += documents.table(head, rows)
     speeds = [run["speed_ms"] for _, run in runs]
     if speeds and max(speeds) > _SAME_SPEED * min(speeds):
         lines += [f"The machine was not equally fast in all parts: the loop took {min(speeds):.0f} to {max(speeds):.0f} ms.", ""]
@@ -82,7 +75,7 @@ def _times(results: Results) -> list[str]:
     by_n = {name: dict(data) for name, data in columns.items()}
     counts = sorted({n for data in by_n.values() for n in data})
     lines = ["### Time until n workers have answered (ms)", ""]
-    lines += _table(("n", *columns), ([f"{n:.0f}", *(_cell(data.get(n)) for data in by_n.values())] for n in counts))
+    lines += documents.table(("n", *columns), ([f"{n:.0f}", *(_cell(data.get(n)) for data in by_n.values())] for n in counts))
     lines += ["As ratios to the clones' answers of the same n (medians):", ""]
     others = list(columns)[2:]
     rows = []
@@ -91,7 +84,7 @@ def _times(results: Results) -> list[str]:
         if clones:
             found = [by_n[name].get(n) for name in others]
             rows.append([f"{n:.0f}", *(f"{spread.median / clones.median:.3g}" if spread else NOT_MEASURED for spread in found)])
-    lines += _table(("n", *others), rows)
+    lines += documents.table(("n", *others), rows)
     for part, name in (("boot", "Cold boot"), ("classic", "Full save, n restores")):
         lines += [f"{name}, n={point['n']}: left out, {reason}." for point, reason in results.left_out(part)]
     return lines if not lines[-1] else [*lines, ""]
@@ -111,7 +104,7 @@ def _pauses(results: Results) -> list[str]:
             rows.append([f"{point['dirty_mib']:g} MiB", name, _number(megabytes(samples)), _number(stored), _cell(pause),
                          _number(target), f"{pause.median / target:.2f}"])  # fmt: skip
     head = ("written", "earlier checkpoint kept", "dirty (MB)", "stored (MB)", "pause (ms)", "target (ms)", "pause / target")
-    return [*lines, *_table(head, rows)]
+    return [*lines, *documents.table(head, rows)]
 
 
 def _parents(results: Results) -> list[str]:
@@ -119,7 +112,7 @@ def _parents(results: Results) -> list[str]:
     points = [(point, samples, pauses(samples)) for point, samples in results.points("parent")]
     rows = [[f"{point['holds_gib']:g} GiB", _cell(pause), _number(_target(samples)), f"{pause.median / points[0][2].median:.2f}"]
             for point, samples, pause in points]  # fmt: skip
-    return [*lines, *_table(("parent holds", "pause (ms)", "target (ms)", "ratio to the smallest"), rows)]
+    return [*lines, *documents.table(("parent holds", "pause (ms)", "target (ms)", "ratio to the smallest"), rows)]
 
 
 def _private(results: Results) -> list[str]:
@@ -131,7 +124,7 @@ def _private(results: Results) -> list[str]:
     }
     touched = sorted({mib for data in columns.values() for mib in data})
     rows = [[f"{mib:g} MiB", *(_cell(data.get(mib)) for data in columns.values())] for mib in touched]
-    return [*lines, *_table(("touched by each clone", *columns), rows)]
+    return [*lines, *documents.table(("touched by each clone", *columns), rows)]
 
 
 def _drift(results: Results) -> list[str]:
@@ -146,5 +139,5 @@ def _drift(results: Results) -> list[str]:
         }
         lines += [f"### {len(samples)} forks in a row", ""]
         rows = [[name, _cell(Spread.of(values[:part])), _cell(Spread.of(values[-part:]))] for name, values in quantities.items()]
-        lines += _table(("", f"first {part} forks", f"last {part} forks"), rows)
+        lines += documents.table(("", f"first {part} forks", f"last {part} forks"), rows)
     return lines

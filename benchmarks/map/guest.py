@@ -42,22 +42,24 @@ def of_executor(executor: Any) -> Map:
     return lambda fn, items, chunksize: list(executor.map(fn, range(items), chunksize=chunksize))
 
 
+def of_pool(pool: Any) -> Map:
+    return lambda fn, items, chunksize: pool.map(fn, range(items), chunksize)
+
+
 def contenders(workers: int) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]], Callable[[Any], Map]]]:
     """Name, how to make its pool, and how to map with it."""
     import sfparallel as sf
 
     yield "sf.Executor", lambda: sf.Executor(workers), of_executor
     yield "ProcessPoolExecutor", lambda: concurrent.futures.ProcessPoolExecutor(workers), of_executor
-    yield ("multiprocessing.Pool", lambda: multiprocessing.Pool(workers),
-           lambda pool: lambda fn, items, chunksize: pool.map(fn, range(items), chunksize))  # fmt: skip
+    yield "multiprocessing.Pool", lambda: multiprocessing.Pool(workers), of_pool
     if find_spec("loky"):
         import loky
         yield "loky", lambda: loky.ProcessPoolExecutor(workers), of_executor
     if find_spec("distributed"):
         yield "dask.distributed", lambda: dask_client(workers), of_dask
     if find_spec("ray"):
-        yield ("ray.util.multiprocessing.Pool", lambda: ray_pool(workers),
-               lambda pool: lambda fn, items, chunksize: pool.map(fn, range(items), chunksize))  # fmt: skip
+        yield "ray.util.multiprocessing.Pool", lambda: ray_pool(workers), of_pool
 
 
 @contextmanager

@@ -180,14 +180,11 @@ class Here:
             forget()
         self.lifeline = hypervisor
         self._hello = None
+        if not hypervisor.keeps_threads:
+            return  # it was made with `os.fork`, and `became_child` has left the parent's lines behind
         # The parent's other lines stay open but unused: closing them would cost wake-ups on the way to the user's function.
         self._ghosts.append(self._idle)
         self._idle = []
-        if not hypervisor.keeps_threads:
-            # Kept, not destroyed: destroying would wait for an I/O thread that does not exist on this side.
-            self._ghosts.append(self._context)
-            self._context = None
-            return
         self._parents_threads = self._other_threads
         if self._parents_threads:
             for orphan in self._waiting:

@@ -275,7 +275,7 @@ class Job:
         vm.events.on_gone = self._gone
 
     def _clone_starts(self, vm: Vm, label: str) -> None:
-        if vm.state is not VmState.GONE:
+        if vm.state is not VmState.GONE:  # else nobody would take it out again
             self._outputs[vm] = LabelledOutput(label, self._output.write)
 
     def _print(self, vm: Vm, stream: int, data: bytes) -> None:

@@ -121,7 +121,7 @@ class Vm:
         self.started = self.ready = time.monotonic()
         self.woken_at: float | None = None
         self.cause = ""
-        """Why it is gone, when it is."""
+        """Why it is gone, or was ended."""
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._console = sockets.console
@@ -130,7 +130,6 @@ class Vm:
         self._frozen: asyncio.Future[dict[str, Any]] | None = None
         self._crossing: list[Frame] = []
         self._held: list[Frame] = []
-        self._cause = ""
         self._pidfd = os.pidfd_open(pid) if pid else None
         if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._exited)
@@ -176,7 +175,7 @@ class Vm:
 
     def end(self, cause: str) -> None:
         """End the VM at once, for a reason that its owner is to be told."""
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         self.kill()
 
     def end_later(self, cause: str, delay_s: float) -> None:
@@ -192,7 +191,7 @@ class Vm:
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
-        cause = self._cause
+        cause = self.cause
         if self._child:
             with contextlib.suppress(ChildProcessError):
                 _, status = os.waitpid(self.pid, 0)
@@ -216,7 +215,7 @@ class Vm:
                 future.set_exception(error)
                 future.exception()
         self.closing.close()
-        self.cause = self._cause or cause
+        self.cause = self.cause or cause
         self.events.on_gone(self, self.cause)
         # The VM, its monitor and its port refer to each other, until the collector comes; its map is as large as half a MiB.
         self.memory = None
@@ -422,8 +421,8 @@ class Vm:
                 self.end("guest kernel panic")
             case "SHUTDOWN":
                 reason = event.get("data", {}).get("reason", "")
-                if not self._cause and reason not in ("host-signal", "host-qmp-quit"):
-                    self._cause = f"the guest ended ({reason})"
+                if not self.cause and reason not in ("host-signal", "host-qmp-quit"):
+                    self.cause = f"the guest ended ({reason})"
             case "STOP" if event.get("data", {}).get("reason") == "io-error":
                 self.end("an I/O error on one of its disks")
 
