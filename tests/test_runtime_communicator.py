@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sfparallel as sf
+from sfparallel.runtime.mpi.transport import Transport
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 
@@ -205,3 +206,43 @@ def test_memory_with_gaps(double: Doubles, item: str, step: int, offset: int) ->
         return found
 
     assert set(work()[1]) <= {0}
+
+
+def test_a_rank_that_listens_to_one_peer_goes_on_with_others(double: Doubles) -> None:
+    """The only thread of a rank waits for one peer in the kernel. Meanwhile another peer's large message needs an answer."""
+    large = 8 << 20
+
+    @sf.parallel(n=3, timeout=60)
+    def work() -> tuple[int, int]:
+        comm, heard = sf.comm(), 0
+        hear = Transport.hear
+
+        def counted(transport: Transport, peer: int) -> None:
+            nonlocal heard
+            heard += 1
+            hear(transport, peer)
+
+        Transport.hear = counted  # type: ignore[method-assign]
+        if comm.rank == 2:
+            comm.recv(source=0)
+            comm.Send(np.ones(large, np.uint8), 0, 5)  # returns when all of it has been taken
+            comm.send("taken", 1)
+        elif comm.rank == 1:
+            for _ in range(20):
+                comm.send(comm.recv(source=0), 0)
+            comm.send(comm.recv(source=2), 0)
+        else:
+            place = np.zeros(large, np.uint8)
+            request = comm.Irecv(place, 2, 5)
+            comm.send("go", 2)
+            for i in range(20):
+                comm.send(i, 1)
+                assert comm.recv(source=1) == i
+            assert comm.recv(source=1) == "taken"
+            request.Wait()
+            return heard, int(place.sum())
+        return heard, 0
+
+    answers = work()
+    assert answers[0][1] == large
+    assert answers[0][0] > 0

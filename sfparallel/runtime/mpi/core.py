@@ -81,6 +81,12 @@ class _Step:
         self.error: BaseException | None = None
 
     @property
+    def source(self) -> int:
+        """Of which process a message is waited for, if it is only one."""
+        sources = [op.source for op in self._open if isinstance(op, RecvOp) and not op.done]
+        return sources[0] if len(sources) == 1 else -1
+
+    @property
     def done(self) -> bool:
         still_open = self._open
         if self.error is not None:
@@ -207,7 +213,7 @@ class CommCore(Core):
             waiting = next(steps)
             while True:
                 step = _Step(waiting, self.engine)
-                if not self.endpoint.wait(step, deadline):
+                if not self.endpoint.wait(step, deadline, step.source):
                     self._give_up(waiting)
                     raise self._timed_out(name, timeout, call.number)
                 if step.error is not None:

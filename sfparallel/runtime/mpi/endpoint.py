@@ -126,8 +126,12 @@ class Endpoint:
         elif peer not in self.engine.dead and peer not in self.engine.left:
             self.push(peer, HEADER.pack(kind, 0, 0, 0, ctx, number, 0, len(payload)), (payload,), None)
 
-    def wait(self, op: Waitable, deadline: float | None = None) -> bool:
-        """Wait until `op` is done; False when time ran out."""
+    def wait(self, op: Waitable, deadline: float | None = None, source: int = -1) -> bool:
+        """Wait until `op` is done; False when time ran out.
+
+        Args:
+            source: the one rank that it depends on, if it is known.
+        """
         with self.lock:  # to ask whether it is done, too: that may search queues which other threads change
             asks = 0.0
             if not op.done and self._transport is not None and not self._polling:
@@ -135,7 +139,7 @@ class Endpoint:
                     self._skip -= 1
                 else:
                     end = time.monotonic() + LOOK_S
-                    self._look(op, self._transport, end if deadline is None else min(end, deadline))
+                    self._look(op, self._transport, end if deadline is None else min(end, deadline), source)
             while not op.done:
                 now = time.monotonic()
                 asks = asks or now + PATIENCE_S
@@ -241,9 +245,10 @@ class Endpoint:
             if self._sleeping:
                 self._changed.notify_all()
 
-    def _look(self, op: Waitable, transport: Transport, end: float) -> None:
+    def _look(self, op: Waitable, transport: Transport, end: float, source: int) -> None:
         """Look out for what `op` waits for, for a while; with the lock."""
         lock, poll = self.lock, transport.epoll.poll
+        alone = source >= 0 and threading.active_count() == 1
         self._polling = True
         try:
             while True:
@@ -252,8 +257,11 @@ class Endpoint:
                     events = poll(0)
                 finally:
                     lock.acquire()
-                if events:
-                    transport.handle(events)
+                if events or alone:
+                    if events:
+                        transport.handle(events)
+                    else:
+                        transport.hear(source)
                     if self._doomed or self._tasks:
                         self._move([])
                     if op.done:

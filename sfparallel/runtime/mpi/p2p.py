@@ -132,7 +132,7 @@ class PointToPoint:
     def _finish_recv(self, op: RecvOp, call: str, timeout: float | None, status: Status | None) -> None:
         core, endpoint = self._core, self._core.endpoint
         try:
-            in_time = op.done or endpoint.wait(op, deadline_of(timeout))
+            in_time = op.done or endpoint.wait(op, deadline_of(timeout), op.source)
         except BaseException:  # a signal's handler has raised: nobody waits for the message any more
             with endpoint.lock:
                 core.engine.withdraw(op)

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import select
 import socket
+import struct
 import time
 import warnings
 from collections import deque
@@ -34,6 +35,15 @@ RETRY_S = 0.02
 """A peer may not listen yet when it is called first."""
 
 IOV_MAX = 512
+_SO_BUSY_POLL = 46
+DONTWAIT = socket.MSG_DONTWAIT
+BUSY_POLL_US = 2000
+"""How long `hear` has the kernel look out for a message by itself before it sleeps (socket(7), SO_BUSY_POLL): no interrupt, and
+fewer steps from the network card to here."""
+
+HEAR_S = 0.001
+"""How long `hear` sleeps after that; the kernel rounds it up to its tick (SO_RCVTIMEO)."""
+
 HEADER_BYTES = HEADER.size
 
 
@@ -42,9 +52,10 @@ class Line:
 
     Attributes:
         peer: who is at the other end; -1 until it has said so.
+        writing: there is more to send than the socket takes.
     """
 
-    __slots__ = ("_fill", "_landing", "_landing_at", "_number", "_transport", "_writing", "connecting", "peer", "queue", "sock")
+    __slots__ = ("_fill", "_landing", "_landing_at", "_number", "_transport", "connecting", "peer", "queue", "sock", "writing")
 
     def __init__(self, transport: Transport, sock: socket.socket, peer: int, connecting: bool) -> None:
         self._transport = transport
@@ -56,7 +67,7 @@ class Line:
         self._landing: memoryview | None = None
         self._landing_at = 0
         self._number = 0
-        self._writing = False
+        self.writing = False
 
     def write(self, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """Send now what the socket takes, and the rest when it takes more."""
@@ -65,10 +76,10 @@ class Line:
                 if len(frames) == 1 and len(frames[0]) <= SMALL_BYTES:
                     whole = header + frames[0]
                     total = len(whole)
-                    sent = self.sock.send(whole)
+                    sent = self.sock.send(whole, DONTWAIT)
                 else:
                     total = HEADER_BYTES + sum(map(len, frames))
-                    sent = self.sock.sendmsg((header, *frames[:IOV_MAX]))
+                    sent = self.sock.sendmsg((header, *frames[:IOV_MAX]), (), DONTWAIT)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -94,7 +105,7 @@ class Line:
         while queue:
             views, op = queue[0]
             try:
-                sent = self.sock.sendmsg(views[:IOV_MAX])
+                sent = self.sock.sendmsg(views[:IOV_MAX], (), DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -112,22 +123,23 @@ class Line:
                     op.on_the_way()
         self._want_to_write(False)
 
-    def read(self) -> None:
-        """Take what the socket has."""
+    def read(self, flags: int = DONTWAIT) -> None:
+        """Take what the socket has. With flags of 0 it is waited for, for some milliseconds at most."""
         transport = self._transport
+        transport.heard[self.peer] = self
         try:
             if self._landing is not None:
-                self._read_landing(self._landing)
+                self._read_landing(self._landing, flags)
                 return
             if self._fill:
-                chunk = self.sock.recv(BUFFER_BYTES)
+                chunk = self.sock.recv(BUFFER_BYTES, flags)
                 self._fill += chunk
                 if chunk:
                     used = self._parse(memoryview(self._fill))
                     self._fill = self._fill[used:]
                 count = len(chunk)
             else:
-                count = self.sock.recv_into(transport.buffer)
+                count = self.sock.recv_into(transport.buffer, 0, flags)
                 if count:
                     view = transport.view[:count]
                     used = self._parse(view)
@@ -144,10 +156,11 @@ class Line:
         if not count:
             transport.broken(self, None)
 
-    def _read_landing(self, landing: memoryview) -> None:
+    def _read_landing(self, landing: memoryview, flags: int) -> None:
         # Several times: data that is read at once leaves its place in the socket's buffer to what comes next.
         for _ in range(8):
-            count = self.sock.recv_into(landing[self._landing_at:])
+            count = self.sock.recv_into(landing[self._landing_at:], 0, flags)
+            flags = DONTWAIT
             if not count:
                 self._transport.broken(self, None)
                 return
@@ -193,9 +206,18 @@ class Line:
         return at
 
     def _want_to_write(self, wanted: bool) -> None:
-        if wanted != self._writing:
-            self._writing = wanted
+        if wanted != self.writing:
+            self.writing = wanted
+            self._transport.writers += 1 if wanted else -1
             self._transport.epoll.modify(self.sock, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+
+
+def _wait_for_long(sock: socket.socket) -> None:
+    """Let calls without DONTWAIT wait, as `Transport.hear` wants it."""
+    sock.setblocking(True)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, int(HEAR_S * 1e6)))
+    with contextlib.suppress(OSError):  # only root may ask for more than the host's administrator allows
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BUSY_POLL, BUSY_POLL_US)
 
 
 def _rest(frames: Sequence[Buffer], sent: int) -> list[memoryview]:
@@ -235,6 +257,10 @@ class Transport:
         self._lines: dict[int, Line] = {}
         self.out: dict[int, Line] = {}
         """On which to send, by peer."""
+        self.heard: dict[int, Line] = {}
+        """On which something has come last, by peer."""
+        self.writers = 0
+        """Lines that wait until they can write."""
         self._waiting: dict[int, deque[tuple[list[memoryview], SendOp | None]]] = {}
         """For peers that do not listen yet."""
         self._retry: dict[int, float] = {}
@@ -273,6 +299,15 @@ class Transport:
             pause = max(0.0, min(self._retry.values()) - time.monotonic())
             timeout_s = pause if timeout_s is None else min(timeout_s, pause)
         return self.epoll.poll(timeout_s)
+
+    def hear(self, peer: int) -> None:
+        """Wait some milliseconds at most for what one peer sends, and take it, unless something else has to be done meanwhile.
+
+        The caller knows that no other thread needs this transport.
+        """
+        line = self.heard.get(peer)
+        if line is not None and not self.writers and not self._retry:
+            line.read(0)
 
     def handle(self, events: list[tuple[int, int]]) -> None:
         """Move what can be moved."""
@@ -349,8 +384,8 @@ class Transport:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _wait_for_long(sock)
             self._add(Line(self, sock, -1, connecting=False))
 
     def _add(self, line: Line) -> None:
@@ -376,6 +411,7 @@ class Transport:
             self._not_connected(line)
             return
         line.connecting = False
+        _wait_for_long(line.sock)
         self.epoll.modify(line.sock, select.EPOLLIN)
         line.write(HEADER.pack(HELLO, 0, 0, 0, 0, self.rank, 0, 0), (), None)
         self._use(line)
@@ -436,7 +472,11 @@ class Transport:
 
     def _drop(self, line: Line) -> None:
         fd = line.sock.fileno()
+        if self.heard.get(line.peer) is line:
+            del self.heard[line.peer]
         if fd >= 0:
+            self.writers -= line.writing
+            line.writing = False
             with contextlib.suppress(OSError):
                 self.epoll.unregister(fd)
             self._lines.pop(fd, None)
