@@ -123,23 +123,23 @@ class Line:
                     op.on_the_way()
         self._want_to_write(False)
 
-    def read(self, flags: int = DONTWAIT) -> None:
-        """Take what the socket has. With flags of 0 it is waited for, for some milliseconds at most."""
+    def read(self) -> None:
+        """Take what the socket has."""
         transport = self._transport
         transport.heard[self.peer] = self
         try:
             if self._landing is not None:
-                self._read_landing(self._landing, flags)
+                self._read_landing(self._landing)
                 return
             if self._fill:
-                chunk = self.sock.recv(BUFFER_BYTES, flags)
+                chunk = self.sock.recv(BUFFER_BYTES, DONTWAIT)
                 self._fill += chunk
                 if chunk:
                     used = self._parse(memoryview(self._fill))
                     self._fill = self._fill[used:]
                 count = len(chunk)
             else:
-                count = self.sock.recv_into(transport.buffer, 0, flags)
+                count = self.sock.recv_into(transport.buffer, 0, DONTWAIT)
                 if count:
                     view = transport.view[:count]
                     used = self._parse(view)
@@ -156,11 +156,10 @@ class Line:
         if not count:
             transport.broken(self, None)
 
-    def _read_landing(self, landing: memoryview, flags: int) -> None:
+    def _read_landing(self, landing: memoryview) -> None:
         # Several times: data that is read at once leaves its place in the socket's buffer to what comes next.
         for _ in range(8):
-            count = self.sock.recv_into(landing[self._landing_at:], 0, flags)
-            flags = DONTWAIT
+            count = self.sock.recv_into(landing[self._landing_at:], 0, DONTWAIT)
             if not count:
                 self._transport.broken(self, None)
                 return
@@ -306,8 +305,16 @@ class Transport:
         The caller knows that no other thread needs this transport.
         """
         line = self.heard.get(peer)
-        if line is not None and not self.writers and not self._retry:
-            line.read(0)
+        if line is None or self.writers or self._retry:
+            return
+        try:
+            # Only a look: were the message taken, nobody would know of it when a signal's handler raises here.
+            line.sock.recv_into(self.buffer, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # `read` meets it, too
+        line.read()
 
     def handle(self, events: list[tuple[int, int]]) -> None:
         """Move what can be moved."""
