@@ -335,6 +335,40 @@ def test_a_receive_that_a_signal_ended_leaves_its_message(double: Doubles) -> No
     assert work()[0] == "late"
 
 
+def test_signals_during_many_receives_lose_nothing(double: Doubles) -> None:
+    """A handler raises again and again, also while the rank has only just begun to wait."""
+    messages = 300
+
+    class Alarm(Exception):
+        pass
+
+    def ring(number: int, frame: object) -> None:
+        if frame is not None and frame.f_code.co_name == "hear":  # type: ignore[attr-defined]
+            raise Alarm
+
+    @sf.parallel(n=2, timeout=60)
+    def work() -> tuple[list[int], int]:
+        comm, got, interrupted = sf.comm(), [], 0
+        if comm.rank:
+            for number in range(messages):
+                time.sleep(0.001)
+                comm.send(number, 0)
+            return got, 0
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+        while len(got) < messages:
+            try:
+                got.append(comm.recv(source=1))
+            except Alarm:
+                interrupted += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return got, interrupted
+
+    got, interrupted = work()[0]
+    assert got == list(range(messages))
+    assert interrupted > 10
+
+
 def test_a_message_of_a_rank_that_returns_at_first_contact(double: Doubles) -> None:
     @sf.parallel(n=2, timeout=60)
     def work() -> Any:
