@@ -238,6 +238,16 @@ def test_programs_of_mpi4py_futures(sfrun: Sfrun, how: tuple[str, ...]) -> None:
     assert ended.out == "root 1 [0, 1, 4, 9, 16]\n"
 
 
+def test_a_program_of_one_rank_with_workers_behind_it(sfrun: Sfrun) -> None:
+    program = """
+        from mpi4py.futures import MPICommExecutor
+        with MPICommExecutor() as executor:
+            print(list(executor.map(abs, [-1, -2])))
+    """
+    ended = sfrun(program, "--local", "--mpi4py", "-n", "3", "--no-label", "-m", "mpi4py.futures").ok()
+    assert ended.out == "[1, 2]\n"
+
+
 @vms
 def test_processes_that_the_program_forks_have_lines_of_their_own(sfrun: Sfrun) -> None:
     ended = sfrun(

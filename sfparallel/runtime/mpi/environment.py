@@ -31,6 +31,7 @@ class _Process:
     def forget(self) -> None:
         """This process has become another one."""
         self.finalized = False
+        self.initialized = True
         self.abort_status: object = None
         self.buffer: Any = None
 
@@ -44,11 +45,18 @@ def abort(errorcode: int) -> NoReturn:
     lowlevel.abort(errorcode & 0xFF or 1, f"called Abort({errorcode})")
 
 
+def await_init() -> None:
+    """The program wants to call `Init` itself (`mpi4py.rc.initialize`)."""
+    _process.initialized = False
+
+
 def Init() -> None:
-    """MPI is there from the beginning."""
+    """MPI is there from the beginning; afterwards `Is_initialized`."""
+    _process.initialized = True
 
 
 def Init_thread(required: int = c.THREAD_MULTIPLE) -> int:
+    Init()
     return c.THREAD_MULTIPLE
 
 
@@ -60,7 +68,7 @@ def Finalize() -> None:
 
 
 def Is_initialized() -> bool:
-    return True
+    return _process.initialized
 
 
 def Is_finalized() -> bool:

@@ -47,6 +47,9 @@ __all__ = [
     "wait",
 ]
 
+others_run = True
+"""Whether the program runs in all ranks; not with `-m mpi4py.futures`."""
+
 _NO_EFFECT = {"python_exe", "python_args", "mpi_info", "globals", "main", "path", "wdir", "use_pkl5", "backoff"}
 """Options for programs that have to be started: clones are there already, with all that the program has."""
 
@@ -137,7 +140,8 @@ class MPICommExecutor:
         if self._executor is not None:
             self._executor.__exit__(kind, error, trace)
             self._executor = None
-        self._comm.barrier()
+        if others_run:
+            self._comm.barrier()
 
 
 def get_comm_workers() -> Any:

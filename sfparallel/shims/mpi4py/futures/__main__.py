@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from mpi4py import futures
 from mpi4py.run import main
 from sfparallel.runtime.communicator import comm
 
 if comm().rank == 0:
+    futures.others_run = False
     main()
