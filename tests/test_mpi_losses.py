@@ -118,6 +118,23 @@ def test_a_rank_that_has_returned_is_an_error_in_those_that_wait_for_it(double: 
     assert work() == ["1 has returned", "done", "1 has returned"]
 
 
+@pytest.mark.parametrize("connected", [False, True])
+@pytest.mark.parametrize("call", ["recv", "probe"])
+def test_when_all_others_have_returned_nothing_is_waited_for(double: Doubles, call: str, connected: bool) -> None:
+    @sf.parallel(n=3, on_error="return", timeout=60)
+    def work() -> str:
+        comm = sf.comm()
+        if connected:
+            comm.barrier()
+        if comm.rank:
+            return "done"
+        with pytest.raises(sf.CloneLost) as caught:
+            getattr(comm, call)()
+        return caught.value.cause
+
+    assert work() == ["has returned", "done", "done"]
+
+
 @pytest.mark.parametrize("call", ["alltoall", "Alltoall"])
 def test_a_rank_that_has_returned_fails_a_call_that_also_waits_for_others(double: Doubles, call: str) -> None:
     """Rank 2 never comes to the call, and does not end before rank 0 has its error."""

@@ -300,6 +300,22 @@ def test_who_left_in_peace_fails_only_those_who_wait_for_it_directly() -> None:
     assert not any(op.done for op in others)
 
 
+def test_when_all_others_have_left_nothing_comes_from_any_source() -> None:
+    net = Net(3)
+    engine, everybody = net.engines[0], frozenset({0, 1, 2})
+    net.engines[2].send(0, CONTEXT, 6, [b"last words"], 10)
+    net.settle()
+    waiting = engine.recv(CONTEXT, ANY_SOURCE, 5, members=everybody)
+    engine.on_left(1, LOST)
+    assert not waiting.done and engine.why_blocked(CONTEXT, ANY_SOURCE, everybody) is None
+    engine.on_left(2, LOST)
+    assert waiting.error is LOST
+    assert engine.recv(CONTEXT, ANY_SOURCE, 6, members=everybody).payload == b"last words"
+    assert engine.recv(CONTEXT, ANY_SOURCE, 6, members=everybody).error is LOST
+    assert engine.why_blocked(CONTEXT, ANY_SOURCE, everybody) is LOST
+    assert not engine.recv(CONTEXT + 2, ANY_SOURCE, 0, members=frozenset({0})).done, "other threads of this process may send"
+
+
 def test_a_revoked_context_is_closed() -> None:
     net = Net(2)
     revoked = MPIException(CODES["ERR_REVOKED"])

@@ -11,7 +11,8 @@ pushes to its `Wire`, and tells it what arrives. Messages between two processes 
 * Two processes that send each other something large before they receive do not block for ever: while a process is blocked in a
   send (`blocked_in_send`) it takes in announced messages that nobody waits for, at least one, up to `PULL_BYTES`.
 * A process that is lost fails what depends on it: sends to it, receives from it, receives from any source in a communicator that
-  it belongs to, and everything collective there.
+  it belongs to, and everything collective there. One that ends in peace fails sends to it and receives from it; the last of a
+  communicator's other members that does fails receives from any source, too.
 """
 
 from __future__ import annotations
@@ -552,7 +553,19 @@ class Engine:
         self._wire.push(peer, HEADER.pack(kind, flags, 0, tag, ctx, number, credit, nbytes), frames, op)
 
     def _depends(self, op: RecvOp | SendOp, partner: int, peer: int) -> bool:
-        return partner == peer or (peer in self.dead and (op.collective or partner == ANY_SOURCE) and peer in op.members)
+        if partner == peer:
+            return True
+        if peer not in op.members:
+            return False
+        any_source = partner == ANY_SOURCE
+        return (peer in self.dead and (op.collective or any_source)) or (any_source and self._deserted(op.members) is not None)
+
+    def _deserted(self, members: Collection[int]) -> MPIException | None:
+        """What to say when all other members are gone, and so nothing more can come."""
+        others = [rank for rank in members if rank != self.me]
+        if not others or any(rank not in self.left and rank not in self.dead for rank in others):
+            return None
+        return self.dead.get(others[0]) or self.left[others[0]]
 
     def _why_not(self, ctx: int, partner: int, members: Collection[int], collective: bool) -> MPIException | None:
         if ctx in self.revoked:
@@ -563,4 +576,6 @@ class Engine:
             for rank, error in self.dead.items():
                 if rank in members:
                     return error
+        if partner == ANY_SOURCE and self.left:
+            return self._deserted(members)
         return None
