@@ -88,7 +88,7 @@ class Guest:
         passed = [their_port.fileno(), their_monitor.fileno()]
         argv = [
             "qemu-system-x86_64", "-M", "q35,usb=off,suppress-vmdesc=on", "-accel", "tcg", "-cpu", "max,la57=off,erms=off",
-            "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S",
+            "-m", "384", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S",
             "-chardev", f"socket,id=agent,fd={passed[0]}", "-device", "virtio-serial-pci,addr=0x1",
             "-device", "virtserialport,nr=1,chardev=agent,name=sf.agent",
             "-blockdev", f"driver=file,filename={chosen.root},node-name=root,read-only=on",
