@@ -20,6 +20,7 @@ import pytest
 
 from sfparallel.errors import ImageMissing
 from sfparallel.vmm import image
+from sfparallel.vmm.machine import Accelerator, MachineSpec
 from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
 
 PATIENCE_S = 120.0
@@ -86,8 +87,9 @@ class Guest:
         self.taken = 0
         self.answer_fuse: Callable[[int, bytes], bytes | None] | None = None
         passed = [their_port.fileno(), their_monitor.fileno()]
+        chosen_cpu = MachineSpec(Accelerator.TCG, cpus=1, memory_bytes=384 << 20, root_image=chosen.root).cpu_model
         argv = [
-            "qemu-system-x86_64", "-M", "q35,usb=off,suppress-vmdesc=on", "-accel", "tcg", "-cpu", "max,la57=off,erms=off",
+            "qemu-system-x86_64", "-M", "q35,usb=off,suppress-vmdesc=on", "-accel", "tcg", "-cpu", chosen_cpu,
             "-m", "384", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S",
             "-chardev", f"socket,id=agent,fd={passed[0]}", "-device", "virtio-serial-pci,addr=0x1",
             "-device", "virtserialport,nr=1,chardev=agent,name=sf.agent",

@@ -60,7 +60,7 @@ class Daemon:
     def left(self) -> str:
         """Domains, VMs and folders of jobs."""
         domains = self.run("virsh", "-c", URI, "list", "--all", "--name").strip()
-        folders = [name for name in os.listdir(f"/proc/{self.pid}/root/run") if name.startswith("sfparallel-")]
+        folders = [name for name in os.listdir(Path("/proc", str(self.pid), "root", "run")) if name.startswith("sfparallel-")]
         machines = [pid for pid in descendants(self.pid) if "qemu-system" in command_of(pid)]
         return f"domains {domains!r}, folders {folders}, machines {machines}"
 

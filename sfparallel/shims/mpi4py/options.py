@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from mpi4py import rc
@@ -23,13 +22,13 @@ def _truth(text: str) -> bool | str:
 
 
 def _number(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
-_READ: dict[str, Callable[[str], Any]] = {
-    "initialize": _truth, "threads": _truth, "thread_level": str, "finalize": _truth, "fast_reduce": _truth,
-    "recv_mprobe": _truth, "irecv_bufsz": _number, "errors": str,
-}  # fmt: skip
+_DEFAULTS = {name: value for name, value in vars(type(rc)).items() if not name.startswith("_")}
 
 _WORDS = {
     "thread_level": ("single", "funneled", "serialized", "multiple"),
@@ -37,24 +36,38 @@ _WORDS = {
 }
 
 
+def _read(name: str, text: str) -> Any:
+    if name in _WORDS:
+        return text
+    return _number(text) if type(_DEFAULTS[name]) is int else _truth(text)
+
+
 def _is_good(name: str, value: Any) -> bool:
     if name in _WORDS:
         return value in _WORDS[name]
-    if name == "irecv_bufsz":
-        return isinstance(value, int) and value >= 0
-    return isinstance(value, bool) or (name == "finalize" and value is None)
+    if type(_DEFAULTS[name]) is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, bool) or value is _DEFAULTS[name]
+
+
+def _warn(name: str, value: Any) -> None:
+    warnings.warn(f"mpi4py.{name}: unexpected value {value!r}", RuntimeWarning, stacklevel=3)
 
 
 def apply() -> None:
     """Take the variables over, warn about values that mean nothing, and do what `rc` says."""
-    for name, read in _READ.items():
+    for name in _DEFAULTS:
         if (text := os.environ.get(f"MPI4PY_RC_{name.upper()}")) is not None:
-            setattr(rc, name, read(text))
+            setattr(rc, name, _read(name, text))
         value = getattr(rc, name)
         if not _is_good(name, value):
-            warnings.warn(f"mpi4py.rc.{name}: unexpected value {value!r}", RuntimeWarning, stacklevel=2)
+            _warn(f"rc.{name}", value)
     if rc.initialize is False:
         environment.await_init()
     for name in ("PROTOCOL", "THRESHOLD"):
         if (text := os.environ.get(f"MPI4PY_PICKLE_{name}")) is not None:
-            setattr(pickle, name, int(text))
+            value = _number(text)
+            if isinstance(value, int):
+                setattr(pickle, name, value)
+            else:
+                _warn(f"pickle.{name}", value)
