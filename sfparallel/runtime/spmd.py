@@ -174,14 +174,16 @@ class World:
         next_s = min((when for when, _ in self._deadlines), default=None)
         poller.poll(None if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1))
         signals.reset()
-        # Events first: what a clone said before it died is here by then.
-        events = self._ticket.hypervisor.events()
-        while (message := self._link.receive()) is not None:
-            self._on_message(message)
-        for event in events:
-            if event.ticket == self._ticket.number and not isinstance(event, Answer):
-                self._on_end(event.rank - 1, event)
-        self._keep_deadlines()
+        # A KeyboardInterrupt between two frames of a message would take what follows for the next one.
+        with HERE.interrupts_deferred():
+            # Events first: what a clone said before it died is here by then.
+            events = self._ticket.hypervisor.events()
+            while (message := self._link.receive()) is not None:
+                self._on_message(message)
+            for event in events:
+                if event.ticket == self._ticket.number and not isinstance(event, Answer):
+                    self._on_end(event.rank - 1, event)
+            self._keep_deadlines()
 
     def _on_message(self, message: Message) -> None:
         rank = message.rank

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
-from sfparallel.errors import EnvironmentProblem, ImageBuildError
+from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
@@ -97,7 +97,12 @@ async def ensure_template(
             shutil.rmtree(stale, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
         try:
-            memory_map = await _boot_and_save(spec, boot, work)
+            try:
+                memory_map = await _boot_and_save(spec, boot, work)
+            except GuestError as error:
+                # Once in hundreds of boots an emulated guest stands still before it prints anything.
+                say(f"{error.message}; booting it once more")
+                memory_map = await _boot_and_save(spec, boot, work)
             manifests.write(work, manifest, _LAYERS, _FILES, memory_map)
             work.rename(folder)
         except (OSError, PagingRefused) as error:
