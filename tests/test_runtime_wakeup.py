@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import zmq
 
 import sfparallel as sf
 from sfparallel import wire
 from sfparallel.runtime.connection import Connection
+from sfparallel.runtime.link import Kind, ParentLink
+from sfparallel.runtime.lowlevel import Ticket
+from sfparallel.runtime.spmd import World
 from sfparallel.runtime.wakeup import SignalAlarm
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
@@ -102,3 +109,33 @@ def test_another_thread_leaves_the_descriptor_alone() -> None:
         thread = threading.Thread(target=enter)
         thread.start()
         thread.join()
+
+
+class InterruptedSocket(zmq.Socket[bytes]):
+    """Ctrl-C comes after the first frame of a message."""
+
+    is_due = True
+
+    def recv(self, *arguments: Any, **options: Any) -> Any:
+        frame = super().recv(*arguments, **options)
+        if self.is_due:
+            self.is_due = False
+            os.kill(os.getpid(), signal.SIGINT)
+        return frame
+
+
+def test_ctrl_c_between_two_frames_loses_no_message() -> None:
+    """The rest of the message is no message of its own, and the rank that said it is done does not wait for ever."""
+    here, there = socket.socketpair()
+    link = ParentLink("127.0.0.1")
+    link.expect(["127.0.0.1"])
+    link.dealer.connect(link.endpoint)
+    link.dealer.send(wire.pack({"kind": Kind.DONE.value, "rank": 0, "status": 0}))
+    world = World(1)
+    hypervisor: Any = SimpleNamespace(events=list, fileno=here.fileno)
+    world._ticket, world._link = Ticket(hypervisor, 1, 1), link
+    with here, there, contextlib.closing(link), SignalAlarm() as signals, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link, "router", InterruptedSocket.shadow(link.router.underlying))
+        with pytest.raises(KeyboardInterrupt):
+            world._step(signals)
+        assert world._done == {0}

@@ -210,10 +210,10 @@ class Here:
 
     @contextlib.contextmanager
     def interrupts_deferred(self) -> Iterator[None]:
-        """Hold Ctrl-C back while a fork is under way, so that a KeyboardInterrupt cannot strike between the fork and the moment
-        at which the program knows which side it is on. It is raised at the end in the parent, and dropped in a clone, because it
-        was meant for the parent. (A clone keeps the changed handler, which then does what the original does: to put that back
-        would be one more thing on the way to the user's function.)
+        """Hold Ctrl-C back: while a fork is under way, so that a KeyboardInterrupt cannot strike between the fork and the moment
+        at which the program knows which side it is on; or while a message of several frames is taken. It is raised at the end in
+        the parent, and dropped in a clone, because it was meant for the parent. (A clone keeps the changed handler, which then
+        does what the original does: to put that back would be one more thing on the way to the user's function.)
         """
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(handler):

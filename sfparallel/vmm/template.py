@@ -31,7 +31,7 @@ from sfparallel.vmm.machine import Boot, MachineSpec
 from sfparallel.vmm.paging import PagingRefused
 from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
-from sfparallel.vmm.vm import VmState
+from sfparallel.vmm.vm import Vm, VmState
 
 FORMAT = 2
 _LAYERS = {"memory": 1}
@@ -97,12 +97,7 @@ async def ensure_template(
             shutil.rmtree(stale, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
         try:
-            try:
-                memory_map = await _boot_and_save(spec, boot, work)
-            except GuestError as error:
-                # Once in hundreds of boots an emulated guest stands still before it prints anything.
-                say(f"{error.message}; booting it once more")
-                memory_map = await _boot_and_save(spec, boot, work)
+            memory_map = await _save(await _booted(spec, boot, say), spec.memory_bytes, work)
             manifests.write(work, manifest, _LAYERS, _FILES, memory_map)
             work.rename(folder)
         except (OSError, PagingRefused) as error:
@@ -117,14 +112,33 @@ async def ensure_template(
     return folder, manifest
 
 
-async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> MemoryMap:
+async def _booted(spec: MachineSpec, boot: Boot, say: Callable[[str], None]) -> Vm:
+    try:
+        return await _boot(spec, boot)
+    except GuestError as error:
+        # Once in hundreds of boots an emulated guest stands still before it prints anything.
+        say(f"{error.message}; booting it once more")
+        return await _boot(spec, boot)
+
+
+async def _boot(spec: MachineSpec, boot: Boot) -> Vm:
+    """A guest whose agent is up and has frozen it."""
     # Data disks are no part of a template: they are plugged in when its guest runs.
     vm = await start_shell(replace(spec, data_images=()), 0, None, boot=boot, name="template")
     try:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
         await vm.qmp.execute("cont")
         await booted
-        vm.state = VmState.FROZEN
+    except BaseException:
+        vm.kill()
+        raise
+    vm.state = VmState.FROZEN
+    return vm
+
+
+async def _save(vm: Vm, memory_bytes: int, folder: Path) -> MemoryMap:
+    """Write a frozen guest's state into the folder, and end it."""
+    try:
         devices = os.open(folder / "devices", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             async with vm.devices_to(devices) as name:
@@ -133,8 +147,8 @@ async def _boot_and_save(spec: MachineSpec, boot: Boot, folder: Path) -> MemoryM
             os.close(devices)
         memory = os.open(folder / "memory", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.ftruncate(memory, spec.memory_bytes)
-            empty = MemoryMap.zero(spec.memory_bytes // PAGE_BYTES)
+            os.ftruncate(memory, memory_bytes)
+            empty = MemoryMap.zero(memory_bytes // PAGE_BYTES)
             result = await vm.paging.commit(vm.ram_address, empty, memory, 1, CommitMode.NO_REMAP)
             memory_map = empty.apply(result.runs, 1)
             (folder / "memory.map").write_bytes(memory_map.encode())
