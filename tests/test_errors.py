@@ -80,7 +80,7 @@ def test_a_clone_that_dies_is_reported_with_its_cause(sfrun: Sfrun, death: str, 
 DYING_SHELLS = """
 import asyncio, sys
 from sfparallel import cli
-from sfparallel.vmm.shells import Pool
+from sfparallel.vmm.pool import Pool
 from sfparallel.vmm.vm import VmState
 
 take = Pool.take

@@ -11,8 +11,9 @@ import os
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from sfparallel.vmm import engine
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, Endpoints, MachineSpec, arguments
+from sfparallel.vmm.pool import ImageAhead
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import LIBRARY
@@ -129,11 +131,17 @@ class Rig:
 
     async def launch(self, checkpoint: Checkpoint, n: int, name: str) -> list[Vm]:
         shells = [await self.start(f"{name}{i}", boots=False) for i in range(n)]
+        await self.launch_in(shells, checkpoint)
+        return shells
+
+    async def launch_in(self, shells: list[Vm], checkpoint: Checkpoint) -> list[int]:
+        """Make clones of shells; returns how many pieces of memory were mapped or kept in each."""
+        n = len(shells)
         report = ForkReport(n, 0.0)
         await engine.launch([engine.Birth(shell, {}) for shell in shells], checkpoint, report,
                             lambda vm, cause: pytest.fail(f"{vm.name}: {cause}"), lambda vm: None)  # fmt: skip
         assert len(report.loads) == len(list(report.of(Phase.WAKE))) == n
-        return shells
+        return [int(phase.values["extents"]) for phase in report.of(Phase.MAP)]
 
 
 async def counters(vm: Vm) -> tuple[int, int]:
@@ -206,10 +214,46 @@ async def fork_again_and_again(rig: Rig) -> None:
         await past(vm, (await counters(vm))[0])
 
 
+async def fork_into_shells_that_are_mapped(rig: Rig) -> None:
+    parent = await rig.start("parent", boots=True)
+    await past(parent, 1000)
+    first, _ = await rig.save(parent)
+    first.close()
+    assert parent.memory
+    layers = len(rig.store)
+    with contextlib.closing(ImageAhead(rig.store)) as image:
+        image.follow(parent.memory)
+        shells = [await rig.start(f"shell{i}", boots=False) for i in range(3)]
+        for shell in shells:
+            assert not image.fits(shell)
+            await image.lay(shell)
+            assert image.fits(shell)
+        # The parent goes on to write to the layer by which the shells are mapped: nobody needs yet what it holds.
+        begin = await past(parent, (await counters(parent))[0] + 1000)
+        second, report = await rig.save(parent)
+        assert second.layers == first.layers and len(rig.store) == layers
+        assert await rig.launch_in(shells[:2], second) == [1, 1], "all of the image is mapped already"
+        for clone in shells[:2]:
+            assert await past(clone, begin) >= saved_count(second) >= begin
+        # With clones alive it does not. A fork of a clone goes into a shell that was mapped as the parent was, too.
+        _, report = await rig.save(parent)
+        assert report.commit and report.commit.stored_pages <= 16 and len(rig.store) == layers + 1
+        image.follow(parent.memory)
+        assert image.fits(shells[2])
+        third, _ = await rig.save(shells[0])
+        assert await rig.launch_in(shells[2:], third) == [3], "what the clone has written, and what is kept before and behind it"
+        await past(shells[2], saved_count(third))
+        for vm in (parent, *shells):
+            await past(vm, (await counters(vm))[0])
+
+
 @pytest.mark.parametrize("accelerator", [Accelerator.TCG, pytest.param(Accelerator.KVM, marks=pytest.mark.needs("kvm"))])
-def test_fork_of_a_firmware_guest(accelerator: Accelerator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("course", [fork_again_and_again, fork_into_shells_that_are_mapped], ids=lambda course: course.__name__)
+def test_fork_of_a_firmware_guest(
+    course: Callable[[Rig], Coroutine[Any, Any, None]], accelerator: Accelerator, tmp_path: Path
+) -> None:
     async def test() -> None:
         async with asyncio.timeout(120), rig_of(accelerator, tmp_path) as rig:
-            await fork_again_and_again(rig)
+            await course(rig)
 
     asyncio.run(test())

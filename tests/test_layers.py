@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfparallel.errors import ProtocolError, UsageError
-from sfparallel.vmm.layers import PAGE_BYTES, RUN, STORED, ZERO, ZERO_LAYER, MemoryMap, Records
+from sfparallel.vmm.layers import KEPT_LAYER, PAGE_BYTES, RUN, STORED, ZERO, ZERO_LAYER, MemoryMap, Records
 
 PAGES = 40
 
@@ -138,6 +138,37 @@ def test_extents_compact_layer_numbers() -> None:
     assert extents.layers == (4, 9, 300)
     assert extents.array["layer"].tolist() == [1, ZERO_LAYER, 0, 2]
     assert extents.array["length_bytes"].tolist() == [2 * PAGE_BYTES, PAGE_BYTES, PAGE_BYTES, PAGE_BYTES]
+
+
+SOURCES = st.lists(st.integers(0, 3), min_size=PAGES, max_size=PAGES)
+
+
+@settings(deadline=None)
+@given(SOURCES, SOURCES)
+def test_extents_over_a_base_map_what_differs(old: list[int], new: list[int]) -> None:
+    base, memory_map = MemoryMap(np.array(old)), MemoryMap(np.array(new))
+    extents = memory_map.extents(base)
+    mapped = np.array(old)
+    end = 0
+    for offset, length, layer, _ in extents.array.tolist():
+        assert offset == end and length > 0
+        end = offset + length
+        if layer != KEPT_LAYER:
+            mapped[offset // PAGE_BYTES:end // PAGE_BYTES] = 0 if layer == ZERO_LAYER else extents.layers[layer]
+    assert end == PAGES * PAGE_BYTES
+    assert mapped.tolist() == new
+    kinds = extents.array["layer"]
+    assert not np.any((kinds[1:] == KEPT_LAYER) & (kinds[:-1] == KEPT_LAYER))
+    assert len(kinds) <= len(memory_map.extents().array)
+    assert set(extents.layers) <= set(new)
+
+
+def test_extents_over_the_same_image_are_one() -> None:
+    memory_map = MemoryMap(np.array([9, 9, 0, 4, 300], dtype=np.uint16))
+    extents = memory_map.extents(memory_map)
+    assert extents.layers == () and extents.array.tolist() == [(0, 5 * PAGE_BYTES, KEPT_LAYER, 0)]
+    with pytest.raises(UsageError, match="5 pages cannot be laid over one of 4"):
+        memory_map.extents(MemoryMap.zero(4))
 
 
 def test_map_is_immutable() -> None:

@@ -17,6 +17,7 @@ from sfparallel.errors import Closed, PagingError, UsageError
 from sfparallel.vmm import paging, plans
 from sfparallel.vmm.layers import (
     EXTENT,
+    KEPT_LAYER,
     PAGE_BYTES,
     STORED,
     ZERO,
@@ -133,6 +134,34 @@ async def test_clone_does_not_see_later_writes_of_parent_or_sibling(rig: Rig) ->
     assert grandchild.show(3, 6) == [1, 1, 3, 1, 1, 1] and grandchild.show(40, 1) == [0]
     assert second.show(3, 6) == [1, 2, 2, 2, 2, 1] and second.show(40, 1) == [2]
     assert clones[1].show() == [1] * 32 + [0] * 32
+
+
+@run
+async def test_over_a_base_only_what_differs_is_mapped(rig: Rig) -> None:
+    parent, layers = rig.guest(), {1: rig.memfd(), 2: rig.memfd()}
+    parent.fill(0, 40, 1)
+    await parent.commit(layers[1], 1)
+    parent.fill(8, 4, 2)
+    await parent.commit(layers[2], 2)
+    clone = rig.guest()
+    await clone.load(parent.map, layers)
+    # While the clone waits, its layer gets other pages, and fewer, and it is written to where nothing will be mapped anew.
+    parent.fill(8, 2, 3)
+    parent.fill(20, 1, 3)
+    parent.fill(11, 1, 0)
+    await parent.commit(layers[2], 2, CommitMode.IN_PLACE)
+    clone.fill(9, 2, 9)
+    clone.fill(30, 20, 9)
+    with MapPlan(parent.map, layers, clone.map) as plan:
+        assert plan.extents.array["layer"].tolist() == [KEPT_LAYER, ZERO_LAYER, KEPT_LAYER, 0, KEPT_LAYER]
+        assert plan.extents.layers == (2,)
+        await clone.layer.map(clone.address, plan)
+        clone.map = plan.memory_map
+    shown = [1] * 8 + [3, 3, 2, 0] + [1] * 8 + [3] + [1] * 19 + [0] * 24
+    assert parent.show() == clone.show() == shown
+    clone.fill(10, 1, 7)
+    assert (await clone.commit(rig.memfd(), 3)).stored_pages == 1
+    assert parent.show() == shown
 
 
 @run

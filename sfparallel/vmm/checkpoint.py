@@ -26,6 +26,7 @@ class LayerStore:
         self._fds: dict[int, int] = {}
         self._holders: dict[int, set[Hashable]] = {}
         self._fixed: set[int] = set()
+        self._waiting: set[Hashable] = set()
 
     def add(self, fd: int, holder: Hashable, *, fixed: bool = False) -> int:
         """Take over a layer's descriptor; returns its number (the lowest free one).
@@ -49,14 +50,21 @@ class LayerStore:
             raise
         return self.add(fd, holder)
 
-    def hold(self, holder: Hashable, numbers: Iterable[int]) -> None:
-        """Keep these layers for `holder` until it lets go of them."""
+    def hold(self, holder: Hashable, numbers: Iterable[int], *, waiting: bool = False) -> None:
+        """Keep these layers for `holder` until it lets go of them.
+
+        Args:
+            waiting: it has no use yet for what they hold, for any of its layers: they may be written in place.
+        """
+        (self._waiting.add if waiting else self._waiting.discard)(holder)
         for number in numbers:
             self._holders[number].add(holder)
 
     def release(self, holder: Hashable, keep: Iterable[int] = ()) -> None:
         """`holder` needs only `keep` from here on; layers that nobody holds are freed."""
         kept = set(keep)
+        if not kept:
+            self._waiting.discard(holder)
         for number in [n for n, holders in self._holders.items() if holder in holders and n not in kept]:
             self._holders[number].discard(holder)
             if not self._holders[number]:
@@ -65,8 +73,8 @@ class LayerStore:
                 os.close(self._fds.pop(number))
 
     def exclusive(self, number: int, holder: Hashable) -> bool:
-        """Whether `holder` alone holds the layer, so that it may be written in place."""
-        return number not in self._fixed and self._holders.get(number) == {holder}
+        """Whether `holder` alone holds the layer, but for those that wait, so that it may be written in place."""
+        return number not in self._fixed and self._holders.get(number, set()) - self._waiting == {holder}
 
     def descriptors(self, numbers: Iterable[int]) -> Mapping[int, int]:
         """Layer number to descriptor; the store keeps them."""
@@ -96,7 +104,7 @@ class Checkpoint:
     device_state: int
     store: LayerStore
     disks: tuple[Path, ...] = ()
-    _plan: MapPlan | None = field(default=None, init=False)
+    _plans: list[MapPlan] = field(default_factory=list, init=False)
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -106,25 +114,30 @@ class Checkpoint:
     def layers(self) -> list[int]:
         return list(self.memory.layers)
 
-    def plan(self) -> MapPlan:
-        """The image as the paging layer maps it; made once for all clones."""
+    def plan(self, base: MemoryMap | None = None) -> MapPlan:
+        """The image as the paging layer maps it; made once for all clones of the same base.
+
+        Args:
+            base: map by which the shells are mapped already; its layers must have been held since.
+        """
         if self._closed:
             raise StateError("this checkpoint is closed")
-        if self._plan is None:
-            self._plan = MapPlan(self.memory, self.store.descriptors(self.layers))
-        return self._plan
+        for plan in self._plans:
+            if plan.base is base:
+                return plan
+        self._plans.append(MapPlan(self.memory, self.store.descriptors(self.layers), base))
+        return self._plans[-1]
 
-    def forget_plan(self) -> None:
-        """Give the plan's descriptors back, of which it has one for each layer; `plan` makes a new one."""
-        if self._plan:
-            self._plan.close()
-            self._plan = None
+    def forget_plans(self) -> None:
+        """Give the plans' descriptors back, of which each has one for each layer that it maps; `plan` makes new ones."""
+        while self._plans:
+            self._plans.pop().close()
 
     def close(self) -> None:
         """Let go of layers and descriptors; clones made from it go on."""
         if self._closed:
             return
         self._closed = True
-        self.forget_plan()
+        self.forget_plans()
         os.close(self.device_state)
         self.store.release(self)

@@ -238,13 +238,14 @@ async def launch(
         try:
             if missing := checkpoint.disks[len(shell.disks):]:
                 await plug_data_disks(shell, missing)
-            plan = checkpoint.plan()
             shell.require(VmState.SHELL)  # for one that has ended nobody would let the layers go
+            plan = checkpoint.plan(shell.memory)
             checkpoint.store.hold(shell, checkpoint.layers)
             times = await shell.load(plan, checkpoint.device_state)
+            checkpoint.store.release(shell, keep=checkpoint.layers)  # of what was mapped ahead
         finally:
             muster.arrive()
-        report.note(shell.name, Phase.MAP, times.begun, times.mapped)
+        report.note(shell.name, Phase.MAP, times.begun, times.mapped, extents=plan.extents.array.size)
         report.note(shell.name, Phase.LOAD, times.mapped, times.loaded)
 
     async def start(birth: Birth) -> None:

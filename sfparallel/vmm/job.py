@@ -36,11 +36,12 @@ from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions, RunIn
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
+from sfparallel.vmm.pool import ImageAhead, Pool
 from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions, RegionSettings, identity
 from sfparallel.vmm.registry import JobStatus, announce
-from sfparallel.vmm.shells import Pool, plug_data_disks, require_library, start_launcher, start_parent, start_shell
+from sfparallel.vmm.shells import plug_data_disks, require_library, start_launcher, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm, VmState
@@ -190,7 +191,7 @@ class Job:
         stack.push_async_callback(asyncio.to_thread, connection.close)
         launcher = start_launcher(spec)
         stack.callback(launcher.close)
-        self._pool = Pool(lambda: self._start_clone_shell(spec, network, launcher))
+        self._pool = Pool(lambda: self._start_clone_shell(spec, network, launcher), ImageAhead(store))
         settings = RegionSettings(
             job=self.name, default_n=options.default_n, labels=options.labels,
             statistics=options.statistics or options.trace is not None, seed=options.seed,
@@ -215,6 +216,8 @@ class Job:
         await parent.woken
         await plug_data_disks(parent, spec.data_images)
         self._run_program(parent)
+        if parent.memory:  # else it is gone already
+            self._pool.follow(parent.memory)
         self._pool.aim(options.pool if options.pool is not None else options.default_n)
 
     def _run_program(self, parent: Vm) -> None:

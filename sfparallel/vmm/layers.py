@@ -25,6 +25,8 @@ PAGE_BYTES = 4096
 MAX_LAYER_NUMBER = 0xFFFF
 ZERO_LAYER = 0xFFFFFFFF
 """Layer of an extent that is fresh anonymous memory."""
+KEPT_LAYER = 0xFFFFFFFE
+"""Layer of an extent that the VM has mapped already."""
 STORED = 1
 """Kind of a run: the target layer of the commit holds these pages."""
 ZERO = 2
@@ -50,7 +52,7 @@ class Extents:
 
     Attributes:
         array: records of dtype `EXTENT`, sorted, without gaps.
-        layers: layer numbers; an extent's `layer` is an index into this tuple (or `ZERO_LAYER`).
+        layers: layer numbers; an extent's `layer` is an index into this tuple (or `ZERO_LAYER`, `KEPT_LAYER`).
     """
 
     array: Records
@@ -228,15 +230,31 @@ class MemoryMap:
         """The same image after an in-place commit that failed: no file is known any more to have a hole at a zero page."""
         return MemoryMap(self.source, np.ones(self.page_count, dtype=np.bool_))
 
-    def extents(self) -> Extents:
-        """The map as extents for the paging layer."""
+    def extents(self, base: MemoryMap | None = None) -> Extents:
+        """The map as extents for the paging layer.
+
+        Args:
+            base: map of an image of the same size by which the VM is mapped already, with the same layers under the same
+                numbers: rows of pages that are all held where they were are left as they are mapped.
+
+        Raises:
+            UsageError: the base is of another size.
+        """
+        if base and base.page_count != self.page_count:
+            raise UsageError(f"an image of {self.page_count} pages cannot be laid over one of {base.page_count}")
         starts, values = _runs(self.source)
-        used, index = np.unique(values, return_inverse=True)
-        shift = int(used[0] == 0)
+        kept = np.zeros(starts.size, np.bool_) if base is None else ~np.logical_or.reduceat(self.source != base.source, starts)
+        used, index = np.unique(values[~kept], return_inverse=True)
+        shift = int(used.size and used[0] == 0)
+        layers = np.full(starts.size, KEPT_LAYER, dtype=np.int64)
+        layers[~kept] = np.where(values[~kept] == 0, ZERO_LAYER, index.reshape(-1) - shift)
+        # Rows that are kept, one behind the other, are one extent.
+        begins = np.concatenate((np.ones(1, np.bool_), ~(kept[1:] & kept[:-1])))
+        starts = starts[begins]
         array = np.zeros(starts.size, dtype=EXTENT)
         array["offset_bytes"] = starts * PAGE_BYTES
         array["length_bytes"] = np.diff(starts, append=self.page_count) * PAGE_BYTES
-        array["layer"] = np.where(values == 0, ZERO_LAYER, index.reshape(-1) - shift)
+        array["layer"] = layers[begins]
         return Extents(array, tuple(int(n) for n in used[shift:]))
 
     def flatten(self, number: int, only: Collection[int] | None = None) -> FlattenPlan:

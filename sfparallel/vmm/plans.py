@@ -52,6 +52,7 @@ class MapPlan:
     Args:
         memory_map: the image.
         layers: descriptors of its layers by number, open for reading at least; the plan keeps duplicates.
+        base: the map by which the VMs are mapped already, if they are; only what differs from it is mapped then.
 
     Attributes:
         memory_map: the image as it will be mapped (`MemoryMap.filled`). This, not the argument, is the map of a VM that was
@@ -62,9 +63,10 @@ class MapPlan:
         PagingError: more layers than one message can carry.
     """
 
-    def __init__(self, memory_map: MemoryMap, layers: Mapping[int, int]) -> None:
+    def __init__(self, memory_map: MemoryMap, layers: Mapping[int, int], base: MemoryMap | None = None) -> None:
         self.memory_map = memory_map.filled()
-        self.extents: Extents = self.memory_map.extents()
+        self.base = base
+        self.extents: Extents = self.memory_map.extents(base)
         missing = [n for n in self.extents.layers if n not in layers]
         if missing:
             raise UsageError(f"no descriptor for the layers {missing} of the image")

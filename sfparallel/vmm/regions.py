@@ -22,10 +22,10 @@ from sfparallel.vmm.capacity import Capacity
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
+from sfparallel.vmm.pool import Pool
 from sfparallel.vmm.processes import cpu_seconds, private_memory
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.saved import Saved, SavedStates
-from sfparallel.vmm.shells import Pool
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
 from sfparallel.wire import Frame, FrameType, pack, unpack
@@ -232,6 +232,8 @@ class Regions:
                 try:
                     await self._fork(vm, ticket, message)
                 finally:
+                    if vm.memory and vm not in self._members:
+                        self._pool.follow(vm.memory)
                     self._pool.go_on()
         except (SfError, OSError) as error:
             ticket.give_up()
@@ -358,7 +360,7 @@ class Regions:
         try:
             await self._launch(ticket, clones, saved, report)
         finally:
-            saved.checkpoint.forget_plan()
+            saved.checkpoint.forget_plans()
 
     async def _drop(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
         # Not while clones are being made from it.

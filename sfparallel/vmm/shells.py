@@ -7,11 +7,9 @@ import contextlib
 import os
 import socket
 import struct
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, UsageError, VMError
@@ -183,86 +181,3 @@ async def plug_data_disks(vm: Vm, images: Sequence[Path]) -> None:
         await vm.qmp.execute("blockdev-add", **node)
         await vm.qmp.execute("device_add", **device)
         vm.disks = (*vm.disks, image)
-
-
-class Pool:
-    """Started shells, ready to become clones.
-
-    The pool is filled in the background up to `target`; a fork takes what is there and starts what is missing.
-    """
-
-    def __init__(self, start: Callable[[], Coroutine[Any, Any, Vm]]) -> None:
-        self._start = start
-        self._ready: deque[Vm] = deque()
-        self._filler: asyncio.Task[None] | None = None
-        self._held = asyncio.Event()
-        self._held.set()
-        self.target = 0
-        self.error: VMError | OSError | None = None
-
-    def __len__(self) -> int:
-        return len(self._ready)
-
-    def aim(self, target: int) -> None:
-        """Keep `target` shells from here on."""
-        self.target = max(self.target, target)
-        self._fill()
-
-    def hold(self) -> None:
-        """No new shells for now: a fork is under way, and its clones need the processors."""
-        self._held.clear()
-
-    def go_on(self) -> None:
-        self._held.set()
-        self._fill()
-
-    def discard(self, vm: Vm) -> None:
-        """A shell died while it waited."""
-        with contextlib.suppress(ValueError):
-            self._ready.remove(vm)
-
-    async def take(self, n: int) -> list[Vm]:
-        """Take n shells out.
-
-        Raises:
-            VMError: some could not be started; those that could are back in the pool.
-        """
-        taken = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
-        missing = n - len(taken)
-        results = await asyncio.gather(*(self._start() for _ in range(missing)), return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        taken += [result for result in results if isinstance(result, Vm)]
-        if errors:
-            self.give_back(taken)
-            raise errors[0]
-        return taken
-
-    def give_back(self, shells: list[Vm]) -> None:
-        """Shells that were taken and are still empty; some may have ended meanwhile."""
-        self._ready.extend(shell for shell in shells if shell.state is VmState.SHELL)
-
-    def _fill(self) -> None:
-        if (self._filler is None or self._filler.done()) and len(self._ready) < self.target:
-            self._filler = asyncio.get_running_loop().create_task(self._refill())
-
-    async def _refill(self) -> None:
-        while len(self._ready) < self.target:
-            await self._held.wait()
-            try:
-                self._ready.append(await self._start())
-            except (VMError, OSError) as error:
-                # The fork that needs the shell will meet the same error and report it to its caller.
-                self.error = error
-                return
-
-    async def wait_full(self) -> None:
-        """Wait until the pool has its target (benchmarks and tests: "with a warm pool")."""
-        self._fill()
-        if self._filler:
-            await self._filler
-
-    def close(self) -> None:
-        if self._filler:
-            self._filler.cancel()
-        while self._ready:
-            self._ready.popleft().kill()

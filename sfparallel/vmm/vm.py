@@ -244,11 +244,21 @@ class Vm:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
 
+    async def map_ahead(self, plan: MapPlan) -> None:
+        """Lay an image over a shell that waits; a `load` with a plan that has it as base maps only what differs.
+
+        Raises:
+            VMError: the paging layer refused; the VM is of no further use.
+        """
+        self.require(VmState.SHELL)
+        await self.paging.map(self.ram_address, plan)
+        self.memory = plan.memory_map
+
     async def load(self, plan: MapPlan, device_state: int) -> LoadTimes:
         """Give a shell a guest; it stands still until `resume`.
 
         Args:
-            plan: the memory image, ready to be mapped.
+            plan: the memory image, ready to be mapped; its base is what `map_ahead` has mapped, if it has.
             device_state: descriptor of the device state; only duplicated here.
 
         Raises:

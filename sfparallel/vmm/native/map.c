@@ -4,6 +4,11 @@
 
 #include "internal.h"
 
+static bool is_file(const struct sfpage_extent *extent)
+{
+    return extent->layer != SFPAGE_ZERO_LAYER && extent->layer != SFPAGE_KEPT_LAYER;
+}
+
 /* Contract: nothing in guest memory is touched before all of the extents and files are known to be good. */
 static int check_extents(const struct sf_message *message, const struct sfpage_extent *extents)
 {
@@ -16,7 +21,7 @@ static int check_extents(const struct sf_message *message, const struct sfpage_e
             return -EINVAL;
         if (extent->length_bytes > request->length - at || extent->reserved != 0)
             return -EINVAL;
-        if (extent->layer != SFPAGE_ZERO_LAYER && extent->layer >= message->fd_count - 1)
+        if (is_file(extent) && extent->layer >= message->fd_count - 1)
             return -EINVAL;
         at += extent->length_bytes;
     }
@@ -34,7 +39,7 @@ static int check_layers(const struct sf_message *message, const struct sfpage_ex
     }
     for (uint32_t i = 0; i < message->request.extents; i++) {
         const struct sfpage_extent *extent = &extents[i];
-        if (extent->layer != SFPAGE_ZERO_LAYER && extent->offset_bytes + extent->length_bytes > bytes[extent->layer])
+        if (is_file(extent) && extent->offset_bytes + extent->length_bytes > bytes[extent->layer])
             return -ENODATA;
     }
     return 0;
@@ -45,9 +50,13 @@ static int map_extents(const struct sf_message *message, const struct sfpage_ext
     for (uint32_t i = 0; i < message->request.extents; i++) {
         const struct sfpage_extent *extent = &extents[i];
         uint64_t address = message->request.address + extent->offset_bytes;
-        int status = extent->layer == SFPAGE_ZERO_LAYER
-            ? sf_map_anonymous(address, extent->length_bytes)
-            : sf_map_file(address, extent->length_bytes, message->fds[extent->layer + 1], extent->offset_bytes);
+        int status;
+        if (extent->layer == SFPAGE_ZERO_LAYER)
+            status = sf_map_anonymous(address, extent->length_bytes);
+        else if (extent->layer == SFPAGE_KEPT_LAYER)
+            status = sf_drop_pages(address, extent->length_bytes);
+        else
+            status = sf_map_file(address, extent->length_bytes, message->fds[extent->layer + 1], extent->offset_bytes);
         if (status != 0)
             return status;
     }

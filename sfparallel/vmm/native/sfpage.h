@@ -16,6 +16,7 @@
 #define SFPAGE_MAX_LAYERS 250u       /* the kernel passes at most 253 descriptors in a message (SCM_MAX_FD) */
 #define SFPAGE_MAX_EXTENTS (1u << 20)
 #define SFPAGE_ZERO_LAYER 0xffffffffu
+#define SFPAGE_KEPT_LAYER 0xfffffffeu
 
 enum sfpage_operation {
     SFPAGE_HELLO = 1,
@@ -71,7 +72,8 @@ enum sfpage_step {
 struct sfpage_extent {
     uint64_t offset_bytes; /* from the start of the range; the same offset in the layer's file */
     uint64_t length_bytes; /* multiple of the page size, not 0 */
-    uint32_t layer;        /* index among the layer descriptors, or SFPAGE_ZERO_LAYER: fresh anonymous memory */
+    uint32_t layer;        /* index among the layer descriptors; or SFPAGE_ZERO_LAYER: fresh anonymous memory; or
+                              SFPAGE_KEPT_LAYER: from where an earlier MAP took it. What was written there is dropped */
     uint32_t reserved;     /* 0 */
 };
 
