@@ -444,6 +444,14 @@ async def test_too_many_mappings_are_refused_beforehand(rig: Rig) -> None:
 
 
 @run
+async def test_where_nothing_is_translated_nothing_is_warmed(rig: Rig) -> None:
+    guest = rig.guest()
+    assert await guest.layer.warm(PAGE_BYTES) == 0
+    for size_bytes in (0, PAGE_BYTES + 1):
+        assert (await refused(guest.layer.warm(size_bytes), errno.EINVAL, PagingStep.ARGUMENTS)).memory_intact
+
+
+@run
 async def test_requests_that_nobody_should_send(rig: Rig) -> None:
     guest = rig.guest()
     control = guest.layer._open()

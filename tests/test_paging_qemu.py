@@ -23,6 +23,7 @@ from tests.paging_rig import ROOT
 from tests.paging_rig import program_fixture as program_fixture
 
 QEMU = shutil.which("qemu-system-x86_64")
+WARMED_BYTES = 16 << 20
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"  # as libvirt sets it
 
 
@@ -31,7 +32,7 @@ async def qemu(control: int | Path, fds: tuple[int, ...] = ()) -> AsyncIterator[
     """A QEMU that has begun its main loop."""
     assert QEMU
     process = await asyncio.create_subprocess_exec(
-        QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg", "-m", "64", "-qmp", "stdio",
+        QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg,tb-size=32", "-m", "64", "-qmp", "stdio",
         "-sandbox", SANDBOX, "-device", "loader,addr=0x200000,data=0x5346,data-len=4",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=fds,
         env={**os.environ, **paging.environment(control)})
@@ -58,6 +59,11 @@ async def check_qemu(process: asyncio.subprocess.Process, layer: PagingLayer) ->
     found = await qmp(process, b'{"execute": "human-monitor-command", "arguments": {"command-line": "gpa2hva 0"}}')
     address = int(found.split(b" is ")[1].split(b"\\")[0], 16)
     size = 64 << 20
+    before = await layer.statistics(address, size)
+    assert [await layer.warm(WARMED_BYTES) for _ in range(2)] == [WARMED_BYTES] * 2, "what is there already stays"
+    after = await layer.statistics(address, size)
+    assert 0.9 < (after.process_anonymous_bytes - before.process_anonymous_bytes) / WARMED_BYTES < 1.1
+    assert await layer.warm(1 << 40) <= 32 << 20, "the buffer has no more"
     target = os.memfd_create("layer")
     try:
         os.ftruncate(target, size)

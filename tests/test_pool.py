@@ -27,10 +27,15 @@ class Shell:
     memory: MemoryMap | None = None
     maps: list[list[int]] = field(default_factory=list)
     refuses: bool = False
+    warmed: int = 0
 
     def require(self, *states: VmState) -> None:
         if self.state not in states:
             raise StateError("gone")
+
+    async def warm(self) -> None:
+        self.require(VmState.SHELL)
+        self.warmed += 1
 
     async def map_ahead(self, plan: MapPlan) -> None:
         assert len({os.fstat(fd).st_ino for fd in plan.fds}) == len(plan.fds)
@@ -104,7 +109,7 @@ def test_shells_are_mapped_while_they_wait_and_anew_when_they_keep_a_layer_alive
         assert len(rig.store) == 3
         await rig.pool.wait_full()
         assert [shell.maps[1:] for shell in rig.shells] == [[[first, third]]] * 2
-        assert len(rig.store) == 2 and len(rig.pool) == 2
+        assert len(rig.store) == 2 and len(rig.pool) == 2 and [shell.warmed for shell in rig.shells] == [1, 1]
         taken = await rig.pool.take(2)
         assert taken == rig.shells
         for shell in taken:

@@ -156,14 +156,18 @@ class Pool:
             try:
                 if unfit:
                     self._ready.remove(unfit)
-                await self._add(unfit or await self._start())
+                    await self._add(unfit)
+                else:
+                    await self._add(await self._start(), new=True)
             except (VMError, StateError, OSError) as error:
                 # The fork that needs the shell will meet the same error and report it to its caller.
                 self.error = error
                 return
 
-    async def _add(self, shell: Vm) -> None:
+    async def _add(self, shell: Vm, *, new: bool = False) -> None:
         try:
+            if new:
+                await shell.warm()
             await self._image.lay(shell)
         except (VMError, StateError):
             shell.kill()

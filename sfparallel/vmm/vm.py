@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import logging
 import os
 import re
 import signal
@@ -21,16 +22,20 @@ from typing import Any
 
 from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
 from sfparallel.vmm.layers import MemoryMap
-from sfparallel.vmm.paging import PagingLayer
+from sfparallel.vmm.paging import PagingLayer, PagingRefused
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.qmp import Event, Qmp, reopened
 from sfparallel.wire import Frame, FrameParser, FrameType, pack_names, unpack
+
+log = logging.getLogger(__name__)
 
 FREEZE_TIMEOUT_S = 60.0
 """A guest that does not stop its programs within this time is taken for hung (a busy one needs milliseconds)."""
 
 _CONSOLE_TAIL_BYTES = 4096
 _PORT_GRACE_S = 1.0
+_CODE_BYTES = 8 << 20
+"""What QEMU translates in a clone until it has answered (measured: 8.2 to 8.5 MiB for a function that does nothing)."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,18 @@ class Vm:
         if self.state not in states:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
+
+    async def warm(self) -> None:
+        """Let a shell that has time allocate what it will need when it runs, as far as there is memory for it.
+
+        Raises:
+            VMError: QEMU ended.
+        """
+        self.require(VmState.SHELL)
+        try:
+            await self.paging.warm(_CODE_BYTES)
+        except PagingRefused as error:
+            log.info("%s; it will be slower to wake", error)
 
     async def map_ahead(self, plan: MapPlan) -> None:
         """Lay an image over a shell that waits; a `load` with a plan that has it as base maps only what differs.

@@ -9,6 +9,10 @@
 
 #include "sfpage.h"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+
 /* A run of pages as the page tables have it. */
 struct sf_range {
     uint64_t first;
@@ -141,6 +145,7 @@ void sf_map(struct sf_context *context, const struct sf_message *message, struct
 void sf_prepare(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply);
 void sf_commit(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply);
 void sf_stats(struct sf_context *context, const struct sf_message *message, struct sfpage_reply *reply);
+void sf_warm(const struct sf_message *message, struct sfpage_reply *reply);
 
 /* launcher.c: makes shells as long as the peer lives. Returns only in a new shell, with the number of its control socket, or
  * -errno if it cannot become one. */

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -21,6 +22,7 @@
 
 #include "internal.h"
 
+enum { HEAP_STEP_BYTES = 1 << 20 };
 enum { EXIT_PEER_GONE = 0, EXIT_SETUP = 119, DEFAULT_WAIT_MS = 60000, STACK_BYTES = 512 << 10 };
 
 _Static_assert(sizeof(struct sfpage_request) == 40, "part of the protocol");
@@ -103,6 +105,9 @@ static void dispatch(struct sf_context *context, const struct sf_message *messag
         break;
     case SFPAGE_STATS:
         sf_stats(context, message, reply);
+        break;
+    case SFPAGE_WARM:
+        sf_warm(message, reply);
         break;
     default:
         reply->flags = SFPAGE_INTACT;
@@ -258,6 +263,10 @@ __attribute__((constructor)) static void load(int argc, char **argv, char **envi
     (void)environment;
     /* QEMU allocates much in steps of 2 MiB and uses little of it: a huge page there is memory lost in every clone. */
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
+    /* The C library gives each thread a heap of its own, and adds to it page by page, with a system call for each. QEMU has one
+     * thread that allocates much, while the guest runs: all share one heap, which grows in larger steps. */
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_TOP_PAD, HEAP_STEP_BYTES);
     if (launcher != NULL || fd != NULL) {
         status = launcher != NULL ? launch(launcher, argv[0]) : adopt(fd);
         if (status >= 0)

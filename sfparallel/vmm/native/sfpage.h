@@ -27,6 +27,7 @@ enum sfpage_operation {
     SFPAGE_PREPARE = 5, /* while the VM runs: make ready what the COMMIT with the same descriptors and numbers will need.
                            A refusal means that this commit takes longer, no more */
     SFPAGE_SETTLE = 6,  /* when the VM runs again, or will not be committed: free what PREPARE and COMMIT left behind */
+    SFPAGE_WARM = 7,    /* of a shell: allocate what QEMU will write to first; a refusal means that it starts slower, no more */
 };
 
 /* Bits of sfpage_request.flags. */
@@ -65,7 +66,7 @@ enum sfpage_step {
     SFPAGE_STEP_RUNS = 13,    /* writing the runs */
     SFPAGE_STEP_MADVISE = 14,
     SFPAGE_STEP_STATS = 15,   /* /proc/self/smaps_rollup, /proc/self/maps */
-    SFPAGE_STEP_POPULATE = 16, /* PREPARE: madvise(MADV_POPULATE_WRITE) on a mapping of the target layer */
+    SFPAGE_STEP_POPULATE = 16, /* PREPARE, WARM: madvise(MADV_POPULATE_WRITE) on a mapping of the target layer, or QEMU's */
 };
 
 /* One piece of guest memory and where it comes from (MAP). Extents are sorted and cover the range without gap. */
@@ -95,8 +96,8 @@ struct sfpage_request {
     uint16_t operation; /* enum sfpage_operation */
     uint32_t serial;    /* chosen by the sender, repeated in the reply */
     uint32_t flags;     /* enum sfpage_request_flag */
-    uint64_t address;   /* all but HELLO and SETTLE: where guest memory begins in QEMU's address space; page aligned */
-    uint64_t length;    /* likewise: its bytes; multiple of the page size */
+    uint64_t address;   /* all but HELLO, SETTLE, WARM: where guest memory begins in QEMU's address space; page aligned */
+    uint64_t length;    /* likewise: its bytes; multiple of the page size. WARM: how many bytes to allocate */
     uint32_t extents;   /* MAP: number of extents in the file */
     uint32_t target;    /* PREPARE, COMMIT: the number that stands for the target layer in the sources (u16 per page; 0 = zero),
                            behind which stand the numbers of the layers to compare with (u16 per descriptor) */
@@ -126,6 +127,7 @@ enum sfpage_commit_value {
     SFPAGE_V_RUNS,
 };
 enum sfpage_prepare_value { SFPAGE_V_PREPARED_PAGES, SFPAGE_V_PREPARE_NS };
+enum sfpage_warm_value { SFPAGE_V_WARMED_BYTES }; /* 0 where QEMU translates nothing (KVM) */
 enum sfpage_stats_value {
     SFPAGE_V_PRIVATE_PAGES,    /* pages of the range that only this process has (dirty since the last commit) */
     SFPAGE_V_FILE_PAGES,       /* pages of the range that are mapped from layers just now */
