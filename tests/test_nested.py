@@ -128,3 +128,39 @@ def test_the_second_of_two_forks_stores_what_was_touched(sfrun: Sfrun) -> None:
     first, second = commits(sfrun.folder / "out.json")
     assert first["stored_pages"] * 4096 > 2 << 30
     assert 1_000_000 <= second["stored_pages"] * 4096 < 4_000_000
+
+
+def test_images_in_tens_of_thousands_of_pieces(sfrun: Sfrun) -> None:
+    """Neither what shells are mapped by while they wait, nor what is laid over it, comes near the kernel's limit of mappings."""
+    ended = sfrun(
+        """
+        import time
+        import numpy as np
+        import sfparallel as sf
+
+        pages = np.ones((100 << 10, 4096), np.uint8)
+
+        def probe():
+            return int(pages[::6, 0].sum()), int(pages[3::6, 0].sum()), int(pages[::97, 7].sum())
+
+        def fork(n):
+            got = sf.parallel(n=n)(probe)()
+            assert got == [probe()] * n, (got, probe())
+            time.sleep(2)  # the pool becomes full, with shells that are mapped by what the parent is now
+
+        fork(1)
+        earlier = sf.checkpoint_parent()
+        pages[::6, 0] += 1  # to a layer of its own, of which half goes back to the large one with each fork
+        fork(2)
+        earlier.close()
+        for half in (slice(0, 51_198, 6), slice(51_198, 102_300, 6)):
+            pages[half, 0] += 1
+            fork(1)
+        earlier = sf.checkpoint_parent()
+        pages[3::6, 0] += 1
+        fork(3)
+        print("right")
+        """,
+        "-n", "4", "--memory", "768M",
+    ).ok()  # fmt: skip
+    assert ended.out == "right\n"

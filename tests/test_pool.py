@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from sfparallel.errors import PagingError, StateError
-from sfparallel.vmm.checkpoint import LayerStore
+from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.pool import ImageAhead, Pool
@@ -26,22 +29,17 @@ class Shell:
     state: VmState = VmState.SHELL
     memory: MemoryMap | None = None
     maps: list[list[int]] = field(default_factory=list)
-    refuses: bool = False
-    warmed: int = 0
+    error: Exception | None = None
 
     def require(self, *states: VmState) -> None:
         if self.state not in states:
             raise StateError("gone")
 
-    async def warm(self) -> None:
-        self.require(VmState.SHELL)
-        self.warmed += 1
-
     async def map_ahead(self, plan: MapPlan) -> None:
         assert len({os.fstat(fd).st_ino for fd in plan.fds}) == len(plan.fds)
         await asyncio.sleep(0)
-        if self.refuses:
-            raise PagingError("no more mappings")
+        if self.error:
+            raise self.error
         self.memory = plan.memory_map
         self.maps.append(list(plan.memory_map.layers))
 
@@ -54,12 +52,12 @@ class Rig:
         self.store = LayerStore()
         self.parent = object()
         self.shells: list[Shell] = []
-        self.refusing = itertools.repeat(False)
+        self.errors: Iterator[Exception | None] = itertools.repeat(None)
         self.image = ImageAhead(self.store)
         self.pool = Pool(self.start, self.image)
 
     async def start(self) -> Vm:
-        self.shells.append(Shell(refuses=next(self.refusing)))
+        self.shells.append(Shell(error=next(self.errors)))
         await asyncio.sleep(0)
         return cast(Vm, self.shells[-1])
 
@@ -89,6 +87,35 @@ def test_layers_of_shells_that_wait_may_be_written_to() -> None:
     assert len(store) == 0 and not store.exclusive(number, "shell")
 
 
+def test_bases_without_number_do_not_mean_plans_without_number() -> None:
+    store = LayerStore()
+    number = store.create(PAGES * PAGE_BYTES, "parent")
+    with contextlib.closing(Checkpoint(image_of(number), os.memfd_create("devices"), store)) as checkpoint:
+        bases = [image_of(*[number] * (i % 3), 0, number) for i in range(20)]
+        plans = [checkpoint.plan(base) for base in bases]
+        assert [plan.base for plan in plans] == [*bases[:4], *[None] * 16]
+        assert plans[4:] == plans[4:5] * 16 and checkpoint.plan(bases[2]) is plans[2]
+        checkpoint.forget_plans()
+        assert checkpoint.plan(bases[9]).base is bases[9]
+    store.release("parent")
+
+
+def test_scattered_image_is_not_mapped_ahead() -> None:
+    async def test() -> None:
+        rig = Rig()
+        number = rig.layer()
+        scattered = np.zeros(40_000, dtype=np.uint16)
+        scattered[::2] = number
+        for memory, mapped in ((MemoryMap(scattered), []), (image_of(number), [[number]]), (MemoryMap(scattered), [[number]])):
+            rig.pool.follow(memory)
+            rig.pool.aim(1)
+            await asyncio.wait_for(rig.pool.wait_full(), 10)
+            assert [shell.maps for shell in rig.shells] == [mapped]
+        rig.pool.close()
+
+    asyncio.run(test())
+
+
 def test_shells_are_mapped_while_they_wait_and_anew_when_they_keep_a_layer_alive() -> None:
     async def test() -> None:
         rig = Rig()
@@ -109,7 +136,7 @@ def test_shells_are_mapped_while_they_wait_and_anew_when_they_keep_a_layer_alive
         assert len(rig.store) == 3
         await rig.pool.wait_full()
         assert [shell.maps[1:] for shell in rig.shells] == [[[first, third]]] * 2
-        assert len(rig.store) == 2 and len(rig.pool) == 2 and [shell.warmed for shell in rig.shells] == [1, 1]
+        assert len(rig.store) == 2 and len(rig.pool) == 2
         taken = await rig.pool.take(2)
         assert taken == rig.shells
         for shell in taken:
@@ -121,14 +148,15 @@ def test_shells_are_mapped_while_they_wait_and_anew_when_they_keep_a_layer_alive
     asyncio.run(test())
 
 
-def test_shell_that_cannot_be_mapped_is_ended_and_told_of() -> None:
+@pytest.mark.parametrize("error", [PagingError("no more mappings"), OSError(errno.EMFILE, "no more descriptors")])
+def test_shell_that_cannot_be_mapped_is_ended_and_told_of(error: Exception) -> None:
     async def test() -> None:
         rig = Rig()
-        rig.refusing = itertools.chain([True], itertools.repeat(False))
+        rig.errors = itertools.chain([error], itertools.repeat(None))
         rig.pool.follow(image_of(rig.layer()))
         rig.pool.aim(1)
         await rig.pool.wait_full()
-        assert rig.shells[0].state is VmState.GONE and len(rig.pool) == 0 and "no more mappings" in str(rig.pool.error)
+        assert rig.shells[0].state is VmState.GONE and len(rig.pool) == 0 and rig.pool.error is error
         await rig.pool.wait_full()
         assert len(rig.pool) == 1
         rig.pool.close()

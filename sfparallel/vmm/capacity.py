@@ -12,8 +12,8 @@ from sfparallel.vmm.machine import MachineSpec
 _RESERVE_BYTES = 256 << 20
 """Left to the host whatever is asked for."""
 
-_WARM_SHELL_BYTES = 14 << 20
-"""What a shell that waits in the pool has taken already (measured: 14 MiB, of which 8 are `Vm.warm`)."""
+_WARM_SHELL_BYTES = 6 << 20
+"""What a shell that waits in the pool has taken already, beside the memory for translated code (measured)."""
 
 
 def available_bytes() -> int:
@@ -31,6 +31,7 @@ class Capacity:
     def __init__(self, spec: MachineSpec) -> None:
         self._clone_bytes = parse_size(CLONE_MEMORY.get())
         self._memory_bytes = spec.memory_bytes
+        self._warm_bytes = _WARM_SHELL_BYTES + spec.code_bytes
 
     @property
     def clone_bytes(self) -> int:
@@ -52,7 +53,7 @@ class Capacity:
         fits = 0
         if free > 0:
             # Shells in the pool have taken a part of their memory already.
-            saved = min(warm, n) * _WARM_SHELL_BYTES
+            saved = min(warm, n) * self._warm_bytes
             fits = (free + saved) // self._clone_bytes
         fits = max(0, min(fits, HIGHEST_NUMBER - running))
         if not fits:

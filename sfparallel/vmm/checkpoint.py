@@ -18,6 +18,9 @@ from sfparallel.vmm.plans import MapPlan
 
 MAX_LAYERS = 65535
 
+_MAX_PLANS = 4
+"""Of a checkpoint, each with descriptors: shells that wait may have been mapped by as many images as there are shells."""
+
 
 class LayerStore:
     """All layers of a job, each with its holders (VMs and checkpoints)."""
@@ -118,15 +121,18 @@ class Checkpoint:
         """The image as the paging layer maps it; made once for all clones of the same base.
 
         Args:
-            base: map by which the shells are mapped already; its layers must have been held since.
+            base: map by which the shells are mapped already; its layers must have been held since. With too many of them, some
+                get a plan of the whole image.
         """
         if self._closed:
             raise StateError("this checkpoint is closed")
-        for plan in self._plans:
-            if plan.base is base:
-                return plan
-        self._plans.append(MapPlan(self.memory, self.store.descriptors(self.layers), base))
-        return self._plans[-1]
+        plans = {id(plan.base): plan for plan in self._plans}
+        if id(base) not in plans and len(plans) >= _MAX_PLANS:
+            base = None
+        if id(base) not in plans:
+            self._plans.append(MapPlan(self.memory, self.store.descriptors(self.layers), base))
+            return self._plans[-1]
+        return plans[id(base)]
 
     def forget_plans(self) -> None:
         """Give the plans' descriptors back, of which each has one for each layer that it maps; `plan` makes new ones."""

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 MAX_LAYERS = 64
 """Of an image of more layers, the small ones are merged; each layer costs every clone mappings and a descriptor at its load."""
 
+_MANY_EXTENTS = 8192
+"""More is not laid over what a shell has mapped already: both count against vm.max_map_count (65530, usually)."""
+
 WAKE_TIMEOUT_S = 60.0
 """A clone whose agent has not answered within this time is given up."""
 
@@ -217,6 +220,16 @@ class _Muster:
             await asyncio.wait_for(self._complete.wait(), MUSTER_TIMEOUT_S)
 
 
+async def _plan_for(shell: Vm, checkpoint: Checkpoint) -> MapPlan:
+    """What a shell is to be mapped by, on top of what is mapped ahead; if that is much, there is nothing beneath it any more."""
+    plan = checkpoint.plan(shell.memory)
+    if not shell.memory or plan.extents.array.size <= _MANY_EXTENTS:
+        return plan
+    with MapPlan(MemoryMap.zero(shell.memory.page_count), {}) as nothing:
+        await shell.map_ahead(nothing)
+    return checkpoint.plan()
+
+
 async def launch(
     births: Sequence[Birth],
     checkpoint: Checkpoint,
@@ -238,8 +251,8 @@ async def launch(
         try:
             if missing := checkpoint.disks[len(shell.disks):]:
                 await plug_data_disks(shell, missing)
+            plan = await _plan_for(shell, checkpoint)
             shell.require(VmState.SHELL)  # for one that has ended nobody would let the layers go
-            plan = checkpoint.plan(shell.memory)
             checkpoint.store.hold(shell, checkpoint.layers)
             times = await shell.load(plan, checkpoint.device_state)
             checkpoint.store.release(shell, keep=checkpoint.layers)  # of what was mapped ahead

@@ -172,6 +172,11 @@ class MemoryMap:
         """Number of pages that layer `number` holds (0: zero pages)."""
         return int(np.count_nonzero(self.source == number))
 
+    @property
+    def row_count(self) -> int:
+        """Number of rows of pages that have one source: about as many mappings does the image need."""
+        return int(np.count_nonzero(self.source[1:] != self.source[:-1])) + 1
+
     def rows_of(self, number: int) -> list[tuple[int, int]]:
         """Where the pages of layer `number` are: offset and length of each row, in bytes, ascending."""
         edges = np.flatnonzero(np.diff(self.source == number, prepend=False, append=False)) * PAGE_BYTES

@@ -85,6 +85,11 @@ class MachineSpec:
     def machine(self) -> str:
         return f"q35,{_LEFT_OUT},dump-guest-core=off,suppress-vmdesc=on,memory-backend=pc.ram"
 
+    @property
+    def code_bytes(self) -> int:
+        """What QEMU translates in a clone until it has answered (measured: 8.2 to 8.5 MiB for a function that does nothing)."""
+        return 0 if self.accelerator is Accelerator.KVM else 8 << 20
+
     def fingerprint(self) -> dict[str, object]:
         """What a template depends on; a data disk is not part of it."""
         return {

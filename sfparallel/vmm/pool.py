@@ -14,6 +14,9 @@ from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.vm import Vm, VmState
 
+_MOST_ROWS = 16384
+"""Images of more rows are not mapped ahead: until it is replaced, what is mapped counts against vm.max_map_count (65530)."""
+
 
 class ImageAhead:
     """The image that shells of a pool are mapped by while they wait: the parent's at its last fork.
@@ -33,9 +36,9 @@ class ImageAhead:
         self._planned: MemoryMap | None = None
 
     def follow(self, memory: MemoryMap) -> None:
-        """From here on shells are mapped by this map, whose layers are held."""
+        """From here on shells are mapped by this map, whose layers are held; new ones by none if it is too scattered."""
         self._store.hold(self, memory.layers, waiting=True)
-        self._memory = memory
+        self._memory = memory if memory.row_count <= _MOST_ROWS else None
         self._let_go()
 
     def fits(self, shell: Vm) -> bool:
@@ -156,20 +159,16 @@ class Pool:
             try:
                 if unfit:
                     self._ready.remove(unfit)
-                    await self._add(unfit)
-                else:
-                    await self._add(await self._start(), new=True)
+                await self._add(unfit or await self._start())
             except (VMError, StateError, OSError) as error:
                 # The fork that needs the shell will meet the same error and report it to its caller.
                 self.error = error
                 return
 
-    async def _add(self, shell: Vm, *, new: bool = False) -> None:
+    async def _add(self, shell: Vm) -> None:
         try:
-            if new:
-                await shell.warm()
             await self._image.lay(shell)
-        except (VMError, StateError):
+        except BaseException:  # OSError too: a plan needs descriptors
             shell.kill()
             raise
         if shell.state is VmState.SHELL:

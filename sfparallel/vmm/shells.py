@@ -109,6 +109,8 @@ async def start_shell(
         ours.pop_all()
     try:
         await vm.prepare(spec.memory_bytes)
+        if spec.code_bytes and not boot:
+            await vm.warm(spec.code_bytes)
     except BaseException:
         vm.kill()
         raise

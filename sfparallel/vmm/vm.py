@@ -34,8 +34,6 @@ FREEZE_TIMEOUT_S = 60.0
 
 _CONSOLE_TAIL_BYTES = 4096
 _PORT_GRACE_S = 1.0
-_CODE_BYTES = 8 << 20
-"""What QEMU translates in a clone until it has answered (measured: 8.2 to 8.5 MiB for a function that does nothing)."""
 
 
 @dataclass(frozen=True)
@@ -249,15 +247,15 @@ class Vm:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
 
-    async def warm(self) -> None:
-        """Let a shell that has time allocate what it will need when it runs, as far as there is memory for it.
+    async def warm(self, code_bytes: int) -> None:
+        """Let QEMU allocate memory for code that it will translate, all at once and not page by page when it runs.
 
         Raises:
             VMError: QEMU ended.
         """
         self.require(VmState.SHELL)
         try:
-            await self.paging.warm(_CODE_BYTES)
+            await self.paging.warm(code_bytes)
         except PagingRefused as error:
             log.info("%s; it will be slower to wake", error)
 

@@ -22,7 +22,6 @@
 
 #include "internal.h"
 
-enum { HEAP_STEP_BYTES = 1 << 20 };
 enum { EXIT_PEER_GONE = 0, EXIT_SETUP = 119, DEFAULT_WAIT_MS = 60000, STACK_BYTES = 512 << 10 };
 
 _Static_assert(sizeof(struct sfpage_request) == 40, "part of the protocol");
@@ -264,9 +263,8 @@ __attribute__((constructor)) static void load(int argc, char **argv, char **envi
     /* QEMU allocates much in steps of 2 MiB and uses little of it: a huge page there is memory lost in every clone. */
     prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
     /* The C library gives each thread a heap of its own, and adds to it page by page, with a system call for each. QEMU has one
-     * thread that allocates much, while the guest runs: all share one heap, which grows in larger steps. */
+     * thread that allocates much, while the guest runs: all share one heap, which grows in larger steps (brk(2)). */
     mallopt(M_ARENA_MAX, 1);
-    mallopt(M_TOP_PAD, HEAP_STEP_BYTES);
     if (launcher != NULL || fd != NULL) {
         status = launcher != NULL ? launch(launcher, argv[0]) : adopt(fd);
         if (status >= 0)
