@@ -326,8 +326,9 @@ class Collecting(RequestCore):
 class WorldCore(CommCore):
     """The core of COMM_WORLD and of COMM_SELF: who takes part depends on the region that this process is in.
 
-    It is looked up when it is used first, because most clones never ask; in a clone `forget` makes it be looked up again. Copies
-    of the object that a program made before the fork (`from mpi4py.MPI import COMM_WORLD`) refer to this same core.
+    It is looked up when it is used first, because most clones never ask (until then it is an `UnknownWorldCore`); in a clone
+    `forget` makes it be looked up again. Copies of the object that a program made before the fork
+    (`from mpi4py.MPI import COMM_WORLD`) refer to this same core.
     """
 
     def __init__(self, ctx: int, name: str, *, alone: bool) -> None:
@@ -335,12 +336,19 @@ class WorldCore(CommCore):
         self._world_name = name
         self._alone = alone
         HERE.forgetful.append(self.forget)
+        self.__class__ = UnknownWorldCore
 
     def forget(self) -> None:
         """This process has become another one."""
         kept = ("_world_context", "_world_name", "_alone", "constant", "_number")
         for name in [name for name in self.__dict__ if name not in kept]:
             del self.__dict__[name]
+        self.__class__ = UnknownWorldCore
+
+
+class UnknownWorldCore(WorldCore):
+    """One that nobody has used yet in this process. A class of its own, as `__getattr__` makes each use of an attribute slow,
+    also of one that is there."""
 
     def __getattr__(self, name: str) -> Any:
         # Only called for what is not there.
@@ -353,8 +361,10 @@ class WorldCore(CommCore):
         endpoint = world_endpoint()
         with endpoint.lock:
             if "endpoint" not in self.__dict__:  # another thread may have been first
-                super().__init__(endpoint, self._world_context, (endpoint.rank,) if self._alone else range(endpoint.size))
+                CommCore.__init__(self, endpoint, self._world_context, (endpoint.rank,) if self._alone else range(endpoint.size))
                 self.name = self._world_name
+                known: Any = self
+                known.__class__ = WorldCore
             if name not in self.__dict__:
                 raise AttributeError(name)
             return self.__dict__[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from sfparallel.runtime.mpi.constants import ANY_SOURCE, ANY_TAG, PROC_NULL, TAG_LIMIT
@@ -76,10 +76,11 @@ class PointToPoint:
         core: Any = self._core
         if core is None or core.revoked:
             core = self._live()
-        if 0 <= dest < len(core.peers):
+        peers: Sequence[int] = core.peers
+        if 0 <= dest < len(peers):
             if not 0 <= tag <= TAG_LIMIT:
                 core.raise_error(MPIException(ERR_TAG, f"{tag}"))
-            return int(core.peers[dest])
+            return peers[dest]
         if dest != PROC_NULL:
             core.raise_error(MPIException(ERR_RANK, f"{dest} of {len(core.peers)}"))
         return PROC_NULL
@@ -90,8 +91,9 @@ class PointToPoint:
             core = self._live()
         if tag != ANY_TAG and not 0 <= tag <= TAG_LIMIT:
             core.raise_error(MPIException(ERR_TAG, f"{tag}"))
-        if 0 <= source < len(core.peers):
-            return int(core.peers[source])
+        peers: Sequence[int] = core.peers
+        if 0 <= source < len(peers):
+            return peers[source]
         if source not in (ANY_SOURCE, PROC_NULL):
             core.raise_error(MPIException(ERR_RANK, f"{source} of {len(core.peers)}"))
         return source
@@ -132,7 +134,7 @@ class PointToPoint:
     def _finish_recv(self, op: RecvOp, call: str, timeout: float | None, status: Status | None) -> None:
         core, endpoint = self._core, self._core.endpoint
         try:
-            in_time = op.done or endpoint.wait(op, deadline_of(timeout), op.source)
+            in_time = op.done or endpoint.wait(op, None if timeout is None else deadline_of(timeout), op.source)
         except BaseException:  # a signal's handler has raised: nobody waits for the message any more
             with endpoint.lock:
                 core.engine.withdraw(op)
