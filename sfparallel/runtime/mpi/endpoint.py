@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from _thread import _count as count_of_other_threads
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -38,6 +39,9 @@ SPINS, SPIN_S, BREATH_S = 20, 1e-4, 1e-3
 LOOK_S, MOST_SKIPPED = 2e-3, 127
 """Who waits looks for so long before it sleeps: to fall asleep and to wake up costs a guest more than a message does. When
 nothing had come by then, the next 1, 3, 7 ... waits sleep at once: others may need the processor for what is waited for."""
+
+MOST_IN_A_ROW = 16
+"""Who waits for one peer, and only hears that one, looks at all others again after so many waits."""
 
 ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
 """Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
@@ -97,6 +101,8 @@ class Endpoint:
         """Ranks that will count as gone: from when on, why, and whether they left in peace."""
         self._skip, self._skipped = 0, 0
         """How many waits shall sleep at once, and how many it were to be the last time."""
+        self._in_a_row = 0
+        """Waits that ended with the first message of the one peer that they were for."""
         self._asked_parent = False
         self._asked_at, self._in_vain = 0.0, 0
         """When `poll` ended, and how often it has found nothing since it found something."""
@@ -133,13 +139,28 @@ class Endpoint:
             source: the one rank that it depends on, if it is known.
         """
         with self.lock:  # to ask whether it is done, too: that may search queues which other threads change
-            asks = 0.0
-            if not op.done and self._transport is not None and not self._polling:
+            done = op.done
+            if done:
+                return True
+            transport = self._transport
+            if transport is not None and not self._polling:
                 if self._skip:
                     self._skip -= 1
                 else:
-                    end = time.monotonic() + LOOK_S
-                    self._look(op, self._transport, end if deadline is None else min(end, deadline), source)
+                    alone = source >= 0 and not count_of_other_threads()
+                    limit_s = LOOK_S
+                    if alone and self._in_a_row < MOST_IN_A_ROW and self.engine.is_flushed:
+                        self._in_a_row += 1
+                        if not transport.hear(source):
+                            limit_s = 0.0
+                        if self._doomed or self._tasks:
+                            self._move([])
+                        if op.done:
+                            self._skipped = 0
+                            return True
+                    if self._look(op, transport, source if alone else -1, deadline, limit_s):
+                        return True
+            asks = 0.0
             while not op.done:
                 now = time.monotonic()
                 asks = asks or now + PATIENCE_S
@@ -245,10 +266,13 @@ class Endpoint:
             if self._sleeping:
                 self._changed.notify_all()
 
-    def _look(self, op: Waitable, transport: Transport, end: float, source: int) -> None:
-        """Look out for what `op` waits for, for a while; with the lock."""
+    def _look(self, op: Waitable, transport: Transport, source: int, deadline: float | None, limit_s: float) -> bool:
+        """Look out for what `op` waits for, for a while; with the lock. Whether it is done."""
+        self._in_a_row = 0
+        end = time.monotonic() + limit_s
+        if deadline is not None:
+            end = min(end, deadline)
         lock, poll = self.lock, transport.epoll.poll
-        alone = source >= 0 and threading.active_count() == 1
         self._polling = True
         try:
             while True:
@@ -257,7 +281,7 @@ class Endpoint:
                     events = poll(0)
                 finally:
                     lock.acquire()
-                if events or alone:
+                if events or (source >= 0 and limit_s):
                     if events:
                         transport.handle(events)
                     else:
@@ -266,10 +290,10 @@ class Endpoint:
                         self._move([])
                     if op.done:
                         self._skipped = 0
-                        return
+                        return True
                 if time.monotonic() >= end:
                     self._skip = self._skipped = min(2 * self._skipped + 1, MOST_SKIPPED)
-                    return
+                    return False
         finally:
             self._polling = False
             if self._sleeping:

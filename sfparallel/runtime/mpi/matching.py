@@ -238,7 +238,10 @@ class Engine:
         elif (self.dead or self.left or self.revoked) and (reason := self._why_not(ctx, source, members, collective)):
             op.fail(reason)
         else:
-            self._posted.setdefault(ctx, deque()).append(op)
+            posted = self._posted.get(ctx)
+            if posted is None:
+                posted = self._posted[ctx] = deque()
+            posted.append(op)
         return op
 
     def probe(self, ctx: int, source: int, tag: int) -> Arrival | None:
@@ -335,7 +338,8 @@ class Engine:
     def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: memoryview) -> None:
         """A small message has arrived, as a whole. `payload` is only valid during the call."""
         if credit:
-            self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
+            window = self._window.get(peer, WINDOW_BYTES) + credit
+            self._window[peer] = window if window < WINDOW_BYTES else WINDOW_BYTES
         op: RecvOp | None = None
         if posted := self._posted.get(ctx):
             op = posted[0]

@@ -45,6 +45,7 @@ HEAR_S = 0.001
 """How long `hear` sleeps after that; the kernel rounds it up to its tick (SO_RCVTIMEO)."""
 
 HEADER_BYTES = HEADER.size
+unpack_header = HEADER.unpack_from
 
 
 class Line:
@@ -140,8 +141,15 @@ class Line:
                 count = len(chunk)
             else:
                 count = self.sock.recv_into(transport.buffer, 0, DONTWAIT)
+                view = transport.view
+                if count >= HEADER_BYTES:
+                    # One small message, as most are: what `_parse` does, without a call.
+                    kind, flags, _, tag, ctx, number, credit, nbytes = unpack_header(view)
+                    if kind == EAGER and count == HEADER_BYTES + nbytes and self.peer >= 0:
+                        transport.engine.on_eager(self.peer, flags, tag, ctx, number, credit, view[HEADER_BYTES:count])
+                        return
                 if count:
-                    view = transport.view[:count]
+                    view = view[:count]
                     used = self._parse(view)
                     if used < count:
                         self._fill = bytearray(view[used:])
@@ -174,7 +182,7 @@ class Line:
         at, end = 0, len(view)
         engine = self._transport.engine
         while end - at >= HEADER_BYTES:
-            kind, flags, _, tag, ctx, number, credit, nbytes = HEADER.unpack_from(view, at)
+            kind, flags, _, tag, ctx, number, credit, nbytes = unpack_header(view, at)
             start = at + HEADER_BYTES
             if kind == DATA and self.peer >= 0:
                 landing = engine.landing(self.peer, number, nbytes)
@@ -299,22 +307,26 @@ class Transport:
             timeout_s = pause if timeout_s is None else min(timeout_s, pause)
         return self.epoll.poll(timeout_s)
 
-    def hear(self, peer: int) -> None:
+    def hear(self, peer: int) -> bool:
         """Wait some milliseconds at most for what one peer sends, and take it, unless something else has to be done meanwhile.
 
         The caller knows that no other thread needs this transport.
+
+        Returns:
+            False if that time has passed in vain.
         """
         line = self.heard.get(peer)
         if line is None or self.writers or self._retry:
-            return
+            return True
         try:
             # Only a look: were the message taken, nobody would know of it when a signal's handler raises here.
             line.sock.recv_into(self.buffer, 1, socket.MSG_PEEK)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             pass  # `read` meets it, too
         line.read()
+        return True
 
     def handle(self, events: list[tuple[int, int]]) -> None:
         """Move what can be moved."""
