@@ -316,11 +316,11 @@ def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles) -> None
         if comm.rank:
             request = comm.isend(np.full(200_000, 7.0), 0, tag=1)
             comm._core.endpoint.poll()
-            comm.barrier()
+            comm.send("from now on busy", 0)  # and reads nothing: in a barrier it might read already what the receive asks for
             time.sleep(0.3)
             request.wait()
             return None
-        comm.barrier()
+        comm.recv(source=1, tag=0)
         with pytest.raises(sf.RegionTimeout):
             comm.recv(source=1, tag=1, timeout=0.05)
         return float(comm.recv(source=1, tag=1).sum())
@@ -384,6 +384,36 @@ def test_signals_during_many_receives_lose_nothing(double: Doubles) -> None:
     got, interrupted = work()[0]
     assert got == list(range(messages))
     assert interrupted > 10
+
+
+def test_who_always_waits_for_one_peer_hears_the_others_too(double: Doubles) -> None:
+    @sf.parallel(n=3, timeout=60)
+    def work() -> Any:
+        comm = sf.comm()
+        other = comm.Dup()
+        if comm.rank == 2:
+            comm.recv(source=1)
+            other.ssend("heard", 0)
+            comm.send("stop", 1)
+            return None
+        if comm.rank == 1:
+            rounds, stop = 0, False
+            while not stop:
+                comm.recv(source=0)
+                rounds += 1
+                if rounds == 100:
+                    comm.send("now", 2)
+                stop = comm.iprobe(source=2)
+                comm.send(stop, 0)
+            return comm.recv(source=2)
+        request = other.irecv(source=2)
+        stop = False
+        while not stop:
+            comm.send(None, 1)
+            stop = comm.recv(source=1)
+        return request.wait()
+
+    assert work()[:2] == ["heard", "stop"]
 
 
 def test_a_message_of_a_rank_that_returns_at_first_contact(double: Doubles) -> None:
