@@ -11,6 +11,7 @@ import zmq.utils.garbage
 
 from sfparallel import wire
 from sfparallel.runtime import api, collect, communicator, connection, here, lowlevel, region, rng  # noqa: F401
+from sfparallel.runtime.emulation import is_emulated
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.link import set_up_dealer
 from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_error, loads
@@ -21,6 +22,7 @@ def warm_up() -> None:
     package = sys.modules[__name__.partition(".")[0]]
     for name in package.__all__:
         getattr(package, name)
+    is_emulated()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
         router.setsockopt(zmq.LINGER, 0)
         router.bind("tcp://127.0.0.1:*")

@@ -19,6 +19,7 @@ import zmq
 
 from sfparallel import wire
 from sfparallel.errors import StateError
+from sfparallel.runtime.emulation import widen_tlb
 from sfparallel.runtime.link import CloneLink, Kind
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
 from sfparallel.runtime.mpi.matching import CONTROL, HEADER, Buffer, Engine, SendOp
@@ -341,6 +342,7 @@ class Endpoint:
     def _open(self) -> Transport:
         if self._link is None and self.size == 1:
             raise StateError("a world of one process has no transport")
+        widen_tlb()
         self._transport = transport = Transport(self.rank, self._addresses, self._port, self._on_closed, self._listener)
         transport.engine = self.engine
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
