@@ -18,7 +18,7 @@ from sfparallel.vmm.plans import MapPlan
 
 MAX_LAYERS = 65535
 
-_MAX_PLANS = 4
+_MAX_PLANS = 8
 """Of a checkpoint, each with descriptors: shells that wait may have been mapped by as many images as there are shells."""
 
 
