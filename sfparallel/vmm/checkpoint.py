@@ -130,7 +130,8 @@ class Checkpoint:
         if id(base) not in plans and len(plans) >= _MAX_PLANS:
             base = None
         if id(base) not in plans:
-            self._plans.append(MapPlan(self.memory, self.store.descriptors(self.layers), base))
+            memory = self._plans[0].memory_map if self._plans else self.memory  # whose gaps are filled already
+            self._plans.append(MapPlan(memory, self.store.descriptors(self.layers), base))
             return self._plans[-1]
         return plans[id(base)]
 

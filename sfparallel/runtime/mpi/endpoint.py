@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-from _thread import _count as count_of_other_threads
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -140,7 +139,7 @@ class Endpoint:
             source: the one rank that it depends on, if it is known.
         """
         with self.lock:  # to ask whether it is done, too: that may search queues which other threads change
-            done = op.done
+            done = op.done  # which may become true at any time, other than mypy thinks
             if done:
                 return True
             transport = self._transport
@@ -148,13 +147,11 @@ class Endpoint:
                 if self._skip:
                     self._skip -= 1
                 else:
-                    alone = source >= 0 and not count_of_other_threads()
+                    alone = source >= 0 and threading.active_count() == 1
                     limit_s = LOOK_S
                     if alone and self._in_a_row < MOST_IN_A_ROW and self.engine.is_flushed:
                         self._in_a_row += 1
-                        if transport.hear(source):
-                            transport.use()
-                        else:
+                        if not transport.hear(source):
                             limit_s = 0.0
                         if self._doomed or self._tasks:
                             self._move([])
@@ -174,27 +171,6 @@ class Endpoint:
                     asks = float("inf")
                 self._round(asks if deadline is None else min(deadline, asks))
         return True
-
-    def receive_at_once(self, ctx: int, source: int, tag: int) -> tuple[bytearray, int, int] | None:
-        """What a receive from one rank gets, as most do, if it is a small message, comes soon, and nothing else does before:
-        payload, flags and tag. None: the caller posts its receive, and waits."""
-        transport = self._transport
-        if transport is None or self._skip or self._in_a_row >= MOST_IN_A_ROW or count_of_other_threads():
-            return None
-        with self.lock:
-            if self._doomed or self._tasks or self._polling or not self.engine.is_quiet(ctx):
-                return None
-            self._in_a_row += 1
-            if not transport.hear(source):
-                self._skipped = min(2 * self._skipped + 1, MOST_SKIPPED)
-                self._skip = self._skipped + 1  # the one that follows now, too
-                return None
-            message = transport.pick(source, ctx, tag)
-            if message is not None:
-                self._skipped = 0
-            else:
-                transport.use()
-            return message
 
     def poll(self) -> None:
         """Move what can be moved without waiting.
@@ -310,7 +286,6 @@ class Endpoint:
                         transport.handle(events)
                     else:
                         transport.hear(source)
-                        transport.use()
                     if self._doomed or self._tasks:
                         self._move([])
                     if op.done:

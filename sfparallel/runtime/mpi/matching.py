@@ -238,17 +238,7 @@ class Engine:
         elif (self.dead or self.left or self.revoked) and (reason := self._why_not(ctx, source, members, collective)):
             op.fail(reason)
         else:
-            posted = self._posted.get(ctx)
-            if posted is None:
-                posted = self._posted[ctx] = deque()
-            posted.append(op)
-        return op
-
-    def given(self, ctx: int, source: int, tag: int, flags: int, buffer: memoryview, payload: Buffer) -> RecvOp:
-        """A receive of a message that was given to its receiver as it came (see `is_quiet`)."""
-        op = RecvOp(ctx, source, tag, buffer)
-        op.flags, op.nbytes, op.matched = flags, len(payload), True
-        self._deliver(op, payload)
+            self._posted.setdefault(ctx, deque()).append(op)
         return op
 
     def probe(self, ctx: int, source: int, tag: int) -> Arrival | None:
@@ -325,7 +315,7 @@ class Engine:
                   payload: memoryview) -> None:
         """Something other than RTS and DATA has arrived. `payload` is only valid during the call."""
         if kind == EAGER:
-            self.on_eager(peer, flags, tag, ctx, number, credit, bytes(payload))
+            self.on_eager(peer, flags, tag, ctx, number, credit, payload)
             return
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
@@ -342,8 +332,8 @@ class Engine:
         elif kind >= CONTROL and self._on_control is not None:
             self._on_control(peer, kind, tag, ctx, number, bytes(payload))
 
-    def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: bytes | bytearray) -> None:
-        """A small message has arrived, as a whole. `payload` belongs to the engine from now on."""
+    def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: memoryview) -> None:
+        """A small message has arrived, as a whole. `payload` is only valid during the call."""
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
         op: RecvOp | None = None
@@ -358,25 +348,21 @@ class Engine:
             if ctx in self.revoked:
                 self._return_window(peer, nbytes)
             else:
-                arrival = Arrival(peer, tag, flags, number, nbytes, payload)
+                arrival = Arrival(peer, tag, flags, number, nbytes, bytes(payload))
                 self._unexpected.setdefault(ctx, deque()).append(arrival)
             return
         op.source, op.tag, op.flags, op.nbytes, op.matched = peer, tag, flags, nbytes, True
-        self._return_window(peer, nbytes)
+        # What `_return_window` and `_deliver` do, for most messages without a call.
+        self._owed[peer] = owed = self._owed.get(peer, 0) + nbytes + OVERHEAD_BYTES
+        if owed >= WINDOW_BYTES // 2:
+            self._push(peer, CREDIT, 0, 0, 0, 0)
         if flags & SYNC:
             self._push(peer, ACK, 0, 0, 0, number)
-        self._deliver(op, payload)
-
-    def is_quiet(self, ctx: int) -> bool:
-        """Whether the next message in a context can only be for who receives next, and nothing else goes on."""
-        return not (self._unexpected.get(ctx) or self._posted.get(ctx) or self._announced
-                    or self.dead or self.left or self.revoked)
-
-    def received(self, peer: int, credit: int, nbytes: int) -> None:
-        """A small message was given to its receiver as it came (see `is_quiet`)."""
-        if credit:
-            self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
-        self._return_window(peer, nbytes)
+        if op.buffer is None:
+            op.payload = bytes(payload)
+            op.done = True
+        else:
+            self._deliver(op, payload)
 
     def on_rts(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, nbytes: int) -> None:
         """A message is announced; `nbytes` is its length."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sfparallel.runtime.mpi.buffers import BOTTOM, Bytes, at_address, byte_array, exports, is_buffer, item_format
 from sfparallel.runtime.mpi.constants import PROC_NULL
@@ -19,8 +18,6 @@ from sfparallel.runtime.mpi.errors import ERR_BUFFER, ERR_TYPE, MPIException
 from sfparallel.runtime.mpi.types import BYTE, Datatype, lookup
 
 _NOTHING: Bytes = np.empty(0, np.uint8)
-_NUMBERS = frozenset("bhilqBHILQfdFD")
-"""Type codes of numpy's numbers whose MPI types are as large."""
 
 
 class Block:
@@ -42,8 +39,6 @@ class Block:
 
     def check(self) -> Block:
         """Raise if it reaches beyond its memory."""
-        if self.core.is_contiguous and 0 <= self.origin <= len(self.data) - self.nbytes and self.count >= 0:
-            return self
         first, end = self.core.span(self.count)
         if self.count < 0 or (self.nbytes and (self.origin + first < 0 or self.origin + end > len(self.data))):
             raise MPIException(ERR_BUFFER, f"{self.count} elements of {self.core.name or 'this type'} do not fit into the buffer")
@@ -136,15 +131,6 @@ def _split(message: Any, *, vector: bool) -> tuple[Any, Any, Any, Any]:
     return buf, count, displ, kind
 
 
-def _plain(array: npt.NDArray[Any], readonly: bool) -> Block | None:
-    """The block of an array of numbers without holes, as most are, without asking what else it may be; None if it is not one."""
-    dtype, flags = array.dtype, array.flags
-    if dtype.char not in _NUMBERS or not dtype.isnative or not flags.c_contiguous or not (readonly or flags.writeable):
-        return None
-    core = lookup(dtype.char)._core
-    return Block(array.reshape(-1).view(np.uint8), 0, array.size, core)
-
-
 def simple(message: Any, *, readonly: bool, peer: int = 0, parts: int = 0) -> Block:
     """A block from a message specification.
 
@@ -154,8 +140,6 @@ def simple(message: Any, *, readonly: bool, peer: int = 0, parts: int = 0) -> Bl
     """
     if peer == PROC_NULL:
         return EMPTY
-    if type(message) is np.ndarray and parts < 2 and (plain := _plain(message, readonly)):
-        return plain
     buf, o_count, o_displ, kind = _split(message, vector=False)
     data, core = _memory(buf, kind, readonly)
     length, offset, count = len(data), 0, 0

@@ -216,12 +216,6 @@ class PointToPoint:
             if status is not None:
                 status.set_all(PROC_NULL, ANY_TAG, 0)
             return None
-        core = self._core
-        if peer >= 0 and (message := core.endpoint.receive_at_once(core.ctx, peer, tag)):
-            payload, flags, its_tag = message
-            if status is not None:
-                status.set_all(source, its_tag, len(payload))
-            return pickle.object(payload, flags)
         op = self._post_recv(peer, tag, None)
         if not op.done or status is not None or op.error is not None:
             self._finish_recv(op, "recv", timeout, status)
@@ -274,12 +268,8 @@ class PointToPoint:
             if status is not None:
                 status.set_all(PROC_NULL, ANY_TAG, 0)
             return
-        place, core = block.place(), self._core
-        if peer >= 0 and (message := core.endpoint.receive_at_once(core.ctx, peer, tag)):
-            payload, flags, its_tag = message
-            op = core.engine.given(core.ctx, peer, its_tag, flags, place, payload)
-        else:
-            op = self._post_recv(peer, tag, place)
+        place = block.place()
+        op = self._post_recv(peer, tag, place)
         self._finish_recv(op, "Recv", timeout, status)
         if not block.core.is_contiguous:
             block.put(place, op.nbytes)

@@ -21,8 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from sfparallel.runtime.mpi.constants import ANY_TAG
-from sfparallel.runtime.mpi.matching import DATA, EAGER, HEADER, RTS, SYNC, Buffer, Engine, SendOp
+from sfparallel.runtime.mpi.matching import DATA, EAGER, HEADER, RTS, Buffer, Engine, SendOp
 
 HELLO = 255
 BYE = 254
@@ -46,7 +45,6 @@ HEAR_S = 0.001
 """How long `hear` sleeps after that; the kernel rounds it up to its tick (SO_RCVTIMEO)."""
 
 HEADER_BYTES = HEADER.size
-unpack_header = HEADER.unpack_from
 
 
 class Line:
@@ -127,67 +125,56 @@ class Line:
 
     def read(self) -> None:
         """Take what the socket has."""
+        transport = self._transport
+        transport.heard[self.peer] = self
         try:
-            # Several times: data of a large message that is read at once leaves its place in the socket's buffer to what follows.
-            for _ in range(8):
-                landing = self._landing
-                self.take([self.sock.recv_into(self.place, 0, DONTWAIT)])
-                if landing is None or self._landing is not landing or self.sock.fileno() < 0:
-                    return
+            if self._landing is not None:
+                self._read_landing(self._landing)
+                return
+            if self._fill:
+                chunk = self.sock.recv(BUFFER_BYTES, DONTWAIT)
+                self._fill += chunk
+                if chunk:
+                    used = self._parse(memoryview(self._fill))
+                    self._fill = self._fill[used:]
+                count = len(chunk)
+            else:
+                count = self.sock.recv_into(transport.buffer, 0, DONTWAIT)
+                if count:
+                    view = transport.view[:count]
+                    used = self._parse(view)
+                    if used < count:
+                        self._fill = bytearray(view[used:])
         except BlockingIOError:
             return
         except OSError as error:
-            self._transport.broken(self, error)
+            transport.broken(self, error)
+            return
         except BaseException:  # a signal's handler: nobody knows how much has been taken
-            self._transport.broken(self, None)
-            raise
-
-    @property
-    def place(self) -> Buffer:
-        """Where to read to."""
-        return self._transport.buffer if self._landing is None else self._landing[self._landing_at:]
-
-    @property
-    def is_within_message(self) -> bool:
-        """Whether the first part of a message has been read, and the rest not yet."""
-        return bool(self._fill) or self._landing is not None
-
-    def take(self, counts: list[int]) -> None:
-        """Use what has been read to `place`.
-
-        Args:
-            counts: how many bytes; empty as soon as they are used.
-        """
-        transport = self._transport
-        try:
-            count = counts.pop()
-            transport.heard[self.peer] = self
-            if self._landing is not None:
-                self._landing_at += count
-                if self._landing_at == len(self._landing):
-                    self._landing = None
-                    transport.engine.on_data(self.peer, self._number)
-            elif self._fill:
-                self._fill += transport.view[:count]
-                used = self._parse(memoryview(self._fill))
-                self._fill = self._fill[used:]
-            elif count:
-                view = transport.view[:count]
-                used = self._parse(view)
-                if used < count:
-                    self._fill = bytearray(view[used:])
-        except BaseException:  # a signal's handler: nobody knows how much has been used
             transport.broken(self, None)
             raise
         if not count:
             transport.broken(self, None)
+
+    def _read_landing(self, landing: memoryview) -> None:
+        # Several times: data that is read at once leaves its place in the socket's buffer to what comes next.
+        for _ in range(8):
+            count = self.sock.recv_into(landing[self._landing_at:], 0, DONTWAIT)
+            if not count:
+                self._transport.broken(self, None)
+                return
+            self._landing_at += count
+            if self._landing_at == len(landing):
+                self._landing = None
+                self._transport.engine.on_data(self.peer, self._number)
+                return
 
     def _parse(self, view: memoryview) -> int:
         """Hand over the messages in `view`; how many bytes were used."""
         at, end = 0, len(view)
         engine = self._transport.engine
         while end - at >= HEADER_BYTES:
-            kind, flags, _, tag, ctx, number, credit, nbytes = unpack_header(view, at)
+            kind, flags, _, tag, ctx, number, credit, nbytes = HEADER.unpack_from(view, at)
             start = at + HEADER_BYTES
             if kind == DATA and self.peer >= 0:
                 landing = engine.landing(self.peer, number, nbytes)
@@ -206,7 +193,7 @@ class Line:
                 if at > end:
                     return start - HEADER_BYTES
                 if kind == EAGER and self.peer >= 0:
-                    engine.on_eager(self.peer, flags, tag, ctx, number, credit, bytearray(view[start:at]))
+                    engine.on_eager(self.peer, flags, tag, ctx, number, credit, view[start:at])
                     continue
                 if self.peer < 0 and kind != HELLO:
                     self._transport.refuse(self, "a connection does not say whose it is")
@@ -271,9 +258,6 @@ class Transport:
         """On which to send, by peer."""
         self.heard: dict[int, Line] = {}
         """On which something has come last, by peer."""
-        self._counts: list[int] = []
-        """How many bytes `hear` has taken from `_hearing` that are not used yet."""
-        self._hearing: Line | None = None
         self.writers = 0
         """Lines that wait until they can write."""
         self._waiting: dict[int, deque[tuple[list[memoryview], SendOp | None]]] = {}
@@ -310,62 +294,34 @@ class Transport:
 
     def wait(self, timeout_s: float | None) -> list[tuple[int, int]]:
         """Wait for events; the only part of `step` that blocks and touches nothing."""
-        if self._counts:
-            return []
         if self._retry:
             pause = max(0.0, min(self._retry.values()) - time.monotonic())
             timeout_s = pause if timeout_s is None else min(timeout_s, pause)
         return self.epoll.poll(timeout_s)
 
     def hear(self, peer: int) -> bool:
-        """Wait some milliseconds at most for what one peer sends, unless something else has to be done meanwhile.
+        """Wait some milliseconds at most for what one peer sends, and take it, unless something else has to be done meanwhile.
 
-        What comes is taken from the kernel, but not used yet: the caller does `pick` or `use` next. It knows that no other thread
-        needs this transport.
+        The caller knows that no other thread needs this transport.
 
         Returns:
             False if that time has passed in vain.
         """
         line = self.heard.get(peer)
-        if line is None or self.writers or self._retry or self._counts:
+        if line is None or self.writers or self._retry:
             return True
-        self._hearing = line
         try:
-            # In one call the bytes are taken and counted: were there two, a signal's handler might raise between them.
-            self._counts.extend(map(line.sock.recv_into, (line.place,)))
+            # Only a look: were the message taken, nobody would know of it when a signal's handler raises here.
+            line.sock.recv_into(self.buffer, 1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
-        except OSError as error:
-            self.broken(line, error)
+        except OSError:
+            pass  # `read` meets it, too
+        line.read()
         return True
-
-    def pick(self, peer: int, ctx: int, tag: int) -> tuple[bytearray, int, int] | None:
-        """What has been heard, if it is one small message as a whole, of that peer, context and tag, which nobody else waits for:
-        payload, flags and tag. It counts as received."""
-        counts, line, buffer = self._counts, self._hearing, self.buffer
-        if not counts or line is None or line.peer != peer or line.is_within_message or counts[0] < HEADER_BYTES:
-            return None
-        kind, flags, _, its_tag, its_ctx, _, credit, nbytes = unpack_header(buffer)
-        if (kind != EAGER or its_ctx != ctx or (its_tag != tag and tag != ANY_TAG) or counts[0] != HEADER_BYTES + nbytes
-                or flags & SYNC):
-            return None
-        payload = buffer[HEADER_BYTES:counts.pop()]
-        self.engine.received(peer, credit, nbytes)
-        return payload, flags, its_tag
-
-    def use(self) -> None:
-        """Hand over what has been heard."""
-        line, counts = self._hearing, self._counts
-        if line is not None and counts:
-            if line.sock.fileno() >= 0:
-                line.take(counts)
-            else:
-                counts.clear()
 
     def handle(self, events: list[tuple[int, int]]) -> None:
         """Move what can be moved."""
-        if self._counts:
-            self.use()  # a signal's handler did not let `hear` go on
         for fd, event in events:
             line = self._lines.get(fd)
             if line is None:
