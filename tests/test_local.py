@@ -23,12 +23,6 @@ GONE_WITHIN_S = 30
 Local = Callable[..., Ended]
 
 
-@pytest.fixture(autouse=True)
-def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each `print` is one write, as by default."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-
 @pytest.fixture
 def local(sfrun: Sfrun) -> Local:
     """`sfrun --local`; the line that says what it is is taken off stderr."""

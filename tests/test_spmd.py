@@ -24,7 +24,6 @@ Spmd = Callable[..., Ended]
 def local(sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch) -> Spmd:
     """`sfrun --local --spmd`."""
     monkeypatch.setenv("SF_LOG", "error")
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
     def run(program: str, *options: str, args: tuple[str, ...] = (), stdin: str | None = None) -> Ended:
         return sfrun(program, "--local", "--spmd", *options, args=args, stdin=stdin, timeout=120)
@@ -201,6 +200,23 @@ def test_mpi4py_is_ours_under_that_option_only(sfrun: Sfrun, monkeypatch: pytest
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert sorted(done.stdout.splitlines()) == ["[0] 2 1", "[1] 2 1"], done.stderr
     assert "/shims" not in sfrun("import sys; print(sys.path)", "--local", "--spmd", "-n", "1").ok().out
+
+
+def test_lines_of_ranks_do_not_mix_where_python_is_unbuffered(local: Spmd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    program = """
+        import sys
+        import sfparallel as sf
+
+        rank = sf.comm().rank
+        sf.comm().barrier()
+        for i in range(300):
+            print(rank, i, str(rank) * 40)
+            print(rank, i, str(rank) * 40, file=sys.stderr)
+    """
+    ended = local(program, "--no-label", "-n", "4").ok()
+    lines = sorted(f"{rank} {i} {str(rank) * 40}" for rank in range(4) for i in range(300))
+    assert (sorted(ended.out.splitlines()), sorted(ended.err.splitlines())) == (lines, lines)
 
 
 def test_a_program_that_begins_mpi_itself(sfrun: Sfrun) -> None:

@@ -60,9 +60,12 @@ class Program:
 
 
 def set_up_streams() -> None:
-    """Let the standard streams behave as Python's own do, but for stdout, which is line buffered though it is a pipe."""
-    cast(TextIO, sys.stdout).reconfigure(encoding="utf-8", errors="strict", line_buffering=True)  # type: ignore[attr-defined]
-    cast(TextIO, sys.stderr).reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[attr-defined]
+    """Let the standard streams behave as Python's own do, but for stdout, which is line buffered though it is a pipe.
+
+    Unbuffered too (PYTHONUNBUFFERED, for local ranks): a line leaves in one piece, or those of two ranks would mix.
+    """
+    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        cast(TextIO, stream).reconfigure(encoding="utf-8", errors=errors, line_buffering=True, write_through=False)  # type: ignore[attr-defined]
     cast(TextIO, sys.stdin).reconfigure(encoding="utf-8", errors="strict")  # type: ignore[attr-defined]
 
 
