@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sfparallel.runtime.local import _Cradle
 from sfparallel.vmm import processes
 from tests.conftest import BIN, Ended, Sfrun, children_of
 
@@ -239,6 +240,19 @@ def test_it_says_what_it_is_and_what_it_cannot() -> None:
     for options in (("--stats",), ("--trace", "x.json"), ("--forward", "1:2")):
         ended = _run(*options, "-c", "")
         assert ended.returncode == 2 and "--local" in ended.stderr
+
+
+def test_a_clone_whose_parent_is_gone_ends_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    clone = os.fork()
+    if clone == 0:
+        try:
+            _Cradle(1).wait(parent.pid)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(clone, 0)[1]) == os.EX_SOFTWARE
+    assert capfd.readouterr().err == ""
 
 
 def test_it_needs_no_privilege_and_no_qemu() -> None:

@@ -57,6 +57,34 @@ def suite(request: pytest.FixtureRequest) -> Path:
     return tests
 
 
+DEMOS = [
+    ("helloworld.py", 3), ("osu_barrier.py", 2), ("osu_alltoallv.py", 2), ("compute-pi/cpi-cco.py", 3),
+    ("futures/run_primes.py", 3), ("futures/run_julia.py", 3), ("mandelbrot/mandelbrot.py", 3),
+    ("nxtval/nxtval-threads.py", 5), ("profiling/cpi.py", 3), ("profiling/ring.py", 3), ("profiling/threads.py", 3),
+    ("reductions/test_reductions.py -q", 5), ("sequential/test_seq.py", 5), ("threads/sendrecv.py", 1),
+    *((f"init-fini/test_0.py {option}", 2) for option in (
+        "threads=false", "thread_level=single", "fast_reduce=false", "recv_mprobe=false", "irecv_bufsz=0", "errors=default",
+        "errors=exception", "errors=abort", "errors=fatal")),
+    *((f"init-fini/test_{name}.py", 2) for name in ("1", "2", "3", "4", "5", "6", "mpi40")),
+    *((f"mpi-ref-v1/ex-{name}.py", 4) for name in (
+        "2.01", "2.08", "2.16", "2.29", "2.32", "2.34", "2.35", "3.01", "3.02", "3.03", "3.04", "3.05", "3.06", "3.07", "3.08",
+        "3.09", "3.11", "3.12", "3.13")),
+]  # fmt: skip
+"""mpi4py's demos, and with how many ranks.
+
+Left out: the other osu_....py, futures/run_mandelbrot.py and perf_primes.py, which take longer and pass; run_crawl.py, which
+wants the internet; run_cpi.py and run_hello.py, whose workers want a communicator of their own; test_futures.py, which calls
+mpi4py's private functions; those that compile C.
+"""
+
+NOT_OFFERED = {
+    "compute-pi/cpi-rma.py": "Win.Create is not offered", "compute-pi/cpi-dpm.py": "Spawn is not offered",
+    "nxtval/nxtval-dynproc.py": "Spawn is not offered", "nxtval/nxtval-mpi3.py": "Win.Allocate is not offered",
+    "nxtval/nxtval-onesided.py": "Win.Create is not offered", "nxtval/nxtval-scalable.py": "Win.Create is not offered",
+    "spawning/cpi-master.py": "Spawn is not offered",
+}  # fmt: skip
+
+
 def run(suite: Path, ranks: int, words: list[str], *options: str, timeout_s: int = 450) -> None:
     """Run modules as a user would, in the folder of the tests."""
     excluded = [word for pattern in LEFT_OUT for word in ("-x", pattern)]
@@ -79,6 +107,30 @@ def test_what_has_to_pass(suite: Path, ranks: int) -> None:
 
 def test_the_rest(suite: Path) -> None:
     run(suite, 3, REST, "--local")
+
+
+def demo(suite: Path, words: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run a demo in its own folder, as its makefile would."""
+    program, *args = words.split()
+    path = suite.parent / "demo" / program
+    return subprocess.run([str(BIN / "sfrun"), "--local", "-n", str(ranks), "--mpi4py", path.name, *args], cwd=path.parent,
+                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+
+
+def test_demos(suite: Path) -> None:
+    failed = {}
+    for words, ranks in DEMOS:
+        ended = demo(suite, words, ranks)
+        if ended.returncode:
+            failed[words] = ended.stdout[-1000:] + ended.stderr[-2000:]
+    assert not failed
+
+
+def test_demos_of_what_is_not_offered(suite: Path) -> None:
+    for words, told in NOT_OFFERED.items():
+        ended = demo(suite, words, 1)
+        assert ended.returncode == 1 and told in ended.stderr, (words, ended.stderr[-2000:])
 
 
 @pytest.mark.needs("qemu", "image", "root")

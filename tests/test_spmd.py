@@ -219,6 +219,34 @@ def test_lines_of_ranks_do_not_mix_where_python_is_unbuffered(local: Spmd, monke
     assert (sorted(ended.out.splitlines()), sorted(ended.err.splitlines())) == (lines, lines)
 
 
+def test_ranks_and_roots_may_be_floats(sfrun: Sfrun) -> None:
+    """As for mpi4py, where they become integers of C: programs compute `size / 2`."""
+    program = """
+        import numpy as np
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        other = 1.0 - world.rank
+        assert world.sendrecv(world.rank, other, source=other) == other
+        world.send("message", np.float32(other), tag=1)
+        assert world.recv(source=np.float64(other), tag=1) == "message"
+        assert world.bcast(world.rank, root=1.0) == world.allreduce(world.rank, MPI.MAX) == 1
+        found = np.full(3, world.rank)
+        world.Bcast(found, root=world.size / 2)
+        assert list(found) == [1, 1, 1]
+        for root in ("1", 2.0, -1.0):
+            try:
+                world.bcast(0, root=root)
+            except MPI.Exception:
+                print("no rank")
+            except TypeError:
+                print("no number")
+    """
+    ended = sfrun(program, "--local", "--mpi4py", "-n", "2").ok()
+    names = ("no number", "no rank", "no rank")
+    assert sorted(ended.out.splitlines()) == [f"[{rank}] {name}" for rank in range(2) for name in names]
+
+
 def test_a_program_that_begins_mpi_itself(sfrun: Sfrun) -> None:
     program = """
         import os, sys, warnings

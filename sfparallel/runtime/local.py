@@ -131,7 +131,10 @@ class _Cradle:
 
     def wait(self, parent: int) -> list[int]:
         """In a clone: the process ids of all. When the parent dies before it said so, the clone ends too."""
-        pidfd = os.pidfd_open(parent)
+        try:
+            pidfd = os.pidfd_open(parent)
+        except ProcessLookupError:
+            os._exit(_EXIT_SOFTWARE)
         poll = select.poll()
         for fd in (pidfd, self._filled):
             poll.register(fd, select.POLLIN)

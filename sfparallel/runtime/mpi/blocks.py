@@ -22,12 +22,13 @@ from sfparallel.runtime.mpi.op import SUM, Op
 from sfparallel.runtime.mpi.request import Persistent, Prequest, Request
 
 
-def check_root(core: CommCore, root: int) -> None:
-    """Raise if `root` is no rank."""
+def checked_root(core: CommCore, root: int) -> int:
+    """Raise if `root` is no rank. A float counts as the integer, as it does for mpi4py."""
     if core.remote is not None:
         between.check_root(core, root)
     elif not 0 <= root < core.size:
         core.raise_error(MPIException(ERR_ROOT, f"root must be a rank (0..{core.size - 1}), not {root!r}"))
+    return int(root)
 
 
 def _take(records: Any, blocks: Sequence[Block], skip: int = -1) -> None:
@@ -104,7 +105,7 @@ class BlockCollectives(Runs):
 
     def _bcast(self, buf: Any, root: int) -> Prepared:
         core = self._live()
-        check_root(core, root)
+        root = checked_root(core, root)
         sends = root == ROOT if core.remote is not None else root == core.rank
         block = simple(buf, readonly=sends, peer=PROC_NULL if root == PROC_NULL else 0)
 
@@ -124,7 +125,7 @@ class BlockCollectives(Runs):
 
     def _gather(self, sendbuf: Any, recvbuf: Any, root: int, *, several: bool) -> Prepared:
         core = self._live()
-        check_root(core, root)
+        root = checked_root(core, root)
         receives = root == ROOT if core.remote is not None else root == core.rank
         peers = len(core.peers)
         targets: list[Block] = []
@@ -147,7 +148,7 @@ class BlockCollectives(Runs):
 
     def _scatter(self, sendbuf: Any, recvbuf: Any, root: int, *, several: bool) -> Prepared:
         core = self._live()
-        check_root(core, root)
+        root = checked_root(core, root)
         sends = root == ROOT if core.remote is not None else root == core.rank
         peers = len(core.peers)
         sources: list[Block] = []
@@ -222,7 +223,7 @@ class BlockCollectives(Runs):
 
     def _reduce(self, sendbuf: Any, recvbuf: Any, op: Op, root: int) -> Prepared:
         core = self._live()
-        check_root(core, root)
+        root = checked_root(core, root)
         if core.remote is not None:
             if root == PROC_NULL:
                 block = EMPTY

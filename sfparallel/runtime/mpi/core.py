@@ -14,7 +14,7 @@ from sfparallel.errors import RegionTimeout
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.mpi.collectives import Channel, Collective, Wait
 from sfparallel.runtime.mpi.endpoint import Endpoint
-from sfparallel.runtime.mpi.errhandler import ErrhandlerCore, returns
+from sfparallel.runtime.mpi.errhandler import ErrhandlerCore, initial
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
 from sfparallel.runtime.mpi.handle import Core
 from sfparallel.runtime.mpi.matching import Engine, RecvOp, SendOp
@@ -121,7 +121,7 @@ class CommCore(Core):
         self.attributes: dict[int, Any] = {}
         self.info: dict[str, str] = {}
         self.name = ""
-        self.errhandler: ErrhandlerCore = returns()
+        self.errhandler: ErrhandlerCore = initial()
         self.topology: Any = None
         self.buffer: Any = None
         self.revoked = False

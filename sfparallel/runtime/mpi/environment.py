@@ -13,7 +13,8 @@ from sfparallel.runtime.here import HERE
 from sfparallel.runtime.mpi import buffered
 from sfparallel.runtime.mpi import constants as c
 from sfparallel.runtime.mpi.buffers import BottomType, BufferAutomaticType, InPlaceType, buffer, byte_array
-from sfparallel.runtime.mpi.comm import COMM_WORLD, Comm, Intracomm
+from sfparallel.runtime.mpi.comm import COMM_SELF, COMM_WORLD, Comm, Intracomm
+from sfparallel.runtime.mpi.errhandler import Errhandler, set_initial
 from sfparallel.runtime.mpi.errors import ERR_DIMS, ERR_NAME, ERR_PORT, MPIException
 from sfparallel.runtime.mpi.handle import Handle
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
@@ -48,6 +49,13 @@ def abort(errorcode: int) -> NoReturn:
 def await_init() -> None:
     """The program wants to call `Init` itself (`mpi4py.rc.initialize`)."""
     _process.initialized = False
+
+
+def begin_with(errhandler: Errhandler) -> None:
+    """What COMM_WORLD, COMM_SELF and sessions do about errors, until the program says otherwise (`mpi4py.rc.errors`)."""
+    set_initial(errhandler)
+    for comm in (COMM_WORLD, COMM_SELF):
+        comm._core.errhandler = errhandler._core  # one that nobody has used yet begins with it anyway
 
 
 def Init() -> None:

@@ -50,10 +50,17 @@ ERRORS_ABORT: Errhandler = predefined(Errhandler._of(ErrhandlerCore(fatal=True))
 ERRORS_ARE_FATAL: Errhandler = predefined(Errhandler._of(ErrhandlerCore(fatal=True)), "ERRORS_ARE_FATAL")
 
 
-def returns() -> ErrhandlerCore:
-    """The handler that communicators have at first: exceptions are raised."""
-    core: ErrhandlerCore = ERRORS_RETURN._core
-    return core
+_initial: ErrhandlerCore = ERRORS_RETURN._core
+
+
+def initial() -> ErrhandlerCore:
+    """The handler that COMM_WORLD, COMM_SELF and sessions begin with: exceptions are raised, unless a program chose another."""
+    return _initial
+
+
+def set_initial(errhandler: Errhandler) -> None:
+    global _initial
+    _initial = errhandler._core
 
 
 class WithErrhandler:

@@ -80,7 +80,10 @@ class PointToPoint:
         if 0 <= dest < len(peers):
             if not 0 <= tag <= TAG_LIMIT:
                 core.raise_error(MPIException(ERR_TAG, f"{tag}"))
-            return peers[dest]
+            try:
+                return peers[dest]
+            except TypeError:
+                return peers[int(dest)]
         if dest != PROC_NULL:
             core.raise_error(MPIException(ERR_RANK, f"{dest} of {len(core.peers)}"))
         return PROC_NULL
@@ -93,7 +96,10 @@ class PointToPoint:
             core.raise_error(MPIException(ERR_TAG, f"{tag}"))
         peers: Sequence[int] = core.peers
         if 0 <= source < len(peers):
-            return peers[source]
+            try:
+                return peers[source]
+            except TypeError:
+                return peers[int(source)]
         if source not in (ANY_SOURCE, PROC_NULL):
             core.raise_error(MPIException(ERR_RANK, f"{source} of {len(core.peers)}"))
         return source

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from sfparallel.runtime.mpi.buffered import Buffered
 from sfparallel.runtime.mpi.comm import COMM_SELF, COMM_WORLD
 from sfparallel.runtime.mpi.constants import MAX_PSET_NAME_LEN
-from sfparallel.runtime.mpi.errhandler import WithErrhandler, returns
+from sfparallel.runtime.mpi.errhandler import WithErrhandler, initial
 from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_SESSION, MPIException
 from sfparallel.runtime.mpi.group import Group
 from sfparallel.runtime.mpi.handle import Core, Handle, predefined
@@ -40,7 +40,7 @@ class Session(Buffered, WithErrhandler, Handle):
 
     @classmethod
     def Init(cls, info: Info = INFO_NULL, errhandler: Any = None) -> Self:
-        return cls._of(SessionCore(errhandler._core if errhandler else returns()))
+        return cls._of(SessionCore(errhandler._core if errhandler else initial()))
 
     def Finalize(self) -> None:
         self._live()

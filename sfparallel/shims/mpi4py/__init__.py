@@ -18,9 +18,9 @@ __all__ = ["MPI"]
 
 
 class Rc:
-    """mpi4py's options. `initialize` decides what `MPI.Is_initialized` says before `MPI.Init`; the others can be set, and have no
-    effect: MPI is there from the beginning, errors are exceptions, calls may come from any thread, and messages have no size
-    limit."""
+    """mpi4py's options. `initialize` decides what `MPI.Is_initialized` says before `MPI.Init`, and `errors` which error handler
+    COMM_WORLD, COMM_SELF and sessions begin with; the others can be set, and have no effect: MPI is there from the beginning,
+    calls may come from any thread, and messages have no size limit."""
 
     initialize = True
     threads = True

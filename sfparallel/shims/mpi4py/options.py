@@ -9,8 +9,9 @@ import os
 import warnings
 from typing import Any
 
-from mpi4py import rc
+import mpi4py
 from sfparallel.runtime.mpi import environment
+from sfparallel.runtime.mpi.errhandler import ERRORS_ABORT, ERRORS_ARE_FATAL
 from sfparallel.runtime.mpi.pickling import pickle
 
 _TRUE = ("1", "y", "yes", "t", "true", "on")
@@ -28,7 +29,12 @@ def _number(text: str) -> int | str:
         return text
 
 
+rc: Any = vars(mpi4py).get("rc") or mpi4py.Rc()  # a program may have deleted it
+
 _DEFAULTS = {name: value for name, value in vars(type(rc)).items() if not name.startswith("_")}
+
+_ERRHANDLERS = {"default": ERRORS_ARE_FATAL, "abort": ERRORS_ABORT, "fatal": ERRORS_ARE_FATAL}
+"""What `rc.errors` means where it does not mean exceptions."""
 
 _WORDS = {
     "thread_level": ("single", "funneled", "serialized", "multiple"),
@@ -62,6 +68,8 @@ def apply() -> None:
         value = getattr(rc, name)
         if not _is_good(name, value):
             _warn(f"rc.{name}", value)
+    if rc.errors in _ERRHANDLERS:
+        environment.begin_with(_ERRHANDLERS[rc.errors])
     if rc.initialize is False:
         environment.await_init()
     for name in ("PROTOCOL", "THRESHOLD"):
