@@ -9,16 +9,9 @@ from sfparallel.runtime.mpi import collectives, reductions
 from sfparallel.runtime.mpi.collectives import Collective, bundle, received, unbundle
 from sfparallel.runtime.mpi.constants import PROC_NULL, ROOT
 from sfparallel.runtime.mpi.core import Call, CommCore
-from sfparallel.runtime.mpi.errors import ERR_ROOT, MPIException
 from sfparallel.runtime.mpi.pickling import Payload, pickle
 
 _EMPTY: Payload = (0, [], 0)
-
-
-def check_root(core: CommCore, root: int) -> None:
-    """Raise if `root` is no rank of the other group, and neither ROOT nor PROC_NULL."""
-    if root not in (ROOT, PROC_NULL) and not (core.remote is not None and 0 <= root < len(core.remote)):
-        core.raise_error(MPIException(ERR_ROOT, f"{root}"))
 
 
 def barrier(call: Call) -> Collective:
@@ -136,20 +129,17 @@ def reduce_scatter(call: Call, value: Any, codec: reductions.Codec, cuts: list[i
 
 
 def bcast_object(core: CommCore, obj: Any, root: int, timeout: float | None) -> Any:
-    check_root(core, root)
     payload = pickle.payload(obj) if root == ROOT else None
     result = core.run("bcast", lambda call: bcast(call, payload, root), timeout)
     return None if result is None else pickle.object(result[1], result[0])
 
 
 def gather_objects(core: CommCore, obj: Any, root: int, timeout: float | None) -> list[Any] | None:
-    check_root(core, root)
     records = core.run("gather", lambda call: gather(call, pickle.payload(obj), root), timeout)
     return None if records is None else [pickle.object(record.view, record.flags) for record in records]
 
 
 def scatter_objects(core: CommCore, objects: Sequence[Any] | None, root: int, timeout: float | None) -> Any:
-    check_root(core, root)
     payloads = None
     if root == ROOT:
         if objects is None or len(objects) != len(core.peers):
@@ -160,7 +150,6 @@ def scatter_objects(core: CommCore, objects: Sequence[Any] | None, root: int, ti
 
 
 def reduce_objects(core: CommCore, obj: Any, codec: reductions.Codec, root: int, timeout: float | None) -> Any:
-    check_root(core, root)
     return core.run("reduce", lambda call: reduce(call, obj if root < 0 else codec.own(obj), codec, root), timeout)
 
 

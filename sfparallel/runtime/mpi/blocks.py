@@ -15,20 +15,11 @@ from sfparallel.runtime.mpi.buffers import is_in_place
 from sfparallel.runtime.mpi.collectives import Collective, raw
 from sfparallel.runtime.mpi.constants import PROC_NULL, ROOT
 from sfparallel.runtime.mpi.core import Call, CommCore, Prepared
-from sfparallel.runtime.mpi.errors import CODES, ERR_OP, ERR_ROOT, MPIException
+from sfparallel.runtime.mpi.errors import CODES, ERR_OP, MPIException
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
 from sfparallel.runtime.mpi.messages import EMPTY, Block, _integers, simple, vector, vector_w
 from sfparallel.runtime.mpi.op import SUM, Op
 from sfparallel.runtime.mpi.request import Persistent, Prequest, Request
-
-
-def checked_root(core: CommCore, root: int) -> int:
-    """Raise if `root` is no rank. A float counts as the integer, as it does for mpi4py."""
-    if core.remote is not None:
-        between.check_root(core, root)
-    elif not 0 <= root < core.size:
-        core.raise_error(MPIException(ERR_ROOT, f"root must be a rank (0..{core.size - 1}), not {root!r}"))
-    return int(root)
 
 
 def _take(records: Any, blocks: Sequence[Block], skip: int = -1) -> None:
@@ -105,7 +96,7 @@ class BlockCollectives(Runs):
 
     def _bcast(self, buf: Any, root: int) -> Prepared:
         core = self._live()
-        root = checked_root(core, root)
+        root = core.checked_root(root)
         sends = root == ROOT if core.remote is not None else root == core.rank
         block = simple(buf, readonly=sends, peer=PROC_NULL if root == PROC_NULL else 0)
 
@@ -125,7 +116,7 @@ class BlockCollectives(Runs):
 
     def _gather(self, sendbuf: Any, recvbuf: Any, root: int, *, several: bool) -> Prepared:
         core = self._live()
-        root = checked_root(core, root)
+        root = core.checked_root(root)
         receives = root == ROOT if core.remote is not None else root == core.rank
         peers = len(core.peers)
         targets: list[Block] = []
@@ -148,7 +139,7 @@ class BlockCollectives(Runs):
 
     def _scatter(self, sendbuf: Any, recvbuf: Any, root: int, *, several: bool) -> Prepared:
         core = self._live()
-        root = checked_root(core, root)
+        root = core.checked_root(root)
         sends = root == ROOT if core.remote is not None else root == core.rank
         peers = len(core.peers)
         sources: list[Block] = []
@@ -223,7 +214,7 @@ class BlockCollectives(Runs):
 
     def _reduce(self, sendbuf: Any, recvbuf: Any, op: Op, root: int) -> Prepared:
         core = self._live()
-        root = checked_root(core, root)
+        root = core.checked_root(root)
         if core.remote is not None:
             if root == PROC_NULL:
                 block = EMPTY

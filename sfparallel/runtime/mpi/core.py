@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from sfparallel.errors import RegionTimeout
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.mpi.collectives import Channel, Collective, Wait
+from sfparallel.runtime.mpi.constants import PROC_NULL, ROOT
 from sfparallel.runtime.mpi.endpoint import Endpoint
 from sfparallel.runtime.mpi.errhandler import ErrhandlerCore, initial
-from sfparallel.runtime.mpi.errors import MPIException, PeerLost
+from sfparallel.runtime.mpi.errors import ERR_ROOT, MPIException, PeerLost
 from sfparallel.runtime.mpi.handle import Core
 from sfparallel.runtime.mpi.matching import Engine, RecvOp, SendOp
 from sfparallel.runtime.mpi.request import RequestCore, deadline_of, timed_out
@@ -177,6 +178,16 @@ class CommCore(Core):
         raise error
 
     # Collective calls
+
+    def checked_root(self, root: int) -> int:
+        """A root as an integer, which floats become as they do for mpi4py.
+
+        Raises:
+            MPIException: it is no rank; in an intercommunicator: none of the other group, and neither ROOT nor PROC_NULL.
+        """
+        if not 0 <= root < len(self.peers) and (self.remote is None or root not in (ROOT, PROC_NULL)):
+            self.raise_error(MPIException(ERR_ROOT, f"root must be a rank (0..{len(self.peers) - 1}), not {root!r}"))
+        return int(root)
 
     def new_call(self) -> Call:
         """Number the next collective call."""

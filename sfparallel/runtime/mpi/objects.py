@@ -8,7 +8,6 @@ from typing import Any
 from sfparallel.runtime.mpi import between, collectives, reductions
 from sfparallel.runtime.mpi.collectives import Collective
 from sfparallel.runtime.mpi.core import Call, CommCore, Prepared
-from sfparallel.runtime.mpi.errors import ERR_ROOT, MPIException
 from sfparallel.runtime.mpi.op import SUM, Op
 from sfparallel.runtime.mpi.pickling import pickle
 
@@ -33,12 +32,6 @@ class ObjectCollectives:
 
     def _live(self) -> Any:
         raise NotImplementedError
-
-    def _root(self, root: int) -> tuple[CommCore, int]:
-        core: CommCore = self._live()
-        if not 0 <= root < core.size and core.remote is None:
-            core.raise_error(MPIException(ERR_ROOT, f"root must be a rank (0..{core.size - 1}), not {root!r}"))
-        return core, int(root)
 
     def barrier(self, *, timeout: float | None = None) -> None:
         """Wait until every rank has called `barrier`.
@@ -68,7 +61,8 @@ class ObjectCollectives:
             RegionTimeout: it did not arrive in time; `.missing` names the ranks that did not take part.
             CloneLost: a rank died meanwhile.
         """
-        core, root = self._root(root)
+        core = self._live()
+        root = core.checked_root(root)
         if core.remote is not None:
             return between.bcast_object(core, obj, root, timeout)
         sends = core.rank == root
@@ -83,14 +77,16 @@ class ObjectCollectives:
 
     def gather(self, sendobj: Any, root: int = 0, *, timeout: float | None = None) -> list[Any] | None:
         """Objects of all ranks, as a list at the root."""
-        core, root = self._root(root)
+        core = self._live()
+        root = core.checked_root(root)
         if core.remote is not None:
             return between.gather_objects(core, sendobj, root, timeout)
         return _values(core.run("gather", lambda call: collectives.gather(call.local, pickle.payload(sendobj), root), timeout))
 
     def scatter(self, sendobj: Sequence[Any] | None, root: int = 0, *, timeout: float | None = None) -> Any:
         """To each rank its object of a list of the root's."""
-        core, root = self._root(root)
+        core = self._live()
+        root = core.checked_root(root)
         if core.remote is not None:
             return between.scatter_objects(core, sendobj, root, timeout)
         payloads = None
@@ -119,7 +115,8 @@ class ObjectCollectives:
     def reduce(self, sendobj: Any, op: Op | Callable[[Any, Any], Any] = SUM, root: int = 0, *,
                timeout: float | None = None) -> Any:
         """Objects of all ranks combined by `op`, in the order of the ranks, at the root."""
-        core, root = self._root(root)
+        core = self._live()
+        root = core.checked_root(root)
         codec = _objects(op)
         if core.remote is not None:
             return between.reduce_objects(core, sendobj, codec, root, timeout)
