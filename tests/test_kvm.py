@@ -123,10 +123,9 @@ class Rig:
 
     async def save(self, vm: Vm) -> tuple[Checkpoint, ForkReport]:
         report = ForkReport(0, 0.0)
-        checkpoint, crossing = await engine.save(vm, self.store, report)
+        checkpoint = await engine.save(vm, self.store, report)
         self._stack.callback(checkpoint.close)
         vm.thaw({})
-        assert not crossing
         return checkpoint, report
 
     async def launch(self, checkpoint: Checkpoint, n: int, name: str) -> list[Vm]:
@@ -139,7 +138,7 @@ class Rig:
         n = len(shells)
         report = ForkReport(n, 0.0)
         await engine.launch([engine.Birth(shell, {}) for shell in shells], checkpoint, report,
-                            lambda vm, cause: pytest.fail(f"{vm.name}: {cause}"), lambda vm: None)  # fmt: skip
+                            lambda vm, cause: pytest.fail(f"{vm.name}: {cause}"))  # fmt: skip
         assert len(report.loads) == len(list(report.of(Phase.WAKE))) == n
         return [int(phase.values["extents"]) for phase in report.of(Phase.MAP)]
 

@@ -24,7 +24,6 @@ from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.wire import Frame
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ async def _flatten(vm: Vm, store: LayerStore, only: Sequence[int] | None) -> Non
         raise PagingError(f"{vm.name}: its memory layers could not be merged: {error}") from error
 
 
-async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoint, list[Frame]]:
+async def save(vm: Vm, store: LayerStore, report: ForkReport) -> Checkpoint:
     """Make a checkpoint of a running VM and let its virtual CPUs go on; its programs stay frozen until `thaw`.
 
     Everything that can be done before the CPUs stop, or after they run again, is done then.
@@ -111,12 +110,9 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport) -> tuple[Checkpoin
     Args:
         report: told of each phase, and of what was committed.
 
-    Returns:
-        The checkpoint, and agent frames that stand unanswered in VM and checkpoint.
-
     Raises:
         StateError: it does not run.
-        VMError: nothing was saved. The VM runs on (frozen) if it could; the caller thaws it.
+        VMError: nothing was saved. The VM runs on, freezing or frozen, if it could; the caller thaws it.
     """
     vm.require(VmState.RUNNING)
     try:
@@ -142,12 +138,10 @@ async def _prepare(vm: Vm, plan: CommitPlan, report: ForkReport) -> None:
     report.note(vm.name, Phase.PREPARE, begun, prepared_pages=pages)
 
 
-async def _freeze_and_save(
-    vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport
-) -> tuple[Checkpoint, list[Frame]]:
+async def _freeze_and_save(vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport) -> Checkpoint:
     assert vm.memory is not None
     begun = time.monotonic()
-    crossing = await vm.freeze()
+    await vm.freeze()
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
         async with vm.devices_to(device_state) as devices:
@@ -190,7 +184,7 @@ async def _freeze_and_save(
                 layers_of_job=len(store), scan_ms=result.scan_ns / 1e6, copy_ms=result.copy_ns / 1e6,
                 remap_ms=result.remap_ns / 1e6)  # fmt: skip
     report.note(vm.name, Phase.RESUME, max(saved, committed), resumed)
-    return checkpoint, crossing
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -235,12 +229,8 @@ async def launch(
     checkpoint: Checkpoint,
     report: ForkReport,
     lost: Callable[[Vm, str], None],
-    thawed: Callable[[Vm], None],
 ) -> None:
-    """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on.
-
-    `thawed` is called for each clone when its guest may get frames.
-    """
+    """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on."""
 
     muster = _Muster(len(births))
     # As many as there are processors wake at a time: more would only take each other's place in the caches (measured with 32
@@ -272,7 +262,6 @@ async def launch(
                 resumed = time.monotonic()
                 report.note(shell.name, Phase.CONT, resuming, resumed)
                 shell.thaw(birth.thaw)
-                thawed(shell)
                 await asyncio.wait([shell.woken], timeout=WAKING_S)
             woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
             # Not now: frames that came with WOKEN may have been dealt with before this task went on.

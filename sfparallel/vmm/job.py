@@ -200,7 +200,6 @@ class Job:
         self._regions = Regions(
             settings, spec, self._pool, store,
             on_clone=self._clone_starts, on_world=self._world_starts, on_report=self._report,
-            answer_file_request=self._serve_files,
         )  # fmt: skip
         parent = await start_parent(spec, connection, network, self.name)
         self._parent = parent

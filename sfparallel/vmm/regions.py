@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.wire import Frame, FrameType, pack, unpack
+from sfparallel.wire import FrameType, pack, unpack
 
 log = logging.getLogger("sfparallel")
 
@@ -77,7 +77,6 @@ class Regions:
         on_clone: Callable[[Vm, str], None],
         on_world: Callable[[list[Vm]], None],
         on_report: Callable[[ForkReport], None],
-        answer_file_request: Callable[[Vm, int, bytes], None],
     ) -> None:
         self._settings = settings
         self._spec = spec
@@ -86,7 +85,6 @@ class Regions:
         self._on_clone = on_clone
         self._on_world = on_world
         self._on_report = on_report
-        self._answer_file_request = answer_file_request
         self._tickets: dict[int, Ticket] = {}
         self._members: dict[Vm, tuple[Ticket, Member]] = {}
         self._capacity = Capacity(spec)
@@ -237,7 +235,7 @@ class Regions:
                     self._pool.go_on()
         except (SfError, OSError) as error:
             ticket.give_up()
-            if vm.state is VmState.FROZEN:
+            if vm.state in (VmState.FROZEN, VmState.FREEZING):
                 vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
                 return None
             raise
@@ -257,15 +255,14 @@ class Regions:
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
-            checkpoint, crossing = await engine.save(vm, self._store, report)
+            checkpoint = await engine.save(vm, self._store, report)
         except BaseException:
             self._pool.give_back(shells)
             raise
         clones = self._start(ticket, shells, report)
         vm.thaw(_thaw(ticket.channel, {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}))
-        self._answer(vm, crossing)
         try:
-            await self._launch(ticket, clones, Saved(0, vm, ticket.channel, message["id"], checkpoint, crossing), report)
+            await self._launch(ticket, clones, Saved(0, vm, ticket.channel, message["id"], checkpoint), report)
         finally:
             checkpoint.close()
 
@@ -279,19 +276,12 @@ class Regions:
         ticket.start(members)
         return [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
 
-    def _answer(self, asker: Vm, crossing: Sequence[Frame]) -> None:
-        """Answer requests for files that stand unanswered in a VM, because they crossed the order to freeze."""
-        for frame in crossing:
-            self._answer_file_request(asker, frame.channel, frame.payload)
-
     async def _launch(self, ticket: Ticket, clones: list[dict[str, Any]], saved: Saved, report: ForkReport) -> None:
         members = ticket.members.values()
         births = [Birth(member.vm, self._birth_message(saved, member, clones)) for member in members]
         launched = time.monotonic()
         try:
-            await engine.launch(
-                births, saved.checkpoint, report, self._could_not_start, lambda clone: self._answer(clone, saved.crossing)
-            )
+            await engine.launch(births, saved.checkpoint, report, self._could_not_start)
         finally:
             report.note(SUPERVISOR, Phase.LAUNCH, launched)
         if ticket.world:
@@ -314,16 +304,15 @@ class Regions:
         async with self._fork_lock:
             report = self._new_report(0, vm)
             try:
-                checkpoint, crossing = await engine.save(vm, self._store, report)
+                checkpoint = await engine.save(vm, self._store, report)
             except (SfError, OSError) as error:
-                if vm.state is not VmState.FROZEN:
+                if vm.state not in (VmState.FROZEN, VmState.FREEZING):
                     raise
                 vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
                 return None
-        saved = self._saved.add(vm, channel, message["id"], checkpoint, crossing)
+        saved = self._saved.add(vm, channel, message["id"], checkpoint)
         answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": [], "checkpoint": saved.number, "batch": 0}
         vm.thaw(_thaw(channel, answer))
-        self._answer(vm, crossing)
         self._on_report(report)
         return None
 

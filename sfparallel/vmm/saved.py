@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sfparallel.errors import StateError
 from sfparallel.vmm.checkpoint import Checkpoint
 from sfparallel.vmm.vm import Vm
-from sfparallel.wire import Frame
 
 
 @dataclass(eq=False)
@@ -21,7 +19,6 @@ class Saved:
         owner: the VM that it is a state of, and that alone may use it.
         channel: of the program that made it; there the answer is awaited in every clone.
         request: id of the request that is to be answered.
-        crossing: agent frames that stand unanswered in it.
         batches: how often clones were made from it.
     """
 
@@ -30,7 +27,6 @@ class Saved:
     channel: int
     request: int
     checkpoint: Checkpoint
-    crossing: Sequence[Frame]
     batches: int = 0
 
 
@@ -41,9 +37,9 @@ class SavedStates:
         self._saved: dict[int, Saved] = {}
         self._numbers = itertools.count(1)
 
-    def add(self, owner: Vm, channel: int, request: int, checkpoint: Checkpoint, crossing: Sequence[Frame]) -> Saved:
+    def add(self, owner: Vm, channel: int, request: int, checkpoint: Checkpoint) -> Saved:
         """Keep a checkpoint; it belongs to this object from here on."""
-        saved = Saved(next(self._numbers), owner, channel, request, checkpoint, crossing)
+        saved = Saved(next(self._numbers), owner, channel, request, checkpoint)
         self._saved[saved.number] = saved
         return saved
 

@@ -29,8 +29,8 @@ from sfparallel.wire import Frame, FrameParser, FrameType, pack_names, unpack
 
 log = logging.getLogger(__name__)
 
-FREEZE_TIMEOUT_S = 60.0
-"""A guest that does not stop its programs within this time is taken for hung (a busy one needs milliseconds)."""
+FREEZE_TIMEOUT_S = 30.0
+"""A guest that has not stopped its programs within this time goes on, and the fork fails (a busy one needs milliseconds)."""
 
 _CONSOLE_TAIL_BYTES = 4096
 _PORT_GRACE_S = 1.0
@@ -46,11 +46,16 @@ class LoadTimes:
 
 
 class VmState(enum.Enum):
-    """Life of a VM."""
+    """Life of a VM.
+
+    SHELL -> LOADING -> STOPPED -> FROZEN -> RUNNING; a save goes RUNNING -> FREEZING -> FROZEN -> STOPPED -> FROZEN -> RUNNING,
+    or back from FREEZING to RUNNING if the guest does not come to rest. GONE may follow any of them.
+    """
 
     SHELL = "shell"
     LOADING = "loading"
     RUNNING = "running"
+    FREEZING = "freezing"
     FROZEN = "frozen"
     STOPPED = "stopped"
     GONE = "gone"
@@ -131,7 +136,7 @@ class Vm:
         self._agent_socket = sockets.agent
         self._port = _AgentPort(self)
         self._frozen: asyncio.Future[dict[str, Any]] | None = None
-        self._crossing: list[Frame] = []
+        self._freeze_abandoned = False
         self._held: list[Frame] = []
         self._pidfd = os.pidfd_open(pid) if pid else None
         if self._pidfd is not None:
@@ -303,10 +308,12 @@ class Vm:
         """Send a frame to the agent.
 
         While the guest is being saved nothing may be under way to it: a clone would find the first bytes of a frame and never
-        the rest. Such frames wait for `thaw`, and go to this VM only.
+        the rest. Such frames wait for `thaw`, and go to this VM only. The exception is the answer to a file request while it
+        freezes: the agent says FROZEN only when it has all of them, and a process that waits for one stops only when it has it.
         """
         frame = Frame(kind, payload, channel)
-        if self.freezing or self.state in (VmState.FROZEN, VmState.STOPPED):
+        answers_file = self.state is VmState.FREEZING and kind is FrameType.FUSE_REPLY
+        if self.state in (VmState.FREEZING, VmState.FROZEN, VmState.STOPPED) and not answers_file:
             self._held.append(frame)
         else:
             self._write(frame)
@@ -316,8 +323,11 @@ class Vm:
             self._port.transport.write(frame.encode())
 
     def thaw(self, message: dict[str, Any]) -> None:
-        """Let a frozen guest go on; `message` is the THAW map of the agent protocol."""
-        self.require(VmState.FROZEN)
+        """Let a frozen guest go on, or one that does not come to rest; `message` is the THAW map of the agent protocol."""
+        self.require(VmState.FROZEN, VmState.FREEZING)
+        # Then its FROZEN may be under way to us, and means nothing any more. WOKEN comes behind it.
+        self._freeze_abandoned = self.state is VmState.FREEZING
+        self._frozen = None
         self.state = VmState.RUNNING
         self._write(Frame(FrameType.THAW, pack_names(message)))
         held, self._held = self._held, []
@@ -329,7 +339,7 @@ class Vm:
 
         Not while it freezes: FREEZE must come through, and what its programs can print until they stand still is little.
         """
-        if self._port.transport and not self._port.transport.is_closing() and not self.freezing:
+        if self._port.transport and not self._port.transport.is_closing() and self.state is not VmState.FREEZING:
             self._port.transport.pause_reading()
 
     def release(self) -> None:
@@ -345,29 +355,22 @@ class Vm:
         except TimeoutError:
             self._frozen = None
             raise GuestError(
-                f"{self.name}: the guest agent did not answer within {timeout_s:.0f} s\n{self.console_tail()}"
+                f"{self.name}: the guest did not come to rest within {timeout_s:.0f} s\n{self.console_tail()}".rstrip(),
+                hint="a process of it may be stuck in the guest's kernel",
             ) from None
 
-    async def freeze(self) -> list[Frame]:
-        """Bring guest and agent port to a clean cut: no byte is under way in either direction.
-
-        Returns:
-            Requests that crossed the FREEZE: they stand unanswered in the guest, and so in every clone of it.
+    async def freeze(self) -> None:
+        """Bring guest and agent port to a clean cut: no byte is under way in either direction. File requests are answered
+        meanwhile.
 
         Raises:
-            GuestError: the agent does not answer.
+            GuestError: the guest does not come to rest. It is still FREEZING: `thaw` lets it go on.
         """
         self.require(VmState.RUNNING)
-        self._crossing = []
+        self.state = VmState.FREEZING
         self.release()
         self._write(Frame(FrameType.FREEZE))
         await self.wait_frozen(FREEZE_TIMEOUT_S)
-        self.state = VmState.FROZEN
-        return self._crossing
-
-    @property
-    def freezing(self) -> bool:
-        return self._frozen is not None
 
     @contextlib.asynccontextmanager
     async def devices_to(self, file: int) -> AsyncIterator[str]:
@@ -424,17 +427,20 @@ class Vm:
     def frame_received(self, frame: Frame) -> None:
         match frame.type:
             case FrameType.FROZEN:
+                if self._freeze_abandoned:
+                    return
+                if self.state is VmState.FREEZING:
+                    self.state = VmState.FROZEN
                 if self._frozen and not self._frozen.done():
                     self._frozen.set_result(unpack(frame.payload))
                 self._frozen = None
             case FrameType.WOKEN:
+                self._freeze_abandoned = False
                 if not self.woken.done():
                     self.woken_at = time.monotonic()
                     self.woken.set_result(unpack(frame.payload))
             case FrameType.FAILED:
                 self.end(f"it could not take on its identity: {frame.payload.decode(errors='replace')}")
-            case FrameType.FUSE if self.freezing:
-                self._crossing.append(frame)
             case _:
                 if frame.type is FrameType.EXITED:
                     self.exit_report = unpack(frame.payload)

@@ -3,6 +3,7 @@
    The life of an agent is a cycle of states; transitions are in loop.c and nowhere else:
 
        FROZEN --THAW--> (THAWING while mounts are made) --> RUNNING --FREEZE--> FREEZING --all still--> FROZEN
+                                                               ^--------THAW--------|
 
    In FROZEN nothing is in flight in either direction of the port: a VM is saved there, and clones wake up there.
    The path from the end of FROZEN to the first instruction of the user's program is what a clone costs: it

@@ -136,13 +136,16 @@ static void on_thaw(struct agent *agent, const struct frame *frame)
     const char *what;
     agent->thaw_cpu_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     agent->thaw_wall_ns = clock_ns(CLOCK_MONOTONIC);
-    if (agent->state != AGENT_FROZEN)
+    if (agent->state != AGENT_FROZEN && agent->state != AGENT_FREEZING)
         fail(agent, "THAW for a guest that is not frozen");
     if (thaw_decode(frame->payload, frame->size, &thaw, &what) < 0) {
         char text[128];
         snprintf(text, sizeof text, "cannot read the field %s of THAW", what);
         fail(agent, text);
     }
+    /* The host gives a freeze up that takes too long. Its VM goes on as it was. */
+    if (agent->state == AGENT_FREEZING && (thaw.has_identity || thaw.mounts->size > 0))
+        fail(agent, "an identity for a guest that is not frozen");
     if (thaw.has_identity)
         take_identity(agent, &thaw);
     if (thaw.mounts->size > 0)
