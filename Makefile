@@ -55,3 +55,4 @@ clean: ## remove what was built here (images and templates: `sf clean --all`)
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@$(MAKE) --silent --no-print-directory -C sfparallel/vmm/native clean
 	@$(MAKE) --silent --no-print-directory -C sfparallel/runtime/agent clean
+	@$(MAKE) --silent --no-print-directory -C sfparallel/runtime/cpu_check clean

@@ -366,7 +366,8 @@ def test_guest_half(cache: Path) -> None:
 
 def test_an_initramfs_that_cannot_be_written_leaves_nothing(cache: Path) -> None:
     folder = make_image(cache)
-    initramfs.build_agent()
+    initramfs.build(initramfs.AGENT)
+    initramfs.build(initramfs.CPU_CHECK)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""The guest half: an initramfs with the agent as its /init, the kernel modules it loads, and this package's Python files.
+"""The guest half: an initramfs with the agent as its /init, the test of the processor, kernel modules, and our Python files.
 
 It is apart from the guest's root, because it changes with this package and takes well under a second to make, while a root takes
 a minute. It is not compressed: under emulation, unpacking costs more than reading.
@@ -21,7 +21,10 @@ from sfparallel.errors import EnvironmentProblem
 from sfparallel.vmm import subprocesses
 
 _PACKAGE = Path(sfparallel.__file__).parent
-_AGENT = _PACKAGE / "runtime" / "agent"
+AGENT = _PACKAGE / "runtime" / "agent" / "sfagent"
+"""The guest's init."""
+CPU_CHECK = _PACKAGE / "runtime" / "cpu_check" / "cpu_check"
+"""The test of the processor, which the agent runs before a template is taken."""
 _TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py")
 
 
@@ -75,24 +78,31 @@ def package_files() -> Iterator[Path]:
             yield path.relative_to(_PACKAGE)
 
 
-def build_agent() -> Path:
-    """The agent's program, made with `make` if its sources are newer.
+def build(program: Path) -> Path:
+    """A static program of the guest, made with `make` if its sources are newer.
+
+    Args:
+        program: AGENT or CPU_CHECK.
+
+    Returns:
+        Where it is: there, or in the cache folder.
 
     Raises:
         EnvironmentProblem: it is missing and cannot be made.
     """
-    program = _AGENT / "sfagent"
-    sources = [path for path in _AGENT.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile"]
+    folder = program.parent
+    sources = [path for path in folder.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile"]
     if program.exists() and all(path.stat().st_mtime_ns <= program.stat().st_mtime_ns for path in sources):
         return program
-    output = _AGENT
-    if not os.access(_AGENT, os.W_OK):  # an installed package; the program then belongs into the cache
+    output = folder
+    if not os.access(folder, os.W_OK):  # an installed package; the program then belongs into the cache
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
-        output = cache_folder() / "agent" / digest[:16]
+        output = cache_folder() / folder.name / digest[:16]
         output.mkdir(parents=True, exist_ok=True)
     subprocesses.require("make", "gcc make libc6-dev libmsgpack-dev")
-    subprocesses.run(["make", "-s", "-C", _AGENT, f"OUT={output}", f"{output}/sfagent"], what="build the guest agent")
-    return output / "sfagent"
+    subprocesses.run(["make", "-s", "-C", folder, f"OUT={output}", f"{output}/{program.name}"],
+                     what=f"build the guest's {program.name}")  # fmt: skip
+    return output / program.name
 
 
 def _compiled(source: Path, name: str, folder: Path) -> bytes:
@@ -123,9 +133,9 @@ def write_initramfs(modules: Path, guest_magic: str) -> Path:
         guest_magic: magic number of the guest's Python bytecode, hexadecimal.
 
     Raises:
-        EnvironmentProblem: the agent cannot be built.
+        EnvironmentProblem: a program of the guest cannot be built.
     """
-    entries = [Entry("init", build_agent().read_bytes(), 0o755)]
+    entries = [Entry("init", build(AGENT).read_bytes(), 0o755), Entry("sf/cpu_check", build(CPU_CHECK).read_bytes(), 0o755)]
     for path in sorted(modules.iterdir()):
         entries.append(Entry(f"sf/modules/{path.name}", path.read_bytes()))
     entries += _package_entries(guest_magic)

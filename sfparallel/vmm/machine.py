@@ -47,6 +47,18 @@ _SERIAL_PORTS = 2
 _LEFT_OUT = "usb=off,sata=off,smbus=off,i8042=off,hpet=off"
 
 
+TCG_CPU_MODEL = "max,la57=off,erms=off,avx2=off,vaes=off"
+"""TCG's `max` without what it computes wrong, or slowly (docs/decisions/0001-emulated-processor.md).
+
+* avx2: in QEMU 7.2 a gather whose index is in register 4 reads the first element of its table over and over, so that numpy sorts
+  wrong without a word. VAES alone is on no processor without AVX2.
+* la57: five-level paging only makes each TLB miss dearer.
+* erms: the guest would copy and clear memory by REP MOVSB, which TCG does byte by byte: five times as long.
+
+What is left, runtime/cpu_check proves at the boot of each template.
+"""
+
+
 class Accelerator(enum.Enum):
     """How guest code is executed."""
 
@@ -77,9 +89,7 @@ class MachineSpec:
 
     @property
     def cpu_model(self) -> str:
-        # TCG's "max" has everything that numpy's wheels ask for. Five-level paging only makes each TLB miss dearer. With ERMS the
-        # guest would copy and clear memory by REP MOVSB, which TCG does byte by byte: five times as long.
-        return "host" if self.accelerator is Accelerator.KVM else "max,la57=off,erms=off"
+        return "host" if self.accelerator is Accelerator.KVM else TCG_CPU_MODEL
 
     @property
     def machine(self) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,11 +28,13 @@ from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
-from sfparallel.vmm.machine import Boot, MachineSpec
+from sfparallel.vmm.machine import Accelerator, Boot, MachineSpec
 from sfparallel.vmm.paging import PagingRefused
 from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import Vm, VmState
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 _LAYERS = {"memory": 1}
@@ -83,6 +86,7 @@ async def ensure_template(
 
     Raises:
         GuestError: the guest did not come up; the message has the end of its console.
+        EnvironmentProblem: its processor computes wrong.
         ImageBuildError: the template could not be written.
     """
     key, manifest = template_key(spec, boot, image_key)
@@ -129,11 +133,33 @@ async def _boot(spec: MachineSpec, boot: Boot) -> Vm:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
         await vm.qmp.execute("cont")
         await booted
-    except BaseException:
+    except BaseException as error:
         vm.kill()
+        if vm.failure:
+            raise _wrong_processor(spec, vm.failure) from error
         raise
     vm.state = VmState.FROZEN
     return vm
+
+
+def _wrong_processor(spec: MachineSpec, findings: str) -> EnvironmentProblem:
+    """The error for a guest whose test of the processor (runtime/cpu_check) failed.
+
+    Args:
+        findings: a line for each instruction that computed wrong.
+    """
+    first, *more = findings.splitlines()
+    others = f"\n  and {len(more)} more (SF_LOG=debug shows them)" if more else ""
+    for line in more:
+        log.debug("computed wrong: %s", line)
+    emulated = spec.accelerator is Accelerator.TCG
+    who = "emulated by" if emulated else "that KVM passes on through"
+    hint = "use another version of QEMU (SF_QEMU)" + (", or a host with KVM" if emulated else ", or emulation (SF_ACCEL=tcg)")
+    return EnvironmentProblem(
+        f"the guest's processor computes wrong, so that no template was made: -cpu {spec.cpu_model}, {who} QEMU "
+        f"{qemu_version(spec.qemu)}\n  {first}{others}",
+        hint=hint,
+    )
 
 
 async def _save(vm: Vm, memory_bytes: int, folder: Path) -> MemoryMap:

@@ -130,6 +130,8 @@ class Vm:
         self.woken_at: float | None = None
         self.cause = ""
         """Why it is gone, or was ended."""
+        self.failure = ""
+        """What its agent said when it gave up."""
         self._child = child
         self._loop = asyncio.get_running_loop()
         self._console = sockets.console
@@ -440,7 +442,8 @@ class Vm:
                     self.woken_at = time.monotonic()
                     self.woken.set_result(unpack(frame.payload))
             case FrameType.FAILED:
-                self.end(f"it could not take on its identity: {frame.payload.decode(errors='replace')}")
+                self.failure = frame.payload.decode(errors="replace").strip()
+                self.end(f"its agent gave up: {self.failure}")
             case _:
                 if frame.type is FrameType.EXITED:
                     self.exit_report = unpack(frame.payload)

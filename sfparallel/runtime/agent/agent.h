@@ -174,12 +174,18 @@ void exports_reply(struct exports *exports, uint16_t tag, const uint8_t *data, s
 
 /* ---- boot.c ---- */
 
-/* From the kernel's hand-over to a root with everything mounted. Dies on failure. */
-void boot(void);
+/* From the kernel's hand-over to a root with everything mounted. Dies on failure. `wrong` gets what the processor computes
+   wrong, as text of lines; it is empty if there is nothing. */
+void boot(char *wrong, size_t room);
 void die(const char *what, int error) __attribute__((noreturn)); /* says so on the console, then powers off */
 void power_off(void) __attribute__((noreturn));
 int write_file(const char *path, const char *text);              /* 0 or -errno */
 int make_folders(const char *path);                              /* mkdir -p; 0 or -errno */
+
+/* ---- processor.c ---- */
+
+/* Run the test of the processor. `text` (room > 0) gets what it found wrong. Returns 0, or -errno if it could not be run. */
+int processor_check(const char *path, char *text, size_t room);
 
 /* ---- loop.c ---- */
 

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #define SEED "/sf"                                      /* our folder in the initramfs */
+#define CHECK SEED "/cpu_check"
 #define PACKAGE "/usr/lib/python3/dist-packages/sfparallel"
 
 void power_off(void)
@@ -224,12 +225,21 @@ static void set_kernel(void)
         write_file(settings[i][0], settings[i][1]);
 }
 
-void boot(void)
+static void check_processor(char *wrong, size_t room)
+{
+    int result = processor_check(CHECK, wrong, room);
+    if (result < 0)
+        die(CHECK, result);
+    unlink(CHECK); /* as the modules */
+}
+
+void boot(char *wrong, size_t room)
 {
     must_mount("dev", "/dev", "devtmpfs", MS_NOSUID, NULL);
     must_mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     must_mount("sys", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     open_console();
+    check_processor(wrong, room);
     load_modules();
     mount_root();
     move_tree(SEED "/package", "/new" PACKAGE);

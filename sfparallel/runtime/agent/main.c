@@ -3,7 +3,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -24,13 +26,22 @@ static int open_children(void)
     return fd < 0 ? -errno : fd;
 }
 
+/* No template may be taken of a guest whose processor computes wrong. */
+static void refuse(struct port *port, const char *wrong)
+{
+    port_send(port, FRAME_FAILED, 0, wrong, strlen(wrong));
+    dprintf(STDERR_FILENO, "sfagent: %s", wrong);
+    power_off();
+}
+
 int main(void)
 {
+    static char wrong[16384];
     /* Zeroed and never freed: it lives as long as the guest. */
     struct agent *agent = calloc(1, sizeof *agent);
     if (!agent)
         die("agent", ENOMEM);
-    boot();
+    boot(wrong, sizeof wrong);
     signal(SIGPIPE, SIG_IGN);
     agent->children = open_children();
     step(agent->children, "signalfd");
@@ -40,6 +51,8 @@ int main(void)
     step(clients_open(&agent->clients), "agent.sock");
     step(host_open(&agent->host), "identity");
     step(port_open(&agent->port), "port sf.agent");
+    if (wrong[0])
+        refuse(&agent->port, wrong);
     step(program_start_keeper(&agent->program), "keeper");
     agent_run(agent);
 }
