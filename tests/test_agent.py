@@ -205,6 +205,20 @@ def test_freeze_stops_a_busy_program(guest: Guest) -> None:
     assert guest.ended().status == 3
 
 
+def test_freeze_waits_for_no_end_of_output(guest: Guest) -> None:
+    """What is in the pipes when it begins is passed on, not what a process goes on to write."""
+    guest.run("import subprocess; subprocess.Popen(['yes']).wait()")
+    for _ in range(3):
+        guest.output_until("y\ny")
+        guest.send(FrameType.FREEZE)
+        printed = 0
+        while (frame := guest.frame()).type is not FrameType.FROZEN:
+            printed += len(frame.payload)
+        assert printed < 2 << 20, "two pipes of 64 KiB, and what lay in the sockets"
+        guest.assert_silent()
+        guest.thaw()
+
+
 CLONE = CONNECT + """
 import zmq
 server = socket.create_server(('10.83.0.1', 5000))

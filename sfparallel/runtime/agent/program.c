@@ -114,7 +114,7 @@ void program_close_stdin(struct program *program)
     close_end(&program->input);
 }
 
-/* Send what one read(2) gives. Returns 1 if there was something, 0 if not or at the end, or -errno of the port. */
+/* Send what one read(2) gives. Returns how many bytes, 0 if there are none or at the end, or -errno of the port. */
 static int relay_piece(int *fd, struct port *port, uint16_t channel)
 {
     if (*fd < 0)
@@ -127,7 +127,7 @@ static int relay_piece(int *fd, struct port *port, uint16_t channel)
         return 0;
     }
     int result = port_send_prepared(port, FRAME_OUTPUT, channel, (size_t)n);
-    return result < 0 ? result : 1;
+    return result < 0 ? result : (int)n;
 }
 
 void program_close_output(struct program *program, uint16_t channel)
@@ -144,16 +144,25 @@ int program_output_event(int *fd, struct port *port, uint16_t channel)
     return result < 0 ? result : 0;
 }
 
+/* Send what is in a pipe now, and no more: a process that goes on writing (`yes`) must not keep us here. */
+static int relay_waiting(int *fd, struct port *port, uint16_t channel)
+{
+    int waiting = 0;
+    if (*fd < 0 || ioctl(*fd, FIONREAD, &waiting) < 0)
+        return 0;
+    while (waiting > 0) {
+        int n = relay_piece(fd, port, channel);
+        if (n <= 0)
+            return n;
+        waiting -= n;
+    }
+    return 0;
+}
+
 int program_drain(struct program *program, struct port *port)
 {
-    int result;
-    while ((result = relay_piece(&program->output, port, CHANNEL_STDOUT)) > 0)
-        ;
-    if (result < 0)
-        return result;
-    while ((result = relay_piece(&program->error, port, CHANNEL_STDERR)) > 0)
-        ;
-    return result;
+    int result = relay_waiting(&program->output, port, CHANNEL_STDOUT);
+    return result < 0 ? result : relay_waiting(&program->error, port, CHANNEL_STDERR);
 }
 
 static int discard(int fd, uint8_t *scratch, size_t size)
