@@ -44,6 +44,8 @@ class Qmp:
         self._on_event = on_event
         self._on_close = on_close
         self._replies: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        """Commands, or the rest of one, that the socket has no room for yet, with their descriptors."""
         self._buffer = bytearray()
         self._closed = False
         self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
@@ -74,14 +76,47 @@ class Qmp:
         message = json.dumps({"execute": command, "arguments": names}).encode() + b"\n"
         self._replies.append((command, reply))
         try:
-            # A monitor reads at once and commands are small, so that a full socket buffer means that QEMU hangs.
-            sent = socket.send_fds(self._sock, [message], list(fds)) if fds else self._sock.send(message)
-            if sent != len(message):
-                raise BlockingIOError(f"only {sent} of {len(message)} bytes taken")
+            self._write(message, fds)
         except OSError as error:
             self._replies.pop()
             reply.set_exception(QmpError(f"{self.name}: cannot send {command!r} to QEMU: {error}"))
         return reply
+
+    def _write(self, message: bytes, fds: Sequence[int]) -> None:
+        """Send a command, or what the socket takes of it now; the rest follows when there is room.
+
+        Raises:
+            OSError: nothing of it was sent.
+        """
+        sent = 0
+        if not self._unsent:
+            with contextlib.suppress(BlockingIOError):
+                sent = socket.send_fds(self._sock, [message], list(fds)) if fds else self._sock.send(message)
+        if sent == len(message):
+            return
+        # The kernel passes descriptors with the first byte. Those that have to wait are duplicated, as the caller closes its own.
+        kept = [os.dup(fd) for fd in fds] if not sent else []
+        if not self._unsent:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
+        self._unsent.append((message[sent:], kept))
+
+    def _writable(self) -> None:
+        message, fds = self._unsent[0]
+        try:
+            sent = socket.send_fds(self._sock, [message], fds) if fds else self._sock.send(message)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end()  # half a command may have been sent: the stream is of no further use
+            return
+        for fd in fds:
+            os.close(fd)
+        if sent < len(message):
+            self._unsent[0] = (message[sent:], [])
+            return
+        self._unsent.popleft()
+        if not self._unsent:
+            self._loop.remove_writer(self._sock.fileno())
 
     async def execute(self, command: str, fds: Sequence[int] = (), **arguments: Any) -> Any:
         """Run a command and return what it returns.
@@ -110,7 +145,12 @@ class Qmp:
             return
         self._closed = True
         self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
+        for _, fds in self._unsent:
+            for fd in fds:
+                os.close(fd)
+        self._unsent.clear()
         pending = [(command, future) for command, future in self._replies]
         pending += [("wait for an event", future) for _, future in self._waiters]
         pending.append(("connect", self._greeted))
@@ -133,8 +173,7 @@ class Qmp:
         except OSError:
             data = b""
         if not data:
-            self.close()
-            self._on_close()
+            self._end()
             return
         self._buffer += data
         while (end := self._buffer.find(b"\n")) >= 0:
@@ -144,6 +183,10 @@ class Qmp:
                 self._dispatch(json.loads(line))
                 if self._closed:
                     return
+
+    def _end(self) -> None:
+        self.close()
+        self._on_close()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         if "event" in message:
