@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sfparallel.errors import VMError
+from sfparallel.vmm import launcher
 from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.paging import PagingLayer, control_pair
 from sfparallel.vmm.shells import LIBRARY
@@ -53,10 +54,9 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     with ExitStack() as stack:
-        launcher = Launcher.start(["sleep", "1000"], str(LIBRARY))
-        bench = Bench(launcher, stack)
+        bench = Bench(Launcher.start(["sleep", "1000"], str(LIBRARY)), stack)
         yield bench
-        launcher.close()
+        bench.launcher.close()
         for pid in bench.pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -114,6 +114,13 @@ def test_a_launcher_that_is_gone_is_told(bench: Bench) -> None:
                 await bench.child()
 
     asyncio.run(scenario())
+
+
+def test_a_launcher_that_stands_still_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "ANSWER_TIMEOUT_S", 0.2)
+    os.kill(bench.pid, signal.SIGSTOP)
+    with pytest.raises(VMError, match="launcher of shells has not answered"):
+        asyncio.run(bench.child())
 
 
 def test_close_ends_a_launcher_that_stands_still(bench: Bench) -> None:

@@ -15,6 +15,9 @@ from typing import Self
 from sfparallel import native
 from sfparallel.errors import ProtocolError, VMError
 
+ANSWER_TIMEOUT_S = 30.0
+"""To load QEMU takes a second, to fork it milliseconds."""
+
 _MAGIC = 0x47504653
 _VERSION = 1
 _MAX_FDS = 10
@@ -78,7 +81,11 @@ class Launcher:
             self._serial = (self._serial + 1) & 0xFFFF
             try:
                 self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
-                status, pid = await self._answer()
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    status, pid = await self._answer()
+            except TimeoutError:
+                raise VMError(f"the launcher of shells has not answered for {ANSWER_TIMEOUT_S:.0f} s",
+                              hint="has somebody stopped that process?") from None
             except OSError as error:
                 raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
         if status:
