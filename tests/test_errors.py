@@ -131,6 +131,42 @@ def test_a_mistake_in_the_supervisor_ends_the_job(sfrun: Sfrun) -> None:
     assert "the parent VM is lost: the supervisor failed: IndexError('as in a mistake')" in ended.stderr
 
 
+FAILING_LOAD = """
+import asyncio, os, sys
+from sfparallel import cli
+from sfparallel.vmm.vm import Vm
+
+load = Vm.load
+failed = asyncio.Event()
+
+async def load_or_fail(vm, plan, device_state):
+    if vm.name == "parent":
+        return await load(vm, plan, device_state)
+    if not failed.is_set():
+        failed.set()
+        raise IndexError("as in a mistake")
+    file = os.fstat(device_state).st_ino
+    try:
+        await asyncio.sleep(0.5)
+    finally:
+        if os.fstat(device_state).st_ino == file:
+            print("still open", file=sys.stderr)
+
+Vm.load = load_or_fail
+sys.exit(cli.sfrun(sys.argv[1:]))
+"""
+
+
+def test_a_mistake_in_one_clones_start_ends_the_others_first(sfrun: Sfrun) -> None:
+    """No start may go on when the checkpoint's descriptors are closed: their numbers may belong to something else by then."""
+    program = sfrun.write("import sfparallel as sf; print(sf.parallel(abs, n=3)(-1))")
+    ended = subprocess.run([sys.executable, "-c", FAILING_LOAD, str(program)], cwd=sfrun.folder, capture_output=True, text=True,
+                           timeout=100)  # fmt: skip
+    assert ended.returncode != 0 and not ended.stdout
+    assert "the parent VM is lost: the supervisor failed: IndexError('as in a mistake')" in ended.stderr
+    assert ended.stderr.count("still open") == 2, ended.stderr
+
+
 def test_kill_9_of_a_clones_qemu(sfrun: Sfrun) -> None:
     process = sfrun.start(
         """

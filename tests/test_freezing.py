@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import subprocess
 
 import pytest
 
-from tests.conftest import Sfrun
+from tests.conftest import Sfrun, command_of, descendants
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -96,3 +98,98 @@ print(sf.parallel(lambda: sf.comm().rank, n=2)())
     assert [line.split(":")[0] for line in lines] == ["not forked", "not kept", "[0, 1]"]
     assert all("did not come to rest" in line for line in lines[:2])
 
+
+
+def test_a_guest_that_does_not_come_to_rest_holds_no_other_vm(sfrun: Sfrun) -> None:
+    """A clone whose fork waits for its programs: its siblings fork meanwhile."""
+    (sfrun.folder / "stuck.py").write_text(STUCK + "sf.parallel(lambda: None, n=1)()")
+    ended = sfrun(
+        """
+        import time
+        import sfparallel as sf
+        from sfparallel.errors import VMError
+
+        def clone():
+            if sf.comm().rank == 0:
+                try:
+                    stick()
+                except VMError:
+                    return "stuck", time.time()
+            time.sleep(1)
+            return sf.parallel(lambda: sf.comm().rank, n=1)(), time.time()
+
+        def stick():
+            exec(compile(STUCK, "stuck", "exec"), {})
+
+        with open("stuck.py") as file:
+            STUCK = file.read()
+        (stuck, late), (forked, early) = sf.parallel(clone, n=2)()
+        print(stuck, forked, early < late)
+        """,
+        timeout=240,
+    ).ok()
+    assert ended.out.split() == ["stuck", "[0]", "True"]
+
+
+@pytest.mark.parametrize("ask", ["sf.clone(sf.request_ticket(2))", "sf.parallel(lambda: None, n=2)()"])
+def test_a_process_that_dies_while_it_waits_for_clones_gets_none(sfrun: Sfrun, ask: str) -> None:
+    """Nobody would end such clones, and the program's other process would go on in each of them to its end."""
+    process = sfrun.start(
+        f"""
+        import os, signal, sys, time
+        import sfparallel as sf
+
+        sf.parallel(lambda: None, n=1)()
+        go, begin = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(go, 1)
+            {ask}
+            os._exit(0)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        os.write(begin, b"x")
+        waits = 0
+        while waits < 30:      # it waits in its first request only for a moment
+            time.sleep(0.02)
+            with open(f"/proc/{{child}}/stack") as file:
+                waits = waits + 1 if "skb_wait_for_more" in file.read() else 0
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        print("killed", flush=True)
+        sys.stdin.readline()
+        time.sleep(4)
+        print("end", flush=True)
+        time.sleep(2)
+        """,
+        "--pool", "0", stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == "ready\n"
+    (launcher,) = (pid for pid in descendants(process.pid) if command_of(pid).startswith("sf-launcher"))
+    os.kill(launcher, signal.SIGSTOP)
+    process.stdin.write("ask\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "killed\n"
+    os.kill(launcher, signal.SIGCONT)
+    out, err = process.communicate("go on\n", timeout=100)
+    assert (process.returncode, out) == (0, "end\n"), err
+
+
+def test_forks_beside_a_process_that_prints_without_end(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        """
+        import subprocess
+        import sfparallel as sf
+
+        yes = subprocess.Popen(["yes"])
+        for _ in range(3):
+            assert sf.parallel(lambda: sf.comm().rank, n=2)() == [0, 1]
+        yes.kill()
+        yes.wait()
+        print("end")
+        """,
+        timeout=240,
+    ).ok()  # fmt: skip
+    assert set(ended.out.splitlines()) <= {"y", "[0] y", "[1] y", "[0] ", "[1] ", "end"}
+    assert ended.out.endswith("end\n")

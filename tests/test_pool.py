@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from sfparallel.errors import PagingError, StateError
+from sfparallel.errors import PagingError, ProtocolError, StateError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.plans import MapPlan
@@ -149,20 +149,94 @@ def test_shells_are_mapped_while_they_wait_and_anew_when_they_keep_a_layer_alive
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("error", [PagingError("no more mappings"), OSError(errno.EMFILE, "no more descriptors")])
-def test_shell_that_cannot_be_mapped_is_ended_and_told_of(error: Exception) -> None:
+ERRORS = [PagingError("no more mappings"), ProtocolError("no answer"), OSError(errno.EMFILE, "no more descriptors")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_shell_that_cannot_be_mapped_is_ended_told_of_and_replaced(error: Exception) -> None:
     async def test() -> None:
         rig = Rig()
         rig.errors = itertools.chain([error], itertools.repeat(None))
         rig.pool.follow(image_of(rig.layer()))
         rig.pool.aim(1)
         await rig.pool.wait_full()
-        assert rig.shells[0].state is VmState.GONE and len(rig.pool) == 0 and rig.pool.error is error
+        assert rig.shells[0].state is VmState.GONE and rig.pool.error is error
+        assert len(rig.pool) == 1
+        rig.pool.close()
+
+    asyncio.run(test())
+
+
+def test_pool_gives_up_where_no_shell_can_be_had() -> None:
+    async def test() -> None:
+        rig = Rig()
+        rig.errors = itertools.repeat(ERRORS[0])
+        rig.pool.follow(image_of(rig.layer()))
+        rig.pool.aim(1)
+        async with asyncio.timeout(10):
+            await rig.pool.wait_full()
+        assert len(rig.shells) == 3 and not len(rig.pool)
+        rig.pool.close()
+
+    asyncio.run(test())
+
+
+def test_shells_of_a_fork_that_is_given_up_go_back() -> None:
+    async def test() -> None:
+        rig = Rig()
+        go = asyncio.Event()
+        start = rig.start
+
+        async def start_slowly() -> Vm:
+            if len(rig.shells) == 2:
+                await go.wait()
+            return await start()
+
+        rig.pool = Pool(start_slowly, rig.image)
+        taking = asyncio.create_task(rig.pool.take(3))
+        while len(rig.shells) < 2:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        assert len(rig.pool) == len(rig.shells) == 2
+        rig.pool.close()
+
+    asyncio.run(test())
+
+
+def test_pool_waits_for_all_forks_that_are_under_way() -> None:
+    async def test() -> None:
+        rig = Rig()
+        with rig.pool.held():
+            with rig.pool.held():
+                rig.pool.aim(1)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not rig.shells
         await rig.pool.wait_full()
         assert len(rig.pool) == 1
         rig.pool.close()
 
     asyncio.run(test())
+
+
+def test_a_checkpoint_in_use_is_closed_when_nobody_uses_it_any_more() -> None:
+    store = LayerStore()
+    number = store.create(PAGES * PAGE_BYTES, "parent")
+    devices = os.memfd_create("devices")
+    checkpoint = Checkpoint(image_of(number), devices, store)
+    store.release("parent")
+    with checkpoint.in_use(), checkpoint.in_use():
+        checkpoint.close()
+        plan = checkpoint.plan()
+        assert os.fstat(devices) and all(os.fstat(fd) for fd in plan.fds)
+    assert len(store) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(devices)
+    with pytest.raises(StateError, match="closed"):
+        checkpoint.plan()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -7,8 +7,9 @@ were forked from the same state and go away with the last holder.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,6 +110,7 @@ class Checkpoint:
     disks: tuple[Path, ...] = ()
     _plans: list[MapPlan] = field(default_factory=list, init=False)
     _closed: bool = field(default=False, init=False)
+    _users: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.store.hold(self, self.layers)
@@ -124,7 +126,7 @@ class Checkpoint:
             base: map by which the shells are mapped already; its layers must have been held since. With too many of them, some
                 get a plan of the whole image.
         """
-        if self._closed:
+        if self._closed and not self._users:
             raise StateError("this checkpoint is closed")
         plans = {id(plan.base): plan for plan in self._plans}
         if id(base) not in plans and len(plans) >= _MAX_PLANS:
@@ -140,11 +142,26 @@ class Checkpoint:
         while self._plans:
             self._plans.pop().close()
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Its descriptors stay open as long as this is, also when it is closed meanwhile: its VM may end during a launch."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._closed and not self._users:
+                self._let_go()
+
     def close(self) -> None:
         """Let go of layers and descriptors; clones made from it go on."""
         if self._closed:
             return
         self._closed = True
+        if not self._users:
+            self._let_go()
+
+    def _let_go(self) -> None:
         self.forget_plans()
         os.close(self.device_state)
         self.store.release(self)

@@ -274,4 +274,15 @@ async def launch(
             lost(shell, str(error))
             shell.kill()
 
-    await asyncio.gather(*(start(birth) for birth in births))
+    with checkpoint.in_use():
+        starts = [asyncio.ensure_future(start(birth)) for birth in births]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            # A mistake of ours in one of them, or the end of the job: none may go on with descriptors that are about to be
+            # closed.
+            for task, birth in zip(starts, births, strict=True):
+                if task.cancel():
+                    birth.shell.kill()
+            await asyncio.wait(starts)
+            raise

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from sfparallel.errors import SfError, StateError, VMError
+from sfparallel.errors import SfError
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.vm import Vm, VmState
+
+log = logging.getLogger(__name__)
+
+_FAILURES = 3
+"""So many shells in a row that cannot be had end the filling, until the next fork."""
 
 _MOST_ROWS = 16384
 """Images of more rows are not mapped ahead: until it is replaced, what is mapped counts against vm.max_map_count (65530)."""
@@ -96,8 +102,9 @@ class Pool:
         self._image = image
         self._ready: deque[Vm] = deque()
         self._filler: asyncio.Task[None] | None = None
-        self._held = asyncio.Event()
-        self._held.set()
+        self._holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
         self.target = 0
         self.error: SfError | OSError | None = None
 
@@ -113,13 +120,18 @@ class Pool:
         """What is forked next will probably be much like this image."""
         self._image.follow(memory)
 
-    def hold(self) -> None:
-        """No new shells for now: a fork is under way, and its clones need the processors."""
-        self._held.clear()
-
-    def go_on(self) -> None:
-        self._held.set()
-        self._fill()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No new shells are started in the background: a fork is under way, and its clones need the processors."""
+        self._holders += 1
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._free.set()
+                self._fill()
 
     def discard(self, vm: Vm) -> None:
         """A shell died while it waited."""
@@ -133,10 +145,18 @@ class Pool:
             VMError: some could not be started; those that could are back in the pool.
         """
         taken = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
-        missing = n - len(taken)
-        results = await asyncio.gather(*(self._start() for _ in range(missing)), return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        taken += [result for result in results if isinstance(result, Vm)]
+        starts = [asyncio.ensure_future(self._start()) for _ in range(n - len(taken))]
+        try:
+            if starts:
+                await asyncio.wait(starts)
+        except asyncio.CancelledError:
+            for start in starts:
+                start.cancel()
+            results = await asyncio.gather(*starts, return_exceptions=True)
+            self.give_back([*taken, *(result for result in results if not isinstance(result, BaseException))])
+            raise
+        errors = [error for start in starts if (error := start.exception())]
+        taken += [start.result() for start in starts if not start.exception()]
         if errors:
             self.give_back(taken)
             raise errors[0]
@@ -151,8 +171,9 @@ class Pool:
             self._filler = asyncio.get_running_loop().create_task(self._refill())
 
     async def _refill(self) -> None:
-        while True:
-            await self._held.wait()
+        failures = 0
+        while failures < _FAILURES:
+            await self._free.wait()
             unfit = next((shell for shell in self._ready if not self._image.fits(shell)), None)
             if unfit is None and len(self._ready) >= self.target:
                 return
@@ -160,10 +181,12 @@ class Pool:
                 if unfit:
                     self._ready.remove(unfit)
                 await self._add(unfit or await self._start())
-            except (VMError, StateError, OSError) as error:
-                # The fork that needs the shell will meet the same error and report it to its caller.
+                failures = 0
+            except (SfError, OSError) as error:
+                # A single shell may have died. If none can be started, the fork that needs one meets the same error.
+                log.info("no shell for the pool: %s", error)
                 self.error = error
-                return
+                failures += 1
 
     async def _add(self, shell: Vm) -> None:
         try:

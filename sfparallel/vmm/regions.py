@@ -6,6 +6,7 @@ Every request is a msgpack map with "op" and "id" (see ARCHITECTURE.md, "The age
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -41,6 +42,8 @@ MEASURED = 8
 ANSWER_BYTES = 64 << 10
 """A result up to this size may travel with the clone's last request, which has to be made anyway: a TCP connection to the parent
 costs a clone more than a third of its whole life under emulation (measured). Larger ones go over the clone network."""
+
+_LAST_WORDS_S = 1.0
 
 Handler = Callable[[Vm, int, dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
@@ -89,7 +92,8 @@ class Regions:
         self._members: dict[Vm, tuple[Ticket, Member]] = {}
         self._capacity = Capacity(spec)
         self._saved = SavedStates()
-        self._fork_lock = asyncio.Lock()
+        self._keeping: set[tuple[Vm, int]] = set()
+        """VMs, and the channels of their programs, that a checkpoint is just being made for."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_ticket = 1
         self._forks = 0
@@ -224,22 +228,37 @@ class Regions:
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
         ticket.label_base = 0 if message.get("context") else 1
         ticket.world = self._settings.world and vm not in self._members
-        try:
-            async with self._fork_lock:
-                self._pool.hold()
-                try:
-                    await self._fork(vm, ticket, message)
-                finally:
-                    if vm.memory and vm not in self._members:
-                        self._pool.follow(vm.memory)
-                    self._pool.go_on()
-        except (SfError, OSError) as error:
-            ticket.give_up()
-            if vm.state in (VmState.FROZEN, VmState.FREEZING):
+        with contextlib.ExitStack() as stack:
+            try:
+                # Two programs of one VM may fork it one after the other. Other VMs go their own way meanwhile.
+                async with vm.save_lock:
+                    self._require_asker(ticket)
+                    stack.enter_context(self._pool.held())
+                    saved, clones, report = await self._fork(vm, ticket, message)
+            except (SfError, OSError) as error:
+                ticket.give_up()
+                if vm.state not in (VmState.FROZEN, VmState.FREEZING):
+                    raise
                 vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
                 return None
-            raise
+            try:
+                await self._launch(ticket, clones, saved, report)
+            finally:
+                saved.checkpoint.close()
+                if vm.memory and vm not in self._members:
+                    self._pool.follow(vm.memory)
         return None
+
+    def _require_asker(self, ticket: Ticket) -> None:
+        """Check, after any wait, that somebody still wants the clones: they would run on from a state in which nobody waits for
+        them, and so run the parent's program a second time.
+
+        Raises:
+            StateError: the program that asked for them has hung up, or its VM is gone.
+        """
+        if self._tickets.get(ticket.number) is not ticket:
+            raise StateError(f"the program that asked for the clones of ticket {ticket.number} has ended")
+        ticket.require(TicketState.CLONING)
 
     def _new_report(self, n: int, vm: Vm) -> ForkReport:
         self._forks += 1
@@ -251,24 +270,29 @@ class Regions:
         report.note(SUPERVISOR, Phase.SHELLS, report.started)
         return shells
 
-    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
+    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> tuple[Saved, list[dict[str, Any]], ForkReport]:
+        """Save the VM and thaw it with its answer; what is returned is for `_launch`."""
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
+            self._require_asker(ticket)
             checkpoint = await engine.save(vm, self._store, report)
+            try:
+                self._require_asker(ticket)
+            except StateError:
+                checkpoint.close()
+                raise
         except BaseException:
             self._pool.give_back(shells)
             raise
-        clones = self._start(ticket, shells, report)
+        clones = self._start(ticket, shells, report, ticket.channel)
         vm.thaw(_thaw(ticket.channel, {"id": message["id"], "rank": 0, "role": "parent", "clones": clones}))
-        try:
-            await self._launch(ticket, clones, Saved(0, vm, ticket.channel, message["id"], checkpoint), report)
-        finally:
-            checkpoint.close()
+        return Saved(0, vm, ticket.channel, message["id"], checkpoint), clones, report
 
-    def _start(self, ticket: Ticket, shells: list[Vm], report: ForkReport) -> list[dict[str, Any]]:
-        """From here on the shells are clones of the ticket; returns what all of them are told about each."""
-        members = [Member(rank, shell, address_of(shell.number)) for rank, shell in enumerate(shells, 1)]
+    def _start(self, ticket: Ticket, shells: list[Vm], report: ForkReport, channel: int) -> list[dict[str, Any]]:
+        """From here on the shells are clones of the ticket, made for the program of a channel; returns what all of them are told
+        about each."""
+        members = [Member(rank, shell, address_of(shell.number), channel) for rank, shell in enumerate(shells, 1)]
         for member in members:
             report.note(member.vm.name, Phase.START, member.vm.started, member.vm.ready)
             report.mark(member.vm.name, Phase.TAKEN, rank=member.rank)
@@ -301,15 +325,22 @@ class Regions:
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     async def _checkpoint(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
-        async with self._fork_lock:
-            report = self._new_report(0, vm)
-            try:
+        asker = (vm, channel)
+        try:
+            async with vm.save_lock:
+                self._keeping.add(asker)
+                report = self._new_report(0, vm)
                 checkpoint = await engine.save(vm, self._store, report)
-            except (SfError, OSError) as error:
-                if vm.state not in (VmState.FROZEN, VmState.FREEZING):
-                    raise
-                vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
-                return None
+                if asker not in self._keeping:
+                    checkpoint.close()
+                    raise StateError("the program that asked for the checkpoint has ended")
+        except (SfError, OSError) as error:
+            if vm.state not in (VmState.FROZEN, VmState.FREEZING):
+                raise
+            vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
+            return None
+        finally:
+            self._keeping.discard(asker)
         saved = self._saved.add(vm, channel, message["id"], checkpoint)
         answer = {"id": message["id"], "rank": 0, "role": "parent", "clones": [], "checkpoint": saved.number, "batch": 0}
         vm.thaw(_thaw(channel, answer))
@@ -320,16 +351,14 @@ class Regions:
         """Clones of a checkpoint: as for a fork, but for the save; the VM that asks goes on meanwhile."""
         ticket = self._find(vm, channel, message)
         ticket.require(TicketState.GRANTED)
-        self._saved.find(vm, int(message["checkpoint"]))
+        saved = self._saved.find(vm, int(message["checkpoint"]))
         ticket.state = TicketState.CLONING
         ticket.label_base = int(message.get("first", 1))
         try:
-            async with self._fork_lock:
-                self._pool.hold()
-                try:
+            async with saved.lock:
+                self._require_asker(ticket)
+                with self._pool.held():
                     await self._create_clones(vm, ticket, message)
-                finally:
-                    self._pool.go_on()
         except (SfError, OSError):
             ticket.give_up()
             raise
@@ -338,13 +367,14 @@ class Regions:
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
-            # Looked up only now: it may have been closed while another fork was under way.
+            self._require_asker(ticket)
+            # Looked up only now: it may have been closed while this waited.
             saved = self._saved.find(vm, int(message["checkpoint"]))
         except StateError:
             self._pool.give_back(shells)
             raise
         saved.batches += 1
-        clones = self._start(ticket, shells, report)
+        clones = self._start(ticket, shells, report, saved.channel)
         vm.send(FrameType.REPLY, pack({"id": message["id"], "batch": saved.batches, "clones": clones}), ticket.channel)
         try:
             await self._launch(ticket, clones, saved, report)
@@ -352,9 +382,9 @@ class Regions:
             saved.checkpoint.forget_plans()
 
     async def _drop(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        # Not while clones are being made from it.
-        async with self._fork_lock:
-            self._saved.drop(self._saved.find(vm, int(message["checkpoint"])))
+        saved = self._saved.find(vm, int(message["checkpoint"]))
+        async with saved.lock:  # not while clones are being made from it
+            self._saved.drop(saved)
         return {}
 
     def _adopt(self, ticket: Ticket, member: Member) -> None:
@@ -391,6 +421,7 @@ class Regions:
     def vm_gone(self, vm: Vm, cause: str) -> None:
         """A VM has ended; everything that it owned ends with it."""
         self._store.release(vm)
+        self._keeping = {asker for asker in self._keeping if asker[0] is not vm}
         self._saved.drop_all(vm)
         self._pool.discard(vm)
         for ticket in [ticket for ticket in self._tickets.values() if ticket.owner is vm]:
@@ -409,9 +440,15 @@ class Regions:
 
     def client_gone(self, vm: Vm, channel: int) -> None:
         """A program closed its connection: its clones have nobody left to answer to."""
+        self._keeping.discard((vm, channel))
         for ticket in [t for t in self._tickets.values() if t.owner is vm and t.channel == channel]:
             ticket.discard()
             self._finish(ticket)
+        own, member = self._members.get(vm, (None, None))
+        if own and member and member.channel == channel and not own.world:
+            # What else of the parent's programs goes on in this clone must not outlive the process that it was made for. If that
+            # was the program itself, its exit status is about to come.
+            vm.end_later("the process that the clone was made for has ended in it", _LAST_WORDS_S)
 
     def _finish(self, ticket: Ticket) -> None:
         """Its owner is done with the ticket, and has said by now when the answers came."""

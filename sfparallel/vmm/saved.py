@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sfparallel.errors import StateError
 from sfparallel.vmm.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ class Saved:
         channel: of the program that made it; there the answer is awaited in every clone.
         request: id of the request that is to be answered.
         batches: how often clones were made from it.
+        lock: held while clones are being made from it.
     """
 
     number: int
@@ -28,6 +30,7 @@ class Saved:
     request: int
     checkpoint: Checkpoint
     batches: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class SavedStates:

@@ -26,6 +26,7 @@ class Member:
 
     Attributes:
         rank: 1..m.
+        channel: in the clone, of the program that it was made for.
         status: what it passed to `exit`, or None while it runs or when it was lost.
         lost: why it died before it called `exit`.
         leaving: when it was about to end, on the monotonic clock; None when that was not seen.
@@ -35,6 +36,7 @@ class Member:
     rank: int
     vm: Vm
     address: str
+    channel: int
     status: int | None = None
     lost: str | None = None
     gone: bool = False

@@ -124,6 +124,8 @@ class Vm:
         self.ram_address = 0
         self.ram_bytes = 0
         self.woken: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.save_lock = asyncio.Lock()
+        """Held by who saves it, from before it freezes until it is thawed."""
         self.exit_report: dict[str, Any] | None = None
         self.closing = contextlib.ExitStack()
         self.started = self.ready = time.monotonic()

@@ -84,6 +84,8 @@ int clients_accept(struct clients *clients);
 /* Handle poll(2) events of client i. Returns true if the client is gone (its slot then holds another one). */
 int clients_event(struct clients *clients, size_t i, short events, struct port *port, bool *gone);
 void clients_deliver(struct clients *clients, uint16_t id, const uint8_t *data, size_t size);
+/* Whether a client is there and has not hung up. */
+bool clients_waits(struct clients *clients, uint16_t id);
 /* In a clone: answer every request but the one that `reply` answers with {"error": "cancelled"}: they were the parent's. */
 void clients_cancel(struct clients *clients, uint16_t channel, const uint8_t *reply, size_t size, uint8_t *scratch);
 

@@ -159,6 +159,13 @@ void clients_deliver(struct clients *clients, uint16_t id, const uint8_t *data, 
     send_or_queue(client, data, size);
 }
 
+bool clients_waits(struct clients *clients, uint16_t id)
+{
+    const struct client *client = find_client(clients, id);
+    struct pollfd polled = { .fd = client ? client->fd : -1 };
+    return client && poll(&polled, 1, 0) >= 0 && !(polled.revents & (POLLHUP | POLLERR));
+}
+
 static void send_cancelled(struct client *client, int64_t number)
 {
     static const char message[] = "the request was made before this VM was cloned; its answer went to the parent";

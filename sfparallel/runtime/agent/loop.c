@@ -84,6 +84,10 @@ static void take_identity(struct agent *agent, const struct thaw *thaw)
     uint8_t *scratch = port_payload(&agent->port);
     int result = 0;
     bool clone = identity->role != ROLE_PARENT;
+    /* Whoever asked for this clone may have died since, or while it was frozen. Nobody would take its answer here, and the
+       other programs of the parent would run a second time. */
+    if (clone && thaw->reply && !clients_waits(&agent->clients, thaw->channel))
+        fail(agent, "the program that asked for this clone has ended");
     if (clone)
         result = program_discard(&agent->program, scratch, FRAME_MAX_PAYLOAD);
     if (result == 0)
