@@ -36,7 +36,9 @@ ENDLESS = """
 def _stalled(sfrun: Sfrun, program: str, *options: str) -> subprocess.Popen[str]:
     """A program whose output fills everything up to a reader that does not read."""
     process = sfrun.start(program, *options)
-    assert process.stderr and process.stderr.readline() == "started\n"
+    assert process.stderr
+    while (line := process.stderr.readline()) != "started\n":
+        assert line == "booting the guest once to make a template\n"
     _wait_until_idle(process)
     return process
 
