@@ -18,7 +18,7 @@ from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
-from sfparallel.vmm.options import JobOptions, Program, RunIn, default_uri
+from sfparallel.vmm.options import JobOptions, Program, RunIn, libvirt_uri
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -77,7 +77,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add("--stats", action="store_true", help="print what each fork cost")
     add("--trace", type=Path, metavar="FILE", help="write every phase of every fork to FILE (Chrome's trace format)")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
-    add("--connect", metavar="URI", help="libvirt connection; default: the daemon that is there, else the embedded driver")
+    add("--connect", metavar="URI", help="start the parent as a libvirt domain by this connection, or by `embed`")
     return parser
 
 
@@ -177,7 +177,7 @@ def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
 def _run_job(options: JobOptions, places: Places, pid: int) -> int:
     """The job itself, in the process and the namespaces that are its own."""
     with _errors_told("sfrun"):
-        # Late: it imports libvirt and more, which `sfrun --help` and usage errors need not wait for.
+        # Late: it imports numpy and more, which `sfrun --help` and usage errors need not wait for.
         from sfparallel.vmm.job import run
 
         return run(options, places, pid)
@@ -210,8 +210,8 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         program, run_in=options.run_in, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus,
         image=options.image, labels=options.label, timeout_s=options.timeout, data=data,
         forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats,
-        trace=options.trace.absolute() if options.trace else None, connect=options.connect or default_uri(),
-        pool=options.pool, seed=options.seed,
+        trace=options.trace.absolute() if options.trace else None,
+        connect=libvirt_uri(options.connect) if options.connect else None, pool=options.pool, seed=options.seed,
     )  # fmt: skip
 
 

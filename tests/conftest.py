@@ -53,6 +53,17 @@ def descendants(pid: int) -> list[int]:
     return [found for child in children_of(pid) for found in (child, *descendants(child))]
 
 
+def job_of(pid: int) -> int:
+    """The process that runs the job of an `sfrun` (vmm.confinement), its supervisor."""
+    (init,) = children_of(pid)
+    return min(children_of(init))  # orphans of the job become the init's children later than it
+
+
+def machines_of(pid: int) -> list[int]:
+    """QEMUs of an `sfrun`, in the order in which they were started: first the parent, then clones and shells of the pool."""
+    return sorted(each for each in descendants(pid) if "qemu-system" in command_of(each))
+
+
 def _processes() -> set[str]:
     found = set()
     for entry in Path("/proc").iterdir():

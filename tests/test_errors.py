@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sfparallel.config import cache_folder
-from tests.conftest import BIN, Sfrun, command_of, descendants, left_overs, wait_for_nothing_new
+from tests.conftest import BIN, Sfrun, left_overs, machines_of, wait_for_nothing_new
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -188,9 +188,7 @@ def test_kill_9_of_a_clones_qemu(sfrun: Sfrun) -> None:
     assert process.stdout
     assert process.stdout.readline() == "alive\n"
     assert process.stdout.readline() == "alive\n"
-    # The first two that were started are the clones; the pool has others by now. (libvirt starts the parent by its full path.)
-    shells = sorted(pid for pid in descendants(process.pid) if command_of(pid).startswith("qemu-system"))
-    os.kill(shells[0], signal.SIGKILL)
+    os.kill(machines_of(process.pid)[1], signal.SIGKILL)  # after the parent come the clones; the pool has others by now
     started = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert "SIGKILL" in out and out.startswith("lost"), (out, err)
@@ -416,9 +414,7 @@ def test_kill_9_of_the_parents_qemu(sfrun: Sfrun) -> None:
     process = sfrun.start("import time; print('up', flush=True); time.sleep(1000)")
     assert process.stdout
     assert process.stdout.readline() == "up\n"
-    parents = [pid for pid in descendants(process.pid) if f"guest=sf{process.pid}," in command_of(pid)]
-    assert len(parents) == 1
-    os.kill(parents[0], signal.SIGKILL)
+    os.kill(machines_of(process.pid)[0], signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 70
     assert "parent VM is lost" in err

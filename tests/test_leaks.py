@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sfrun, children_of, command_of, descendants, left_overs, wait_for_nothing_new
+from tests.conftest import Sfrun, children_of, job_of, left_overs, machines_of, wait_for_nothing_new
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -37,6 +37,18 @@ def test_kill_9_of_sfrun_at_a_random_moment(sfrun: Sfrun, moment: int) -> None:
     process.communicate()
     leaked = wait_for_nothing_new(before)
     assert not leaked, f"killed after {delay:.2f} s; left over: {sorted(leaked)}"
+
+
+@pytest.mark.parametrize("whom", ["init", "job"])
+def test_kill_9_of_a_process_between_sfrun_and_the_vms(sfrun: Sfrun, whom: str) -> None:
+    before = left_overs()
+    process = sfrun.start(FORKS)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    (init,) = children_of(process.pid)
+    os.kill(init if whom == "init" else job_of(process.pid), signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert not wait_for_nothing_new(before)
 
 
 def test_fifty_forks_stay_flat(sfrun: Sfrun) -> None:
@@ -71,10 +83,10 @@ def test_fifty_forks_stay_flat(sfrun: Sfrun) -> None:
 def _settled(pid: int) -> tuple[int, int, int]:
     """Open files, private memory and QEMUs of a supervisor whose pool is full again and whose clones are gone."""
     last = None
-    (supervisor,) = children_of(pid)
+    supervisor = job_of(pid)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        vms = sum(1 for child in descendants(pid) if "qemu" in command_of(child))
+        vms = len(machines_of(pid))
         now = (len(os.listdir(f"/proc/{supervisor}/fd")), vms)
         if now == last:
             break

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sfrun, command_of, descendants
+from tests.conftest import Sfrun, machines_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -143,8 +143,7 @@ def kill_in_each(sfrun: Sfrun, calls: list[str]) -> dict[str, list[float]]:
     delays: dict[str, list[float]] = {}
     for call in calls:
         lines.next(f"(ready) {call}", alive)
-        # The first that were started are the clones. (libvirt starts the parent by its full path.)
-        clones = clones or sorted(p for p in descendants(process.pid) if command_of(p).startswith("qemu-system"))[:alive]
+        clones = clones or machines_of(process.pid)[1 : alive + 1]
         victim = clones.pop(random.randrange(alive))
         start = time.monotonic()
         os.kill(victim, signal.SIGKILL)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sfparallel.vmm.processes import cpu_seconds
-from tests.conftest import BIN, Sfrun, children_of
+from tests.conftest import BIN, Sfrun, job_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -45,7 +45,7 @@ def _stalled(sfrun: Sfrun, program: str, *options: str) -> subprocess.Popen[str]
 
 def _wait_until_idle(process: subprocess.Popen[str]) -> None:
     """Until the supervisor has used no processor time for a second: it takes no more output."""
-    (supervisor,) = children_of(process.pid)
+    supervisor = job_of(process.pid)
     used, since = -1.0, time.monotonic()
     deadline = since + 60
     while time.monotonic() < since + 1:

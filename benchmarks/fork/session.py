@@ -152,7 +152,9 @@ class Session:
     def _shells(self) -> list[int]:
         """QEMUs of the job, the parent among them."""
         inits = matching(lambda parent, _: parent == self._process.pid)
-        return [pid for pid in matching(lambda parent, _: parent in inits) if "-incoming" in _words_of(pid)]
+        jobs = matching(lambda parent, _: parent in inits)
+        found = ((pid, _words_of(pid)) for pid in matching(lambda parent, _: parent in jobs))
+        return [pid for pid, words in found if "-incoming" in words and words[0] != "sf-launcher"]
 
     def _wait_warm(self) -> None:
         """Wait until the pool is full and nothing runs: a fork is not to be measured beside the end of the one before it."""

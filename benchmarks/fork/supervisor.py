@@ -22,8 +22,6 @@ from sfparallel.vmm.options import JobOptions, Program
 from sfparallel.vmm.processes import private_bytes
 from sfparallel.vmm.record import ForkReport, Phase
 
-EMBEDDED = None  # libvirt's driver in the job's own process, whatever daemon may run
-
 
 @dataclass(frozen=True)
 class Order:
@@ -134,7 +132,7 @@ def main() -> int:
 
         options = JobOptions(
             program, memory_bytes=order.memory_mib << 20, cpus=order.cpus, statistics=True, on_report=_telling(order.reports),
-            pool=order.pool, connect=EMBEDDED,
+            pool=order.pool,
         )  # fmt: skip
         return run(options, places, pid)
 

@@ -1,13 +1,24 @@
 """Where a job lives: a process, mount and PID namespace of its own, so that the kernel cleans up after it.
 
-`sfrun` forks. The child is the first process ("init") of a new PID namespace and runs the job; everything that the job starts,
-libvirt's daemonised QEMUs and probes included, is in that namespace. When the init ends, in whatever way, the kernel kills all
-that is left in it (pid_namespaces(7)); and the init gets SIGKILL when `sfrun` itself is killed. The job's folder is a tmpfs in
+    sfrun ── init ── job ── QEMUs, launcher, …        init is process 1 of the job's PID namespace, the job process 2
+                └─ orphans of the job                 libvirt's daemonised QEMUs, for one
+
+`sfrun` forks the init, and that forks the job. Both do nothing but wait (`wait_for`): they reap what ends below them, known or
+not, pass signals on that were sent to them alone, and end with the exit code of the one that they wait for. A job whose init
+knew only its own children would keep zombies for ever, and libvirt, which asks kill(2) whether a QEMU that it has killed is gone,
+waits 40 s for each of them.
+
+All three are in one session and process group, that of the shell which started `sfrun`: the terminal sends its signals to each
+of them. QEMUs and the launcher have sessions of their own (`native.spawn`). The three share the descriptors 0 to 2.
+
+When the init ends, in whatever way, the kernel kills all that is left in the namespace (pid_namespaces(7)). So `kill -9` of the
+job ends the init, and that ends the rest; and the init gets SIGKILL when `sfrun` itself is killed. The job's folder is a tmpfs in
 its mount namespace, and goes with the last process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -22,6 +33,7 @@ from typing import NoReturn
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
+from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -79,26 +91,18 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
             f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
         ) from error
     alive, ours = os.pipe()
-    child = os.fork()
-    if child == 0:
+    init = os.fork()
+    if init == 0:
         os.close(ours)
-        _become_init(job, places, pid, alive)
-    return wait_for(child)
+        _live(lambda: _be_init(job, places, pid, alive))
+    return wait_for(init)
 
 
-def _become_init(job: Callable[[Places, int], int], places: Places, pid: int, alive: int) -> NoReturn:
-    """The init's whole life. It ends with os._exit: what the parent registered to happen at its exit happens there."""
+def _live(work: Callable[[], int]) -> NoReturn:
+    """A forked process's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there."""
     code = 1
     try:
-        native.set_death_signal(signal.SIGKILL)
-        # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
-        if select.select([alive], [], [], 0)[0]:
-            os._exit(code)
-        native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
-        # libvirt and we look processes up by their numbers in this namespace.
-        native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
-        code = job(places, pid)
+        code = work()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -106,8 +110,26 @@ def _become_init(job: Callable[[Places, int], int], places: Places, pid: int, al
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # it was closed before we started
-                stream.flush()
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
         os._exit(code)
+
+
+def _be_init(job: Callable[[Places, int], int], places: Places, pid: int, alive: int) -> int:
+    """Make the job's mounts, start it, and wait for its end."""
+    native.set_death_signal(signal.SIGKILL)
+    # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
+    if select.select([alive], [], [], 0)[0]:
+        return 1
+    native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
+    # libvirt and we look processes up by their numbers in this namespace.
+    native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
+        _live(lambda: job(places, pid))
+    # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
+    return wait_for(child)
 
 
 def _start_janitor(folder: Path) -> None:
@@ -131,7 +153,8 @@ def _start_janitor(folder: Path) -> None:
 
 
 def wait_for(child: int) -> int:
-    """Wait for a child; signals that were sent to this process alone are passed on (the terminal sends to both).
+    """Wait for a child, and reap all others that end meanwhile. Signals that were sent to this process alone are passed on to it
+    (the terminal sends to both).
 
     FORWARDED and SIGCHLD must be blocked.
 
@@ -139,10 +162,10 @@ def wait_for(child: int) -> int:
         exit code of the child, or 128 + the signal that ended it.
     """
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return 128 - code if code < 0 else code
+        # One SIGCHLD may stand for many children: a signal that is pending already is not queued again (signal(7)).
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                return exit_code(ended[1])
         info = signal.sigwaitinfo((*FORWARDED, signal.SIGCHLD))
         if info.si_signo != signal.SIGCHLD and info.si_code == _SI_USER:
             os.kill(child, info.si_signo)

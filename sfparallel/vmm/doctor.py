@@ -121,12 +121,13 @@ def _libvirt_binding() -> Finding:
         number = library_version()
         binding = version("libvirt-python")
     except (ImportError, PackageNotFoundError) as error:
-        return Finding(name, Status.ABSENT, str(error), "apt install libvirt0, then pip install libvirt-python")
+        remedy = "apt install libvirt0, then pip install libvirt-python"
+        return Finding(name, Status.ABSENT, f"{error} (for --connect)", remedy, needed=False)
     return Finding(name, Status.OK, f"binding {binding}, library {number // 1000000}.{number // 1000 % 1000}.{number % 1000}")
 
 
 def _libvirt_driver() -> Finding:
-    """How a parent would be managed: by a daemon that can be reached, or by the driver loaded into the supervisor itself."""
+    """What `--connect` could use: a daemon that can be reached, or the driver loaded into the supervisor itself."""
     name = "libvirt's QEMU driver"
     runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
     sockets = {"system daemon": ["/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock"],
@@ -140,9 +141,9 @@ def _libvirt_driver() -> Finding:
         return Finding(name, Status.OK, ", ".join(found))
     if refused:
         remedy = "usermod -aG libvirt $USER, and log in again"
-        return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", remedy)
+        return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", remedy, needed=False)
     remedy = "apt install libvirt-daemon-driver-qemu"
-    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there", remedy)
+    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there (for --connect)", remedy, needed=False)
 
 
 def _driver_paths() -> Iterator[Path]:

@@ -32,7 +32,6 @@ from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.launcher import Launcher
-from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions, RunIn
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
@@ -187,8 +186,6 @@ class Job:
         # In a thread: the digest of its memory takes a while, and Ctrl-C is to work meanwhile.
         checkpoint = await asyncio.to_thread(open_template, template, manifest, store)
         stack.callback(checkpoint.close)
-        connection = await asyncio.to_thread(Connection, options.connect, self._places.private, self._places.public)
-        stack.push_async_callback(asyncio.to_thread, connection.close)
         launcher = start_launcher(spec)
         stack.callback(launcher.close)
         self._pool = Pool(lambda: self._start_clone_shell(spec, network, launcher), ImageAhead(store))
@@ -201,7 +198,7 @@ class Job:
             settings, spec, self._pool, store,
             on_clone=self._clone_starts, on_world=self._world_starts, on_report=self._report,
         )  # fmt: skip
-        parent = await start_parent(spec, connection, network, self.name)
+        parent = await self._start_parent(spec, network, launcher, stack)
         self._parent = parent
         self._watch(parent)
         store.hold(parent, checkpoint.layers)
@@ -218,6 +215,16 @@ class Job:
         if parent.memory:  # else it is gone already
             self._pool.follow(parent.memory)
         self._pool.aim(options.pool if options.pool is not None else options.default_n)
+
+    async def _start_parent(
+        self, spec: MachineSpec, network: CloneNetwork, launcher: Launcher, stack: contextlib.AsyncExitStack
+    ) -> Vm:
+        if self._options.connect is None:
+            return await start_parent(spec, network, launcher)
+        # Late: libvirt is loaded only where it is asked for.
+        from sfparallel.vmm.libvirt_parent import start_domain
+
+        return await start_domain(spec, self._options.connect, self._places, network, self.name, stack)
 
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program

@@ -1,7 +1,7 @@
-"""The one module that imports libvirt: connections, and the domain of a parent.
+"""The one module that imports libvirt: connections, and the domain of a parent. It is loaded only where `--connect` asks for it.
 
-Without a daemon the driver is embedded in this process (https://libvirt.org/drvqemu.html#embedded-driver), its files in the
-job's private folder. Its probe of the QEMU binary costs seconds, so that result alone is kept in the cache folder.
+`--connect embed` embeds the driver in this process (https://libvirt.org/drvqemu.html#embedded-driver), its files in the job's
+private folder. Its probe of the QEMU binary costs seconds, so that result alone is kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
+from sfparallel.vmm.options import EMBEDDED
 
 # Read when libvirt is loaded: errors reach callers as exceptions, and its warnings (that a domain has arguments of its own,
 # each time) would only worry users.
@@ -61,7 +62,7 @@ class Connection:
     """A libvirt connection that can start parents.
 
     Args:
-        uri: a `qemu:` URI, or None for the embedded driver.
+        uri: a `qemu:` URI, or EMBEDDED.
         folder: the job's private folder.
         public: a folder outside the job's mount namespace: a daemon's QEMU makes its sockets there.
 
@@ -73,17 +74,17 @@ class Connection:
         EnvironmentProblem: libvirt cannot be reached.
     """
 
-    def __init__(self, uri: str | None, folder: Path, public: Path) -> None:
+    def __init__(self, uri: str, folder: Path, public: Path) -> None:
         EventLoop.ensure()
-        self.uri = uri or self._embedded(folder)
-        self.embedded = self.uri.startswith("qemu:///embed")
+        self.uri = self._embedded(folder) if uri == EMBEDDED else uri
+        self.embedded = self.uri.startswith(EMBEDDED)
         self.folder = folder if self.embedded else public
         try:
             self._connection = libvirt.open(self.uri)
         except libvirt.libvirtError as error:
             raise EnvironmentProblem(
                 f"libvirt connection {self.uri} failed: {error}",
-                hint="start libvirtd, or leave --connect out to use the embedded driver; see `sf doctor`",
+                hint="start libvirtd, or leave --connect out: no job needs libvirt; see `sf doctor`",
             ) from error
 
     @staticmethod

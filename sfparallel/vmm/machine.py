@@ -1,7 +1,7 @@
 """The shape of the virtual machine: one description, written out as a QEMU command line or as a libvirt domain.
 
-A clone's device state can be loaded only by a QEMU with the same devices at the same addresses, so parent (a libvirt
-domain) and shells (raw QEMU) must come from one description. The addresses are fixed here:
+A clone's device state can be loaded only by a QEMU with the same devices at the same addresses, so shells (raw QEMU) and a parent
+that is a libvirt domain must come from one description. The addresses are fixed here:
 
     pcie.0  0x1   virtio-serial, port 1 "sf.agent"
             0x2   virtio-blk: the guest's root, read-only, shared by all

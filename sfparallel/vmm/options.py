@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sfparallel.vmm.record import ForkReport
 
-_SYSTEM_SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock", "/var/run/libvirt/libvirt-sock")
+EMBEDDED = "qemu:///embed"
+"""URI of libvirt's driver in the job's own process; with nothing after it, its files are in the job's private folder."""
 
 
-def default_uri() -> str | None:
-    """The system or session daemon that is there, or None: use the embedded driver."""
-    if os.geteuid() == 0:
-        return "qemu:///system" if any(os.path.exists(path) for path in _SYSTEM_SOCKETS) else None
-    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
-    return "qemu:///session" if os.path.exists(f"{runtime}/libvirt/libvirt-sock") else None
+def libvirt_uri(text: str) -> str:
+    """A connection as users write it: a URI of libvirt's QEMU driver, or `embed`."""
+    return EMBEDDED if text == "embed" else text
 
 
 class RunIn(enum.Enum):
@@ -61,7 +59,8 @@ class JobOptions:
     forwards: tuple[tuple[int, int], ...] = ()
     statistics: bool = False
     trace: Path | None = None
-    connect: str | None = field(default_factory=default_uri)
+    connect: str | None = None
+    """URI of the libvirt connection by which the parent is started; None: without libvirt, as clones are."""
     pool: int | None = None
     data_slots: int = 0
     """Disks that may be plugged in while the job runs; with `--data` there are DATA_SLOTS in any case."""
@@ -81,4 +80,4 @@ class JobOptions:
     @property
     def by_daemon(self) -> bool:
         """Whether a libvirt daemon, and not this job, starts the parent's QEMU."""
-        return self.connect is not None and not self.connect.startswith("qemu:///embed")
+        return self.connect is not None and not self.connect.startswith(EMBEDDED)

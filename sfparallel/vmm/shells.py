@@ -1,12 +1,10 @@
-"""Starting QEMU: raw shells for clones, the VM that boots a template, and the libvirt-managed parent."""
+"""Starting QEMU: shells for the parent and clones, and the VM that boots a template."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +13,13 @@ from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, UsageError, VMError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.launcher import Launcher
-from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import (
     DATA_SLOTS,
     Boot,
-    Confinement,
-    DomainPaths,
     Endpoints,
     MachineSpec,
     arguments,
     data_disk,
-    domain_xml,
 )
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import PARENT
@@ -37,7 +31,6 @@ LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
 # Descriptors as QEMU sees them.
 _QMP, _AGENT, _PAGING, _CONSOLE, _TAP = 3, 4, 5, 6, 7
 _ENDPOINTS = Endpoints(qmp=_QMP, agent=_AGENT, console=_CONSOLE, tap=_TAP)
-_CONNECT_TIMEOUT_S = 10.0
 
 
 def require_library() -> None:
@@ -117,52 +110,17 @@ async def start_shell(
     return vm
 
 
-def _connect(path: Path, kind: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, kind)
-    sock.settimeout(_CONNECT_TIMEOUT_S)
-    try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        raise VMError(f"parent: cannot connect to its {path.name}: {error}") from error
-    return sock
+async def start_parent(spec: MachineSpec, network: CloneNetwork, launcher: Launcher) -> Vm:
+    """Start the parent, empty and paused: a shell as every other, so that parent and clones are one machine by construction.
 
-
-async def start_parent(spec: MachineSpec, connection: Connection, network: CloneNetwork, name: str) -> Vm:
-    """Start the parent's domain, empty and paused, as a shell.
+    A template has no data disks, so that the parent gets those of `--data` when it runs (`plug_data_disks`). The launcher, whose
+    shells have them from the start, cannot make it then.
 
     Raises:
-        VMError: libvirt or QEMU refused; nothing is left.
+        VMError: QEMU did not start; nothing is left.
     """
-    folder = connection.folder
-    paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
-    confinement = None if connection.embedded else Confinement(os.geteuid(), os.getegid(), connection.security_models())
-    xml = domain_xml(spec, name, paths, LIBRARY, confinement)
-    domain = await asyncio.to_thread(connection.start, xml)
-    with contextlib.ExitStack() as undo:
-        undo.callback(domain.destroy)
-        paging = _connect(paths.paging, socket.SOCK_SEQPACKET)
-        undo.callback(paging.close)
-        qmp = _connect(paths.qmp, socket.SOCK_STREAM)
-        undo.callback(qmp.close)
-        agent = _connect(paths.agent, socket.SOCK_STREAM)
-        undo.callback(agent.close)
-        # The library inside QEMU made this socket itself, so that its peer is QEMU and not libvirt.
-        pid, _, _ = struct.unpack("3i", paging.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        console = os.open(paths.console, os.O_RDONLY | os.O_CLOEXEC)
-        # The embedded driver's QEMU is an orphan, and so a child of the job's init: this process (see vmm.confinement).
-        vm = Vm(PARENT, pid, Sockets(qmp, agent, paging, console), child=connection.embedded)
-        undo.pop_all()
-    try:
-        await vm.prepare(spec.memory_bytes)
-        port = network.add_port(0)
-        await vm.qmp.execute("getfd", fds=[port.tap_fd], fdname="tap")
-        await vm.qmp.execute("netdev_add", type="tap", id="tap0", fd="tap")
-        await vm.qmp.execute("netdev_add", type="hubport", id="hub-to-tap", hubid=0, netdev="tap0")
-    except BaseException:
-        vm.kill()
-        raise
-    return vm
+    without_disks = replace(spec, data_images=())
+    return await start_shell(without_disks, 0, network, launcher=None if spec.data_images else launcher, name=PARENT)
 
 
 async def plug_data_disks(vm: Vm, images: Sequence[Path]) -> None:

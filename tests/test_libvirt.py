@@ -1,10 +1,11 @@
-"""The parent run by a libvirt daemon. The daemon lives in namespaces of its own, for while there is one that can be reached it is
-every job's default."""
+"""The parent as a libvirt domain: by a daemon, which lives in namespaces of its own, and by the embedded driver; and without any
+libvirt, where it is not asked for."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, children_of, command_of, descendants
+from sfparallel.config import cache_folder
+from tests.conftest import BIN, Sfrun, children_of, command_of, descendants, job_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root", "libvirtd")
 
@@ -88,9 +90,56 @@ def _wait_for(daemon: Daemon, expected: str) -> None:
     assert left == expected
 
 
+FORK = "import sfparallel as sf; print(sf.parallel(n=2)(lambda: sf.comm().rank)(), sf.parallel(n=1)(lambda: 'again')())"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder with all but what libvirt keeps there."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in ("images", "initrd", "templates"):
+        (cache_folder() / name).mkdir(exist_ok=True)
+        (folder / name).symlink_to(cache_folder() / name)
+    monkeypatch.setenv("SF_CACHE", str(folder))
+    return folder
+
+
+def test_the_embedded_driver_with_nothing_kept_from_earlier(sfrun: Sfrun, cache: Path) -> None:
+    """libvirt probes QEMU: four processes that it kills, and waits for, 40 s for each that stays a zombie."""
+    ended = sfrun(FORK, "--connect", "embed", timeout=120).ok()
+    assert ended.out == "[0, 1] ['again']\n"
+    assert list((cache / "libvirt").rglob("capabilities/*.xml")), "its probe is kept"
+
+
+@pytest.mark.parametrize("options", [(), ("--connect", "embed")])
+def test_libvirt_is_loaded_only_where_it_is_asked_for(sfrun: Sfrun, options: tuple[str, ...]) -> None:
+    process = sfrun.start("print('up', flush=True); input()", *options, stdin=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    loaded = "libvirt" in Path(f"/proc/{job_of(process.pid)}/maps").read_text()
+    assert loaded is bool(options)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("how", ["--timeout", "SIGTERM", "SIGINT"])
+def test_a_libvirt_that_does_not_answer_keeps_nobody(sfrun: Sfrun, how: str) -> None:
+    """The thread that is in libvirt cannot be interrupted; the job ends without it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(sfrun.folder / "silent"))
+        listener.listen()
+        uri = f"qemu+unix:///system?socket={sfrun.folder / 'silent'}"
+        options = ("--timeout", "3") if how == "--timeout" else ()
+        process = sfrun.start("pass", "--connect", uri, *options)
+        with listener.accept()[0]:
+            if how != "--timeout":
+                process.send_signal(signal.Signals[how])
+            process.communicate(timeout=60)
+    assert process.returncode == (124 if how == "--timeout" else 128 + signal.Signals[how])
+
+
 def test_a_fork(daemon: Daemon) -> None:
-    program = "import sfparallel as sf; print(sf.parallel(n=2)(lambda: sf.comm().rank)(), sf.parallel(n=1)(lambda: 'again')())"
-    with daemon.sfrun(program) as job:
+    with daemon.sfrun(FORK) as job:
         out, err = job.communicate(timeout=120)
     assert (job.returncode, out) == (0, "[0, 1] ['again']\n"), err
     _wait_for(daemon, NOTHING)
