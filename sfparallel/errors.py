@@ -21,7 +21,8 @@
     │   ├── RegionTimeout       not all ranks answered in time (`.missing`)
     │   └── CollectConflict     two ranks wrote the same collected file
     ├── ExecutorBroken          the initializer of an Executor failed in a clone (`.rank`); also a BrokenExecutor
-    ├── RemoteError             an exception of a rank that cannot travel; this is its text (`.type_name`, `.traceback_text`)
+    ├── RemoteError             an exception of a rank that cannot travel, or must not be raised here as it is (`.type_name`,
+    │                           `.traceback_text`); also a RuntimeError
     ├── ResultNotPicklable      a rank's result cannot travel
     └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`; also a RuntimeError
 
@@ -226,8 +227,9 @@ class ExecutorBroken(SfError, BrokenExecutor):
         self.rank = rank
 
 
-class RemoteError(SfError):
-    """Stands for an exception of a rank that cannot be pickled, or not be unpickled, so that only its text arrives.
+class RemoteError(SfError, RuntimeError):
+    """Stands for an exception of a rank that cannot be pickled, or not be unpickled, so that only its text arrives; or for one
+    that would steer the code that it passes through (StopIteration, say), which is its `__cause__` then.
 
     Attributes:
         type_name: module and name of the original exception's type.

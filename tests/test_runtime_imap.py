@@ -115,7 +115,7 @@ def test_errors(double: Doubles) -> None:
     assert [next(results), next(results)] == [0.25, 0.5]
     with pytest.raises(ZeroDivisionError) as caught:
         next(results)
-    assert caught.value.__notes__[0].startswith("raised in rank ")
+    assert caught.value.__notes__[0].startswith("raised in item 2, rank ")
     assert caught.value.__notes__[1] == "in item 2"
     assert list(results) == [] and double.alive == 0
     returned: list[Any] = list(sf.parallel_imap(inverse, [4, 0, 1], n=2, on_error="return"))

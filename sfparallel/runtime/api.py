@@ -90,6 +90,7 @@ class RegionFuture(Future[T]):
 
     def settle(self, outcome: Callable[[], T]) -> None:
         """Take over what `outcome` returns or raises."""
+        from sfparallel.runtime.payload import for_future
         from sfparallel.runtime.region import Cancelled
         try:
             value = outcome()
@@ -97,7 +98,7 @@ class RegionFuture(Future[T]):
             self.set_running_or_notify_cancel()
         except BaseException as error:  # a thread's exception has nowhere else to go
             if self.set_running_or_notify_cancel():
-                self.set_exception(error)
+                self.set_exception(for_future(error, "merge="))
         else:
             if self.set_running_or_notify_cancel():
                 self.set_result(value)

@@ -48,6 +48,8 @@ class Task(Protocol):
 
     frames: list[Buffer]
     """What goes to the clone."""
+    label: str
+    """What it is called in errors, before its rank; may be empty."""
     retries: int
     """How often it may be begun anew after the loss of a clone."""
 
@@ -408,7 +410,7 @@ class Crew:
                     error = ResultNotPicklable(f"a result arrived and raised {type(raised).__qualname__} when it was unpickled")
                 error.add_note(f"in the result of {member}")
         else:
-            error = load_error(message.header["error"], message.frames, str(member))
+            error = load_error(message.header["error"], message.frames, f"{task.label}{member}")
         self._settle(task, error, value)
 
     @staticmethod

@@ -43,6 +43,8 @@ class TaskFuture(Future[T]):
 class _Job:
     """One task on its way; see `crew.Task`."""
 
+    label = ""
+
     def __init__(self, future: TaskFuture[Any], frames: list[Buffer], retries: int) -> None:
         self.frames = frames
         self.retries = retries

@@ -6,6 +6,8 @@ nor out of it. Pure functions, no sockets.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import pickle
 import traceback
@@ -117,20 +119,21 @@ def _users_frames(frames: TracebackType | None) -> TracebackType | None:
     return start or frames
 
 
-def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Buffer]]:
-    """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
+def _describe(error: BaseException) -> dict[str, str]:
     kind = type(error)
-    description = {
+    return {
         "type": f"{kind.__module__}.{kind.__qualname__}",
         "message": _message(error),
         "traceback": _clean("".join(traceback.format_exception(kind, error, _users_frames(error.__traceback__)))),
     }
+
+
+def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Buffer]]:
+    """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
+    description = _describe(error)
     if isinstance(error, SystemExit):
         error = RankExit(f"rank {rank} called sys.exit({_clean(repr(error.code))}) instead of returning", rank=rank,
                          code=error.code if isinstance(error.code, int) else str(error.code))
-    elif not isinstance(error, Exception):
-        # A KeyboardInterrupt of a rank, raised as such in the parent, would look like the user's own.
-        return description, []
     try:
         frames = dumps(error)
         # Many exceptions pickle but do not unpickle: __init__ wants arguments that `args` does not hold.
@@ -141,23 +144,47 @@ def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Bu
 
 
 def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str) -> BaseException:
-    """The exception of a rank as the parent raises it: the original type, with the remote traceback as a note (PEP 678).
+    """The exception of a rank as the parent raises it: the original type, with the remote traceback as a note (PEP 678); a
+    RemoteError in place of one that cannot travel, or that would steer whoever raises it.
 
     Args:
         description: from `dump_error`.
         frames: from `dump_error`.
-        where: the rank, host and item, for the note.
+        where: the rank, host and item.
     """
-    error: BaseException | None = None
+    loaded: BaseException | None = None
     if frames:
-        try:
-            loaded = loads(frames)
-        except ResultNotPicklable:
-            loaded = None
-        if isinstance(loaded, BaseException):
-            error = loaded
-    if error is None:
-        error = RemoteError(f"{description['type']}: {description['message']}", type_name=description["type"],
-                            traceback_text=description["traceback"])
+        with contextlib.suppress(ResultNotPicklable):
+            unpickled = loads(frames)
+            loaded = unpickled if isinstance(unpickled, BaseException) else None
+    error = loaded
+    if error is None or _steers(error):
+        error = _stand_in(description, loaded, where)
     error.add_note(f"raised in {where}:\n{description['traceback'].rstrip()}")
     return error
+
+
+def for_future(error: BaseException, where: str) -> BaseException:
+    """An exception as a future may hold it: see `load_error`."""
+    return _stand_in(_describe(error), error, where) if _steers(error) else error
+
+
+def _stand_in(description: dict[str, str], cause: BaseException | None, where: str) -> RemoteError:
+    name = description["type"].removeprefix("builtins.")
+    error = RemoteError(f"{where} raised {name}: {description['message']}".removesuffix(": "), type_name=description["type"],
+                        traceback_text=description["traceback"])
+    error.__cause__ = cause
+    return error
+
+
+def _steers(error: BaseException) -> bool:
+    """Whether an exception means something to the code that it passes through, beyond that something failed.
+
+    A StopIteration would end the loop that takes results as if there were no more (PEP 479 has the same case for generators, and
+    asyncio refuses to put one into a future); asyncio takes a concurrent.futures.CancelledError for its own; what is no Exception
+    (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, SystemExit) would look as if the parent itself were to stop.
+    """
+    return not isinstance(error, Exception) or isinstance(error, _STEERS)
+
+
+_STEERS = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)

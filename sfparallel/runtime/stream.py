@@ -70,6 +70,7 @@ class _Item:
 
     def __init__(self, shelf: _Shelf, index: int, frames: list[Buffer]) -> None:
         self.frames = frames
+        self.label = f"item {index}, "
         self._shelf = shelf
         self._index = index
 
