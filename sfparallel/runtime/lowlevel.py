@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from sfparallel.errors import Closed, StateError, UsageError
+from sfparallel.runtime.c_output import C_OUTPUT
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
 from sfparallel.runtime.identity import Renewal
@@ -196,11 +197,15 @@ def kill(ticket: Ticket) -> None:
 
 
 def flush_output() -> None:
-    """Flush what Python buffers of standard output and error; either may have been closed or taken away by the program, or have
-    lost its reader: that is an error for who prints, and for nobody else."""
+    """Flush what Python and C buffer of standard output and error, in this order, which is that of an interpreter's exit.
+
+    Either may have been closed or taken away by the program, or have lost its reader: that is an error for who prints, and for
+    nobody else.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             try:  # noqa: SIM105 (clones come by here on their way: contextlib is more code that is new there)
                 stream.flush()
             except BrokenPipeError:
                 pass
+    C_OUTPUT.flush()

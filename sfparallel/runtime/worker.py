@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 import traceback
@@ -74,7 +73,7 @@ def die() -> NoReturn:
     """End a clone in which the runtime itself failed; the supervisor reports it as lost, with the traceback on its console."""
     traceback.print_exc()
     with contextlib.suppress(Exception):
-        sys.stderr.flush()
+        lowlevel.flush_output()
     os._exit(EXIT_SOFTWARE)
 
 
@@ -159,6 +158,7 @@ class _Worker:
                 raise failure
             if self._work.prepare is not None:
                 self._work.prepare()
+                lowlevel.flush_output()
         except BaseException as error:
             description, frames = dump_error(error, self._rank)
             lowlevel.flush_output()
