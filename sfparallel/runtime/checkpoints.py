@@ -12,7 +12,7 @@ from sfparallel.errors import Closed, SfError, StateError, UsageError
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Batch, Hypervisor, Moment
 from sfparallel.runtime.identity import Renewal
-from sfparallel.runtime.lowlevel import Ticket, TicketState, assume_identity, flush_output
+from sfparallel.runtime.lowlevel import AtFork, Ticket, TicketState, assume_identity, flush_output
 
 
 @runtime_checkable
@@ -112,16 +112,17 @@ def keep_state() -> tuple[Moment, Hypervisor, Renewal]:
     """
     line = HERE.take_hypervisor()
     renewal = Renewal()
-    # What is still buffered would otherwise be printed by this VM and by every clone.
-    flush_output()
-    HERE.about_to_fork()
-    try:
-        moment = require_checkpoints(line).checkpoint()
-    except SfError:
-        HERE.give_back(line)
-        raise
-    if moment.fork.rank:
-        HERE.became_clone(moment.fork, line, moment.batch)
+    with AtFork(line):
+        # What is still buffered would otherwise be printed by this VM and by every clone.
+        flush_output()
+        HERE.about_to_fork()
+        try:
+            moment = require_checkpoints(line).checkpoint()
+        except SfError:
+            HERE.give_back(line)
+            raise
+        if moment.fork.rank:
+            HERE.became_clone(moment.fork, line, moment.batch)
     return moment, line, renewal
 
 

@@ -205,8 +205,14 @@ class Here:
         Two threads of the parent may start regions at the same time. Each fork also clones the other thread, which would go on
         to fork the clones: n * n VMs that nobody asked for, and whose results nobody sees.
         """
-        if self.membership is not None and self._parents_threads and threading.current_thread() in self._parents_threads:
+        if self.is_ghost:
             connection.park()
+
+    @property
+    def is_ghost(self) -> bool:
+        """Whether the calling thread came along from the parent into a region's clone."""
+        return (self.membership is not None and bool(self._parents_threads)
+                and threading.current_thread() in self._parents_threads)
 
     @contextlib.contextmanager
     def interrupts_deferred(self) -> Iterator[None]:

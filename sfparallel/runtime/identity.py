@@ -10,7 +10,9 @@ clone is dear: `numpy.random.seed` alone took 120 to 150 ms there (measured), an
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,11 @@ class Renewal:
         self._tempfile = modules.get("tempfile")
         self._uuid = modules.get("uuid")
         self._ssl = modules.get("ssl")
+        self._asyncio = modules.get("asyncio.events")
+        self._reset_sqlite = _sqlite_reset(modules["_sqlite3"]) if "_sqlite3" in modules else None
+        # A forked process has none of its parent's timers (fork(2)), whose signals would strike every clone.
+        self._timers = [timer for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+                        if signal.getitimer(timer) != (0.0, 0.0)]
         numpy_random = modules.get("numpy.random")
         self._renew_numpy = _renewer(numpy_random) if numpy_random is not None else None
 
@@ -66,6 +73,35 @@ class Renewal:
         if self._ssl is not None:
             # OpenSSL notices a fork by the process id only.
             self._ssl.RAND_add(os.urandom(32), 32.0)
+        if self._reset_sqlite is not None:
+            self._reset_sqlite()
+        for timer in self._timers:
+            signal.setitimer(timer, 0.0)
+
+    def leave_event_loop(self) -> None:
+        """Let the calling thread run an event loop of its own, when it was cloned inside a coroutine and will not go back there.
+
+        In a forked process, asyncio's C code does not take the loop for running because the process id has changed
+        (Modules/_asynciomodule.c: get_running_loop), and Python 3.12 and later forget the policy's loop (asyncio.events).
+        """
+        if self._asyncio is not None:
+            self._asyncio._set_running_loop(None)
+            local = getattr(self._asyncio._event_loop_policy, "_local", None)
+            if local is not None:
+                vars(local).clear()  # of this thread: others go on with theirs
+
+
+def _sqlite_reset(module: Any) -> Callable[[], object] | None:
+    """How to have SQLite take fresh entropy, for `random()` and new row ids: it does so by itself only when it opens a database
+    under another process id (os_unix.c: unixOpen), or when it is asked to (sqlite3_randomness with no bytes)."""
+    import ctypes
+
+    try:
+        randomness = ctypes.CDLL(getattr(module, "__file__", None), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)["sqlite3_randomness"]
+    except (OSError, AttributeError):  # linked into the module, and hidden there
+        return None
+    randomness.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    return functools.partial(randomness, 0, None)
 
 
 def _renewer(numpy_random: Any) -> Callable[[], None]:

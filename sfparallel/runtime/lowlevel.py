@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from sfparallel.errors import Closed, StateError, UsageError
+from sfparallel.runtime import after_fork
 from sfparallel.runtime.c_output import C_OUTPUT
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
@@ -111,14 +112,36 @@ def fork(ticket: Ticket, context: str = "") -> Fork:
     """
     ticket.require(TicketState.GRANTED)
     ticket.renewal = Renewal()
-    # What is still buffered would otherwise be printed by the parent and by every clone.
-    flush_output()
-    HERE.about_to_fork()
-    result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
-    ticket.state = TicketState.CLONED
-    if result.rank:
-        HERE.became_clone(result, ticket.hypervisor)
+    with AtFork(ticket.hypervisor):
+        # What is still buffered would otherwise be printed by the parent and by every clone.
+        flush_output()
+        HERE.about_to_fork()
+        result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
+        ticket.state = TicketState.CLONED
+        if result.rank:
+            HERE.became_clone(result, ticket.hypervisor)
     return result
+
+
+class AtFork:
+    """Around a fork of this VM: calls what modules have registered for forks. (`os.fork` does so by itself, and in clones
+    `assume_identity`.)"""
+
+    def __init__(self, line: Hypervisor) -> None:
+        self._forks_vm = line.keeps_threads
+        self._generation = 0
+
+    def __enter__(self) -> None:
+        if self._forks_vm:
+            after_fork.before()
+        self._generation = HERE.generation
+        if HERE.is_ghost:  # it waited for a lock that another thread's fork has given back, and this is the clone
+            after_fork.in_parent()
+            HERE.park_if_ghost()
+
+    def __exit__(self, *_: object) -> None:
+        if self._forks_vm and HERE.generation == self._generation:
+            after_fork.in_parent()
 
 
 def clone(ticket: Ticket) -> int:
@@ -138,9 +161,12 @@ def clone(ticket: Ticket) -> int:
 
 
 def assume_identity(renewal: Renewal | None, entropy: bytes, rank: int) -> None:
-    """In a clone: renew this process's identity as prepared before the fork, then call the hooks of `sf.on_clone` with `rank`."""
+    """In a clone: renew this process's identity as prepared before the fork, then call the hooks of `os.register_at_fork`, and
+    those of `sf.on_clone` with `rank`."""
     assert renewal is not None, "made before every fork"
     renewal.apply(entropy)
+    if HERE.lifeline is not None and HERE.lifeline.keeps_threads:
+        after_fork.in_clone()
     for hook in HERE.hooks:
         hook(rank)
 

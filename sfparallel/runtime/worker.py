@@ -116,6 +116,8 @@ class _Worker:
         HERE.membership = self._membership
         failure: BaseException | None = None
         try:
+            assert self._renewal is not None, "made before every fork"
+            self._renewal.leave_event_loop()
             lowlevel.assume_identity(self._renewal, self._fork.entropy, self._rank)
         except BaseException as error:
             failure = error

@@ -19,7 +19,7 @@ import traceback
 
 import sfparallel.runtime
 from sfparallel.errors import SfError
-from sfparallel.runtime import full_disk
+from sfparallel.runtime import after_fork, full_disk
 from sfparallel.runtime import program as programs
 from sfparallel.runtime.data_disks import mount_data_disks
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
@@ -56,6 +56,7 @@ def main() -> None:
     control = socket.socket(fileno=int(os.environ.pop("SF_ZYGOTE_FD")))
     control.set_inheritable(False)
     os.environ.pop("LD_BIND_NOW", None)
+    after_fork.record()
     _import_everything()
     _warm_up()
     gc.collect()
