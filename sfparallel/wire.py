@@ -115,8 +115,9 @@ def unpack(data: bytes) -> dict[str, Any]:
     """
     try:
         message = msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError(f"undecodable message of {len(data)} bytes: {error}") from error
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.exceptions.UnpackException) as error:
+        # TypeError: a key that is a list or a map. The text may hold what was sent: as much of it as a message can bear.
+        raise ProtocolError(f"undecodable message of {len(data)} bytes: {str(error)[:200]}") from None
     if not isinstance(message, dict):
         raise ProtocolError(f"a message must be a map, not {type(message).__name__}")
     return message

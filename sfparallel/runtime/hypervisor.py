@@ -95,22 +95,25 @@ class Batch(NamedTuple):
 
 
 class End(enum.StrEnum):
-    """How a clone ended that did not call exit."""
+    """How a clone ended without having handed over an answer."""
 
     DIED = "died"
     """Its machine is gone."""
     EXITED = "exited"
     """Its program ended, by itself or by a signal."""
+    QUIT = "quit"
+    """It called exit, without an answer (told only to who does not `join` at that time). An answer may have gone another way."""
     ABORTED = "aborted"
     """It wants the whole job to end (`Hypervisor.abort`), and may not have ended yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A clone died without having called exit; `rank` is its low-level rank.
+    """A clone ended without having handed over an answer; `rank` is its low-level rank.
 
     Attributes:
-        status: of its program, as `os.waitstatus_to_exitcode` has it (0 for DIED); for ABORTED, what the job shall end with.
+        status: of its program, as `os.waitstatus_to_exitcode` has it (0 for DIED); for QUIT, what it passed to exit; for ABORTED,
+            what the job shall end with.
     """
 
     ticket: int

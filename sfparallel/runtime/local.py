@@ -166,6 +166,7 @@ class _Child:
     alive: bool = True
     code: int = 0
     said: int | None = None
+    answered: bool = False
 
     def learn(self) -> None:
         """Once it has ended: what its process ended with, and the status that it gave to `exit`."""
@@ -326,12 +327,17 @@ class LocalLine:
                 events.append(Lost(ticket, rank, message["cause"], end=End.ABORTED, status=message["abort"]))
             else:
                 events.append(Answer(ticket, rank, message["answer"]))
+                for child in self._of(ticket, [rank]):
+                    child.answered = True
         for child in self._children:
             if child.alive and child.pidfd in ended:
                 self._reap(child)
                 if child.said is None:
                     events.append(Lost(child.ticket, child.rank, _cause(child.code), self.host_of(child.rank), "", End.EXITED,
                                        child.code))
+                elif not child.answered:
+                    cause = f"it ended by exit({child.said}) before it answered"
+                    events.append(Lost(child.ticket, child.rank, cause, self.host_of(child.rank), "", End.QUIT, child.said))
         return events
 
     def close(self) -> None:

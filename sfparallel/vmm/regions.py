@@ -1,6 +1,7 @@
 """What programs in the VMs ask the supervisor for: tickets, clones, their end. One object per job.
 
-Every request is a msgpack map with "op" and "id" (see ARCHITECTURE.md, "The agent port"); each handler here answers one op.
+Every request is a msgpack map with "op" and "id" (see ARCHITECTURE.md, "The agent port"), read and checked by `requests.decode`;
+each handler here answers one op.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel.errors import NetworkError, PagingError, SfError, StateError, UsageError, VMError
+from sfparallel.errors import NetworkError, PagingError, ProtocolError, SfError, StateError, UsageError, VMError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.vmm import engine
 from sfparallel.vmm.capacity import Capacity
@@ -26,10 +26,11 @@ from sfparallel.vmm.machine import MachineSpec
 from sfparallel.vmm.pool import Pool
 from sfparallel.vmm.processes import cpu_seconds, private_memory
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
+from sfparallel.vmm.requests import ANSWER_BYTES, REQUESTS, BadRequest, Caller, decode, shortened
 from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.wire import FrameType, pack, unpack
+from sfparallel.wire import FrameType, pack
 
 log = logging.getLogger("sfparallel")
 
@@ -38,10 +39,6 @@ PREFIX_LENGTH = 16
 
 MEASURED = 8
 """Clones of a fork whose memory is measured: the kernel looks at each of their pages for that, while others want to wake."""
-
-ANSWER_BYTES = 64 << 10
-"""A result up to this size may travel with the clone's last request, which has to be made anyway: a TCP connection to the parent
-costs a clone more than a third of its whole life under emulation (measured). Larger ones go over the clone network."""
 
 _LAST_WORDS_S = 1.0
 
@@ -113,28 +110,41 @@ class Regions:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, vm: Vm, channel: int, payload: bytes) -> None:
-        number: object = None
+        number: int | None = None
         try:
-            message = unpack(payload)
-            number = message.get("id")
-            handler = self._handlers.get(str(message.get("op")))
-            if handler is None:
-                raise UsageError(f"the supervisor knows no request {message.get('op')!r}")
-            answer = await handler(vm, channel, message)
+            request = decode(payload)
+            number = request.id
+            if REQUESTS[request.op].caller is Caller.CLONE:
+                self._member(vm)
+            answer = await self._handlers[request.op](vm, channel, {"id": number, **request.fields})
+            if answer is not None:
+                vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
         except (SfError, OSError) as error:
             log.info("%s: request failed: %s", vm.name, error)
-            answer = failure(error)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            answer = {"error": "invalid", "message": f"malformed request: {error!r}"}
+            if isinstance(error, BadRequest):
+                number = error.id
+                self._misspoke(vm, error)
+            vm.send(FrameType.REPLY, pack({"id": number, **failure(error)}), channel)
         except Exception as error:  # a mistake of ours; who knows in which state it leaves the VM: do not let it wait for ever
             log.exception("%s: request %r failed", vm.name, payload[:200])
             vm.end(f"the supervisor failed: {error!r}")
-            return
-        if answer is not None:
-            vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
+
+    def _member(self, vm: Vm) -> tuple[Ticket, Member]:
+        found = self._members.get(vm)
+        if found is None:
+            raise StateError("only a clone can ask for that; this is the parent")
+        return found
+
+    def _misspoke(self, vm: Vm, error: BadRequest) -> None:
+        """A clone's last request that cannot be read is its end all the same: nobody would wait for an answer to it."""
+        found = self._members.get(vm)
+        if found is not None and error.op in ("exit", "abort") and found[1].leaving is None:
+            self._sample(*found)
+            self._lost(*found, f"it wanted to end, but not in a way that can be understood: {error}")
+            vm.kill()
 
     def _find(self, vm: Vm, channel: int, message: dict[str, Any]) -> Ticket:
-        ticket = self._tickets.get(int(message["ticket"]))
+        ticket = self._tickets.get(message["ticket"])
         # Of another program in this VM, too: its region would wait for clones that nobody says are lost.
         if ticket is None or ticket.owner is not vm or ticket.channel != channel:
             raise StateError(f"there is no ticket {message['ticket']} here", hint="ask for one with request_ticket")
@@ -155,9 +165,7 @@ class Regions:
         }
 
     async def _ticket(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        n = int(message["n"])
-        if n < 1:
-            raise UsageError(f"a ticket is for at least 1 clone, not {n}")
+        n = message["n"]
         running = sum(1 for _, member in self._members.values() if not member.gone)
         granted = self._capacity.grant(n, running=running, warm=len(self._pool))
         ticket = Ticket(self._next_ticket, vm, channel, granted)
@@ -166,21 +174,26 @@ class Regions:
         return {"ticket": ticket.number, "granted": granted}
 
     async def _exit(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
-        ticket, member = self._members[vm]
-        member.status = int(message.get("status", 0))
+        ticket, member = self._member(vm)
+        if member.leaving is not None:
+            return  # it has said so before
+        member.status = message["status"]
         if ticket.report:
-            _note_user_code(ticket.report, vm, int(message.get("ran_ns", 0)))
-            if message.get("answer"):
+            _note_user_code(ticket.report, vm, message["ran_ns"])
+            if message["answer"]:
                 ticket.report.mark(vm.name, Phase.ANSWER)
-        if message.get("answer") and ticket.owner.state is not VmState.GONE:
-            event = {"event": "answer", "ticket": ticket.number, "rank": member.rank, "data": message["answer"]}
-            ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
+        if message["answer"]:
+            self._tell(ticket, {"event": "answer", "ticket": ticket.number, "rank": member.rank, "data": message["answer"]})
+        elif not ticket.joining:
+            # Nobody is told who only waits for the end. But a region would wait for the answer.
+            self._tell_end(ticket, member, f"it ended by exit({member.status}) before it answered", "quit", member.status)
         self._sample(ticket, member)
         vm.kill()
 
     async def _join(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
         ticket = self._find(vm, channel, message)
         ticket.require(TicketState.RUNNING, TicketState.ENDED)
+        ticket.joining = True
         await ticket.wait_ended()
         self._finish(ticket)
         return {"status": ticket.statuses()}
@@ -189,22 +202,20 @@ class Regions:
         ticket = self._find(vm, channel, message)
         if ticket.state is TicketState.GRANTED:
             ticket.give_up()
-        ranks = message.get("ranks")
-        ticket.discard([int(rank) for rank in ranks] if ranks is not None else None)
-        if ranks is None:
+        ticket.discard(message["ranks"])
+        if message["ranks"] is None:
             await ticket.wait_ended()
             self._finish(ticket)
         return {}
 
     async def _abort(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
-        ticket, member = self._members[vm]
-        self._tell_end(ticket, member, str(message["cause"]), "aborted", int(message["status"]))
+        ticket, member = self._member(vm)
+        if not member.aborted:  # once is enough
+            member.aborted = True
+            self._tell_end(ticket, member, message["cause"], "aborted", message["status"])
 
     async def _signal(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        ticket, number = self._find(vm, channel, message), int(message["number"])
-        if not 0 < number < signal.NSIG:
-            raise UsageError(f"there is no signal {number}")
-        ranks = message.get("ranks")
+        ticket, number, ranks = self._find(vm, channel, message), message["number"], message["ranks"]
         for member in ticket.members.values():
             if ranks is None or member.rank in ranks:
                 member.vm.send(FrameType.SIGNAL, number.to_bytes(4, "little"))
@@ -215,7 +226,7 @@ class Regions:
         if report:
             # The program tells it at once when it has the last answer; its clock is not ours, so only the difference counts.
             now = time.monotonic()
-            first = now - float(message["last_s"]) + float(message["first_s"])
+            first = now - message["last_s"] + message["first_s"]
             report.mark(vm.name, Phase.FIRST_ANSWER, max(report.started, first))
             report.mark(vm.name, Phase.LAST_ANSWER, now)
 
@@ -226,7 +237,7 @@ class Regions:
         ticket.require(TicketState.GRANTED)
         ticket.state = TicketState.CLONING
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
-        ticket.label_base = 0 if message.get("context") else 1
+        ticket.label_base = 0 if message["context"] else 1
         ticket.world = self._settings.world and vm not in self._members
         with contextlib.ExitStack() as stack:
             try:
@@ -351,9 +362,9 @@ class Regions:
         """Clones of a checkpoint: as for a fork, but for the save; the VM that asks goes on meanwhile."""
         ticket = self._find(vm, channel, message)
         ticket.require(TicketState.GRANTED)
-        saved = self._saved.find(vm, int(message["checkpoint"]))
+        saved = self._saved.find(vm, message["checkpoint"])
         ticket.state = TicketState.CLONING
-        ticket.label_base = int(message.get("first", 1))
+        ticket.label_base = message["first"]
         try:
             async with saved.lock:
                 self._require_asker(ticket)
@@ -369,7 +380,7 @@ class Regions:
         try:
             self._require_asker(ticket)
             # Looked up only now: it may have been closed while this waited.
-            saved = self._saved.find(vm, int(message["checkpoint"]))
+            saved = self._saved.find(vm, message["checkpoint"])
         except StateError:
             self._pool.give_back(shells)
             raise
@@ -382,7 +393,7 @@ class Regions:
             saved.checkpoint.forget_plans()
 
     async def _drop(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
-        saved = self._saved.find(vm, int(message["checkpoint"]))
+        saved = self._saved.find(vm, message["checkpoint"])
         async with saved.lock:  # not while clones are being made from it
             self._saved.drop(saved)
         return {}
@@ -406,6 +417,8 @@ class Regions:
     def clone_exited(self, vm: Vm, status: int, oom_kills: int) -> None:
         """The program in a clone ended without calling `exit`."""
         ticket, member = self._members[vm]
+        if member.leaving is not None:
+            return  # it has ended before
         if os.WIFEXITED(status):
             member.status = os.WEXITSTATUS(status)
             cause = f"its program ended with exit status {member.status} before it answered"
@@ -464,15 +477,19 @@ class Regions:
             self._on_report(report)
 
     def _lost(self, ticket: Ticket, member: Member, cause: str, end: str = "died", status: int = 0) -> None:
-        member.lost = cause
+        member.lost = cause = shortened(cause)
         log.info("%s (rank %d of ticket %d) is lost: %s", member.vm.name, member.rank, ticket.number, cause)
         self._tell_end(ticket, member, cause, end, status)
 
     def _tell_end(self, ticket: Ticket, member: Member, cause: str, end: str, status: int) -> None:
         """Tell the ticket's owner how a clone ended (hypervisor.End)."""
+        self._tell(ticket, {"event": "lost", "ticket": ticket.number, "rank": member.rank, "cause": cause, "host": "",
+                            "console": member.vm.console_tail(), "end": end, "status": status})  # fmt: skip
+
+    @staticmethod
+    def _tell(ticket: Ticket, event: dict[str, Any]) -> None:
+        """Send an event to the ticket's owner. All that comes from a clone in it is of a bounded size: a packet holds 128 KiB."""
         if ticket.owner.state is not VmState.GONE:
-            event = {"event": "lost", "ticket": ticket.number, "rank": member.rank, "cause": cause, "host": "",
-                     "console": member.vm.console_tail(), "end": end, "status": status}  # fmt: skip
             ticket.owner.send(FrameType.REPLY, pack(event), ticket.channel)
 
     def _sample(self, ticket: Ticket, member: Member) -> None:
@@ -531,8 +548,8 @@ def failure(error: SfError | OSError, kind: str = "") -> dict[str, Any]:
         error = VMError(f"the host could not do it: {error}", hint="free memory, descriptors or disk space on the host")
     if not kind:
         kinds: list[tuple[type[SfError], str]] = [
-            (UsageError, "invalid"), (StateError, "state"), (PagingError, "clone_failed"), (VMError, "clone_failed"),
-            (NetworkError, "clone_failed"),
+            (UsageError, "invalid"), (ProtocolError, "invalid"), (StateError, "state"), (PagingError, "clone_failed"),
+            (VMError, "clone_failed"), (NetworkError, "clone_failed"),
         ]  # fmt: skip
         kind = next((name for cls, name in kinds if isinstance(error, cls)), "capacity")
     extra = {"fits": error.fits} if hasattr(error, "fits") else {}

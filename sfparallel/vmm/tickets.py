@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from sfparallel.errors import StateError
@@ -30,6 +31,7 @@ class Member:
         status: what it passed to `exit`, or None while it runs or when it was lost.
         lost: why it died before it called `exit`.
         leaving: when it was about to end, on the monotonic clock; None when that was not seen.
+        aborted: it has asked for the end of the whole job.
         measured: what it needed, taken when it was about to end.
     """
 
@@ -41,6 +43,7 @@ class Member:
     lost: str | None = None
     gone: bool = False
     discarded: bool = False
+    aborted: bool = False
     leaving: float | None = None
     measured: dict[str, float] = field(default_factory=dict)
 
@@ -52,6 +55,7 @@ class Ticket:
     Attributes:
         label_base: with what number the labels of their output begin.
         world: they run the whole program, as ranks.
+        joining: its owner waits for nothing but their end.
     """
 
     number: int
@@ -60,6 +64,7 @@ class Ticket:
     granted: int
     label_base: int = 1
     world: bool = False
+    joining: bool = False
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None
@@ -88,7 +93,7 @@ class Ticket:
         self.state = TicketState.ENDED
         self._ended.set()
 
-    def discard(self, ranks: list[int] | None = None) -> None:
+    def discard(self, ranks: Collection[int] | None = None) -> None:
         """End clones now; their death is no loss."""
         for member in self.members.values():
             if ranks is None or member.rank in ranks:

@@ -33,6 +33,7 @@ FREEZE_TIMEOUT_S = 30.0
 """A guest that has not stopped its programs within this time goes on, and the fork fails (a busy one needs milliseconds)."""
 
 _CONSOLE_TAIL_BYTES = 4096
+_FAILURE_BYTES = 1000
 _PORT_GRACE_S = 1.0
 
 
@@ -444,7 +445,7 @@ class Vm:
                     self.woken_at = time.monotonic()
                     self.woken.set_result(unpack(frame.payload))
             case FrameType.FAILED:
-                self.failure = frame.payload.decode(errors="replace").strip()
+                self.failure = frame.payload[:_FAILURE_BYTES].decode(errors="replace").strip()
                 self.end(f"its agent gave up: {self.failure}")
             case _:
                 if frame.type is FrameType.EXITED:
