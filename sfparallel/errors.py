@@ -12,7 +12,7 @@
     │   ├── QmpError            QEMU refused a monitor command
     │   ├── PagingError         the paging layer inside QEMU failed (vmm.paging.PagingRefused: it refused an operation)
     │   ├── GuestError          the guest agent failed or broke the protocol
-    │   └── CloneLost           a clone died before it answered (`.rank`, `.cause`)
+    │   └── CloneLost           a clone ended before it answered, or sent what no clone sends (`.rank`, `.cause`)
     ├── NetworkError            the clone network could not be set up or used
     ├── ProtocolError           bytes on a wire that no correct peer sends
     ├── RegionError             a parallel region ended without all of its results

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sfparallel.errors import CollectConflict, ProtocolError, UsageError
+from sfparallel.errors import CollectConflict, UsageError
+from sfparallel.runtime.clone_messages import FileNote
 from sfparallel.runtime.collect import Collector, check_patterns
 
 
@@ -36,7 +37,9 @@ class Tree:
         self.collector._root = view
         descriptions, contents = self.collector.changed()
         self.collector._root = self.parent
-        self.collector.receive(rank, descriptions, [memoryview(bytes(content)) for content in contents])
+        notes = [FileNote(os.fsdecode(each["path"]), each["mode"]) for each in descriptions]
+        assert self.collector.unwanted(notes) is None
+        self.collector.receive(rank, notes, [memoryview(bytes(content)) for content in contents])
 
     def files(self) -> dict[str, bytes]:
         return {str(path.relative_to(self.parent)): path.read_bytes() for path in self.parent.rglob("*") if path.is_file()}
@@ -85,10 +88,20 @@ def test_paths_outside_are_refused(tmp_path: Path) -> None:
     for bad in ("/tmp/*", "../x", "a/../../x", "", ["a", "/b"]):
         with pytest.raises(UsageError):
             check_patterns(bad)
-    tree = Tree(tmp_path, ["*"])
-    for path in (b"/tmp/evil", b"../evil"):
-        with pytest.raises(ProtocolError):
-            tree.collector.receive(0, [{"path": path, "mode": 0o600}], [memoryview(b"")])
+    tree = Tree(tmp_path, ["*", "out/*.png"])
+    for path in ("/tmp/evil", "../evil", "out/evil.txt", "out/more/evil.png", ".bashrc"):
+        assert tree.collector.unwanted([FileNote("out/good.png", 0o600), FileNote(path, 0o600)]) == path
+
+
+def test_a_file_that_cannot_be_written_does_not_keep_the_others(tmp_path: Path) -> None:
+    """Of two ranks, one may have made a folder where the other has a file."""
+    tree = Tree(tmp_path, ["**"])
+    tree.clone(0, {"a": b"file", "z": b"other"})
+    tree.collector.receive(1, [FileNote("a/b", 0o600), FileNote("c" * 250, 0o600)], [memoryview(b"x"), memoryview(b"y")])
+    with pytest.raises(OSError, match="a") as caught:
+        tree.collector.write()
+    assert "rank 1" in caught.value.__notes__[0]
+    assert tree.files() == {"a": b"file", "z": b"other"}
 
 
 def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:

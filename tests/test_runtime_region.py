@@ -14,12 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zmq
 
 import sfparallel as sf
-from sfparallel import wire
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.link import ParentLink
 from tests.fork_double import Doubles, start_afresh
 from tests.fork_double import double_fixture as double_fixture
 
@@ -460,36 +457,6 @@ def test_a_job_seed_makes_every_run_the_same_and_every_region_different(double: 
     first = run()
     assert len(set(first)) == len(first)
     assert run() == first
-
-
-def test_a_message_from_another_address_is_dropped(double: Doubles) -> None:
-    link = ParentLink("127.0.0.1")
-    link.expect(["127.2.0.1", "127.2.0.2"])
-    context = HERE.zmq_context()
-    endpoint = link.endpoint.removeprefix("tcp://")
-    sockets = {}
-    for source in ("127.2.0.1", "127.2.0.2"):
-        sockets[source] = context.socket(zmq.DEALER)
-        sockets[source].connect(f"tcp://{source}:0;{endpoint}")
-    messages: list[tuple[str, bytes]] = [
-        ("127.2.0.2", wire.pack({"kind": "result", "rank": 0})),
-        ("127.2.0.1", wire.pack({"kind": "result", "rank": 7})),
-        ("127.2.0.1", wire.pack({"kind": "nonsense", "rank": 0})),
-        ("127.2.0.1", b"\xc1"),
-    ]
-    for source, header in messages:
-        sockets[source].send_multipart([header, b""])
-        assert link.router.poll(10_000)
-        with pytest.warns(RuntimeWarning, match="dropped"):
-            assert link.receive() is None
-    sockets["127.2.0.1"].send_multipart([wire.pack({"kind": "result", "rank": 0}), b"x"])
-    assert link.router.poll(10_000)
-    message = link.receive()
-    assert message is not None
-    assert (message.rank, bytes(message.frames[0])) == (0, b"x")
-    for sock in sockets.values():
-        sock.close(linger=0)
-    link.close()
 
 
 def test_collect(double: Doubles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

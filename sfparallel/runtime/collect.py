@@ -7,6 +7,7 @@ what is new or changed, and the parent writes it under the same relative path, w
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import mmap
 import os
@@ -15,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sfparallel.errors import CollectConflict, ProtocolError, UsageError
+from sfparallel.errors import CollectConflict, UsageError
+from sfparallel.runtime.clone_messages import FileNote
 from sfparallel.runtime.payload import IN_BAND_BYTES, Buffer
 
 Stamp = tuple[int, int, int]
@@ -37,6 +39,18 @@ def check_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
             raise UsageError(f"collect={pattern!r} leaves the current folder",
                              hint="write it relative to the current folder, without ..")
     return checked
+
+
+def matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a glob (in parts) could have found a path (in parts), as `glob.glob(..., recursive=True)` does it."""
+    if not pattern:
+        return not path
+    first, *rest = pattern
+    if first == "**":
+        return matches(path, rest) or bool(path and not path[0].startswith(".") and matches(path[1:], pattern))
+    if not path or (path[0].startswith(".") and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(path[0], first) and matches(path[1:], rest)
 
 
 class Collector:
@@ -70,33 +84,40 @@ class Collector:
             descriptions.append({"path": os.fsencode(path), "mode": status.st_mode & 0o777})
         return descriptions, contents
 
-    def receive(self, rank: int, descriptions: Sequence[dict[str, Any]], contents: Sequence[memoryview]) -> None:
-        """In the parent: take a rank's files; they are written by `write`.
+    def unwanted(self, notes: Sequence[FileNote]) -> str | None:
+        """In the parent: a path that none of the globs could have found; None if there is none."""
+        globs = [PurePosixPath(pattern).parts for pattern in self._patterns]
+        return next((note.path for note in notes
+                     if not any(matches(PurePosixPath(note.path).parts, pattern) for pattern in globs)), None)
 
-        Raises:
-            ProtocolError: a path that no glob could have matched.
-        """
-        for description, content in zip(descriptions, contents, strict=True):
-            path = os.fsdecode(description["path"])
-            pure = PurePosixPath(path)
-            if pure.is_absolute() or ".." in pure.parts:
-                raise ProtocolError(f"rank {rank} sent a file for {path!r}, outside the current folder")
+    def receive(self, rank: int, notes: Sequence[FileNote], contents: Sequence[memoryview]) -> None:
+        """In the parent: take a rank's files; they are written by `write`."""
+        for (path, mode), content in zip(notes, contents, strict=True):
             if path in self._owners:
                 self._conflicts.setdefault(path, (self._owners[path], rank))
                 self._files.pop(path, None)
             else:
                 self._owners[path] = rank
-                self._files[path] = description["mode"], content
+                self._files[path] = mode, content
 
     def write(self) -> None:
         """Write every file that one rank alone sent, each by rename.
 
         Raises:
+            OSError: one of them could not be written; all others have been tried.
             CollectConflict: two ranks sent the same file; none of its versions is written.
         """
+        failed: OSError | None = None
         for path in sorted(self._files):
             mode, content = self._files.pop(path)
-            self._write_one(self._root / path, mode, content)
+            try:
+                self._write_one(self._root / path, mode, content)
+            except OSError as error:
+                if failed is None:
+                    error.add_note(f"while {path!r} of rank {self._owners[path]} was collected")
+                    failed = error
+        if failed is not None:
+            raise failed
         for path, ranks in self._conflicts.items():
             first, second = sorted(ranks)
             raise CollectConflict(f"ranks {first} and {second} both wrote {path!r}; it was not collected", path=path,

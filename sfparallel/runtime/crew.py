@@ -22,11 +22,11 @@ import zmq
 
 from sfparallel.errors import CloneLost, Closed, ExecutorBroken, ResultNotPicklable, SfError, StateError
 from sfparallel.runtime.checkpoints import keep_state, require_checkpoints
+from sfparallel.runtime.clone_messages import BadMessage, Kind, Message
 from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Lost
-from sfparallel.runtime.link import Kind, Message
-from sfparallel.runtime.payload import Buffer, load_error, loads
+from sfparallel.runtime.payload import Buffer, load_error, loads, message_of
 from sfparallel.runtime.region import LOSS_GRACE_S, Alarm, bind_link, free_port
 from sfparallel.runtime.roster import Member, Roster, number_of
 from sfparallel.runtime.schedule import Schedule
@@ -38,6 +38,9 @@ STILLBORN_LIMIT = 3
 
 SHARE_NS = 4_000_000
 """A clone is given so much to do at a time, if tasks take less: a message costs as much as many small tasks."""
+
+LONGEST_NS = 60_000_000_000
+"""A task that takes longer counts as if it took so long."""
 
 MAX_SHARE = 64
 """Tasks in one share at most."""
@@ -275,11 +278,13 @@ class Crew:
         while True:
             events = self._line.events() if self._unread or line in ready else []
             self._unread = False
-            while (message := self._link.receive()) is not None:
+            # A limited number: whatever a clone sends, the rest has its turn.
+            for message in self._link.take():
                 self._on_message(message)
             for event in events:
                 self._on_event(event)
-            while self._losses and self._losses[0][0] <= time.monotonic():
+            now = time.monotonic()
+            while self._losses and self._losses[0][0] <= now - (0.0 if self._link.drained else LOSS_GRACE_S):
                 self._lose(self._losses.popleft()[1])
             self._take_arrivals()
             if self._cancelling:
@@ -368,31 +373,47 @@ class Crew:
         del self._tasks[key]
         return False
 
-    def _on_message(self, message: Message) -> None:
+    def _on_message(self, message: Message | BadMessage) -> None:
         member = self._roster.members.get(message.rank)
         if member is None:
             return
-        if message.kind is Kind.READY:
-            self._stillborn = 0
-            member.hand = self._schedule.join()
-            self._roster.by_hand[member.hand] = member
-        elif message.kind is Kind.UNFIT:
-            error = load_error(message.header["error"], message.frames, str(member))
-            self._break(ExecutorBroken(f"the initializer failed in {member}: {type(error).__qualname__}: {error}",
-                                   rank=member.place), error)
-        elif message.kind is Kind.BACK and member.hand is not None:
-            for key in reversed(message.header.get("keys", [])):
-                if self._schedule.take_back(member.hand, key):
+        why = message.why if isinstance(message, BadMessage) else self._read(message, member)
+        if why:
+            self._on_bad(member, why)
+
+    def _read(self, message: Message, member: Member) -> str:
+        """Do what a message asks for, or say what is wrong with it."""
+        match message.kind:
+            case Kind.READY if member.hand is None:
+                self._stillborn = 0
+                member.hand = self._schedule.join()
+                self._roster.by_hand[member.hand] = member
+            case Kind.UNFIT if member.hand is None:
+                error = load_error(message.error, message.frames, str(member))
+                self._break(ExecutorBroken(f"the initializer failed in {member}: {type(error).__qualname__}: {message_of(error)}",
+                                           rank=member.place), error)
+            case Kind.BACK if member.hand is not None:
+                for key in reversed(message.keys):
+                    if not self._schedule.take_back(member.hand, key):
+                        return f"task {key} back, which it has not been given"
                     self._tasks[key].give_back()
-        elif member.hand is not None:
-            key = message.header.get("key")
-            if isinstance(key, int) and self._schedule.answered(member.hand, key):
-                self._task_ns += (max(1, message.header.get("ran_ns", 0)) - self._task_ns) / 8
+            case Kind.RESULT | Kind.ERROR if member.hand is not None:
+                if not self._schedule.answered(member.hand, message.key):
+                    return f"an answer for task {message.key}, which it has not been given"
+                self._task_ns += (min(max(1, message.ran_ns), LONGEST_NS) - self._task_ns) / 8
                 self._adapt()
                 # First the clone's next task: what becomes of this answer may take a while.
                 if not member.doomed:
                     self._give(member.hand)
-                self._on_answer(message, member, key)
+                self._on_answer(message, member, message.key)
+            case _:
+                return f"a message {message.kind.value!r}, which no clone sends here or now"
+        return ""
+
+    def _on_bad(self, member: Member, why: str) -> None:
+        """A clone has sent what no clone sends: it is lost, and with it the task that it was at."""
+        self._line.kill(member.ticket, [member.rank])
+        self._lose(Lost(member.ticket, member.rank, f"it sent {why}, and was ended for that", member.host))
 
     def _on_answer(self, message: Message, member: Member, key: int) -> None:
         task = self._tasks.pop(key)
@@ -410,7 +431,7 @@ class Crew:
                     error = ResultNotPicklable(f"a result arrived and raised {type(raised).__qualname__} when it was unpickled")
                 error.add_note(f"in the result of {member}")
         else:
-            error = load_error(message.header["error"], message.frames, f"{task.label}{member}")
+            error = load_error(message.error, message.frames, f"{task.label}{member}")
         self._settle(task, error, value)
 
     @staticmethod
@@ -426,10 +447,12 @@ class Crew:
             threading.excepthook(threading.ExceptHookArgs(told))
 
     def _on_event(self, event: Lost | Answer) -> None:
-        member = None if isinstance(event, Answer) else self._roster.find(event)
-        if member is None or isinstance(event, Answer):
+        member = self._roster.find(event)
+        if member is None or member.doomed:
             return
-        if member.hand is not None and self._schedule.in_hand(member.hand):
+        if isinstance(event, Answer):
+            self._on_bad(member, "an answer with its exit, which only ranks of regions do")
+        elif member.hand is not None and self._schedule.in_hand(member.hand):
             member.doomed = True
             self._losses.append((time.monotonic() + LOSS_GRACE_S, event))
         else:

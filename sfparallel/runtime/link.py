@@ -8,57 +8,40 @@ alone (closing it would wake two more threads on the way to the user's function)
 The answer of a rank that is small goes another way, if the supervisor takes it: with the clone's exit, over the line by which it
 was made (`pack_answer`). A TCP connection and its handshake are most of what a clone does for a trivial function otherwise.
 
-A message is [header (msgpack map), payload frames...]. Who sent it is not believed but checked: ZeroMQ tells the address of the
-peer, and the clone network lets nobody send from another's.
+A message is [header (msgpack map), payload frames...], and read by `clone_messages`. Who sent it is not believed but checked:
+ZeroMQ tells the address of the peer, and the clone network lets nobody send from another's.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import zmq
 
 from sfparallel import wire
-from sfparallel.errors import ProtocolError
+from sfparallel.runtime.clone_messages import BadMessage, Kind, Message, claims, decode
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.payload import IN_BAND_BYTES, Buffer
+from sfparallel.runtime.strangers import Strangers
+
+__all__ = ["CloneLink", "Kind", "Order", "ParentLink", "pack_answer", "set_up_dealer"]
 
 HANDSHAKE_MS = 300_000
 """Many clones on few emulated cores may take long to get through the handshake; the default of 30 s is too short."""
 
 BACKLOG = 4096
 
+UNREAD = 1000
+"""So many messages of one connection wait in this process; the rest waits where it comes from."""
 
-class Kind(enum.StrEnum):
-    """Kinds of messages; up to BACK from clone to parent, the others from parent to clone."""
+TURN = 64
+"""So many messages are taken before whoever takes them looks at all else again."""
 
-    RESULT = "result"
-    ERROR = "error"
-    COMM = "comm"
-    WHO_LEFT = "who left"
-    DONE = "done"
-    UNFIT = "unfit"
-    READY = "ready"
-    BACK = "back"
-    KEYS = "keys"
-    LOST = "lost"
-    LEFT = "left"
-    RELEASE = "release"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message; `header` holds at least kind and rank, `frames` the payload."""
-
-    kind: Kind
-    rank: int
-    header: dict[str, Any]
-    frames: list[memoryview]
+MOST_NOTICES = 64
+"""A rank says that it has to do with others, and asks who has left, once in its life; nobody needs to so often."""
 
 
 class Order(NamedTuple):
@@ -76,20 +59,6 @@ def pack_answer(kind: Kind, pickled: bytes, fields: dict[str, Any]) -> bytes:
     return wire.pack({"kind": kind, "pickle": pickled, **fields})
 
 
-def unpack_answer(rank: int, data: bytes) -> Message:
-    """What `pack_answer` packed.
-
-    Raises:
-        ProtocolError: it is something else.
-    """
-    header = wire.unpack(data)
-    try:
-        kind, pickled = Kind(header["kind"]), header["pickle"]
-    except (KeyError, ValueError) as error:
-        raise ProtocolError(f"the answer of rank {rank} is none: {error!r}") from error
-    return Message(kind, rank, header, [memoryview(pickled)] if pickled else [])
-
-
 class ParentLink:
     """The parent's end, and the other end as it lies ready for the clones.
 
@@ -102,7 +71,7 @@ class ParentLink:
         self.router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         try:
-            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, UNREAD), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
                                   (zmq.BACKLOG, BACKLOG)):
                 self.router.setsockopt(option, value)
             self.router.bind(f"tcp://{address}:*")
@@ -111,46 +80,55 @@ class ParentLink:
         except BaseException:
             self.close()
             raise
+        self.drained = False
+        """Whether the last `take` left nothing behind."""
+        self._ranks: dict[str, int] = {}
+        """By address."""
         self._addresses: dict[int, str] = {}
+        self._former: dict[int, str] = {}
+        """Addresses of ranks of which nothing more is taken."""
+        self._left_behind: set[str] = set()
+        """The same addresses."""
         self._routes: dict[int, bytes] = {}
-        self._peers: dict[bytes, str] = {}
-        """Addresses by route."""
+        self._notices: Counter[int] = Counter()
+        self._strangers = Strangers("message on the gather socket")
 
     def expect(self, addresses: Sequence[str]) -> None:
         """Say which address each rank has."""
-        self._addresses = dict(enumerate(addresses))
+        for rank, address in enumerate(addresses):
+            self.admit(rank, address)
 
     def admit(self, rank: int, address: str) -> None:
         """One more is expected."""
         self._addresses[rank] = address
+        self._ranks[address] = rank
 
     def forget(self, rank: int) -> None:
         """Take nothing more from this rank."""
-        self._addresses.pop(rank, None)
+        address = self._addresses.pop(rank, None)
+        if address is None:
+            return
+        self._former[rank] = address
+        self._left_behind.add(address)
         self._routes.pop(rank, None)
+        if self._ranks.get(address) == rank:  # it may belong to another one by now
+            del self._ranks[address]
 
-    def receive(self) -> Message | None:
-        """The next message that is what it claims to be, or None when there is none now."""
+    def take(self, most: int = TURN) -> Iterator[Message | BadMessage]:
+        """What has come from ranks, as far as it came in the first `most` messages; whoever wants more asks again.
+
+        Others may be at this socket, too: their messages are dropped, and count as any.
+        """
         router = self.router
-        # Asked first, because an exception (zmq.Again) costs more than a message.
-        while int(router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            route = router.recv()
-            parts: list[Any] = []
-            if router.getsockopt(zmq.RCVMORE):
-                if route in self._peers:
-                    parts.append(router.recv())
-                else:
-                    # Only frames tell the peer's address; it is the same as long as the connection lasts, and so is the route.
-                    header = router.recv(copy=False)
-                    self._peers[route] = str(header.get("Peer-Address"))
-                    parts.append(header.bytes)
-                if router.getsockopt(zmq.RCVMORE):
-                    parts += router.recv_multipart(copy=False)
-            try:
-                return self._check(route, parts)
-            except ProtocolError as error:
-                warnings.warn(f"message on the gather socket dropped: {error}", RuntimeWarning, stacklevel=2)
-        return None
+        self.drained = False
+        for _ in range(most):
+            # Asked first, because an exception (zmq.Again) costs more than a message.
+            if not int(router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self.drained = True
+                return
+            message = self._next()
+            if message is not None:
+                yield message
 
     def send(self, rank: int, kind: Kind, **fields: Any) -> bool:
         """Send to a rank that was heard before; False if it was not (ZeroMQ cannot reach it then)."""
@@ -177,24 +155,45 @@ class ParentLink:
         self.router.close(linger=0)
         self.dealer.close(linger=0)
 
-    def _check(self, route: bytes, parts: list[Any]) -> Message:
-        if not parts:
-            raise ProtocolError("it has no header")
-        header = wire.unpack(parts[0])
-        rank = header.get("rank")
-        if not isinstance(rank, int) or rank not in self._addresses:
-            raise ProtocolError(f"no such rank: {rank!r}")
-        peer = self._peers[route]
-        if peer != self._addresses[rank]:
-            raise ProtocolError(f"it claims to come from rank {rank} ({self._addresses[rank]}) but came from {peer}")
-        try:
-            kind = Kind(header.get("kind", ""))
-        except ValueError:
-            raise ProtocolError(f"unknown kind {header.get('kind')!r}") from None
+    def _next(self) -> Message | BadMessage | None:
+        """Take one message; None if nobody sent it who belongs here."""
+        router = self.router
+        route = router.recv()
+        parts: list[Any] = []
+        address = ""
+        if router.getsockopt(zmq.RCVMORE):
+            # Only frames tell the peer's address. It is asked for each time: a peer may give its connection any name (ZMTP's
+            # routing id), so that a name of today may have been somebody else's yesterday.
+            header = router.recv(copy=False)
+            address = _peer(header)
+            parts.append(header.bytes)
+            if router.getsockopt(zmq.RCVMORE):
+                parts += [frame.buffer for frame in router.recv_multipart(copy=False)]
+        rank = self._ranks.get(address)
+        if rank is None:
+            if address not in self._left_behind:
+                self._strangers.note(f"it came from {address}" if address else
+                                     "its sender has no address: it speaks another version of ZeroMQ's protocol, or none")
+            return None
+        message = decode(rank, parts)
+        if isinstance(message, BadMessage):
+            # Its predecessor at that address may have said something before it went.
+            return None if self._former.get(claims(parts)) == address else message
         self._routes[rank] = route
-        pickled = header.get("pickle")
-        frames = [part.buffer for part in parts[1:]] if pickled is None else [memoryview(pickled)]
-        return Message(kind, rank, header, frames)
+        if message.kind is Kind.COMM or message.kind is Kind.WHO_LEFT:
+            self._notices[rank] += 1
+            if self._notices[rank] > MOST_NOTICES:
+                return BadMessage(rank, f"more than {MOST_NOTICES} messages {message.kind.value!r}")
+        return message
+
+
+def _peer(frame: zmq.Frame) -> str:
+    """The address that a frame came from. ZeroMQ knows none for connections of ZMTP 1.0 and 2.0, for which libzmq makes no
+    metadata (zmq_msg_gets(3): EINVAL); and to 1.0 it goes down for most bytes that are no ZMTP at all."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
 
 
 def set_up_dealer(dealer: zmq.Socket[bytes]) -> None:

@@ -24,6 +24,9 @@ IN_BAND_BYTES = 64 << 10
 receive buffer, where an array would not be aligned; large ones have memory of their own, aligned to 8 bytes (measured with
 libzmq 4.3.4 and 4.3.5)."""
 
+TEXT_CHARS = 1 << 20
+"""Of an error's message and traceback, so much goes to the parent."""
+
 
 def dumps(value: Any, origin: str = "this rank", *, what: str | None = None, to: str = "the parent",
           by_value: bool = False) -> list[Buffer]:
@@ -87,7 +90,9 @@ def loads(frames: Sequence[Buffer], origin: str = "a rank", *, what: str | None 
     """
     try:
         return pickle.loads(frames[0], buffers=[_writable(frame) for frame in frames[1:]])
-    except Exception as error:  # a class's own __setstate__ may raise anything
+    except KeyboardInterrupt:
+        raise  # Ctrl-C
+    except BaseException as error:  # a class's own __setstate__ may raise anything, SystemExit included
         noun = what or f"the result of {origin}"
         hint = "its class must be importable, and rebuildable from its pickle, where it arrives"
         raise ResultNotPicklable(f"{noun} arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
@@ -104,11 +109,17 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """The text of an exception of any class."""
     try:
         return _clean(str(error))
     except Exception:  # a class's own __str__ may raise anything
         return f"<{type(error).__qualname__} without a readable message>"
+
+
+def _cut(text: str) -> str:
+    """As much of a text as goes with a message; the end of a traceback is what matters most."""
+    return text if len(text) <= TEXT_CHARS else f"{text[:TEXT_CHARS // 2]}\n...\n{text[-TEXT_CHARS // 2:]}"
 
 
 def _users_frames(frames: TracebackType | None) -> TracebackType | None:
@@ -123,8 +134,8 @@ def _describe(error: BaseException) -> dict[str, str]:
     kind = type(error)
     return {
         "type": f"{kind.__module__}.{kind.__qualname__}",
-        "message": _message(error),
-        "traceback": _clean("".join(traceback.format_exception(kind, error, _users_frames(error.__traceback__)))),
+        "message": _cut(message_of(error)),
+        "traceback": _cut(_clean("".join(traceback.format_exception(kind, error, _users_frames(error.__traceback__))))),
     }
 
 
@@ -157,10 +168,14 @@ def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str
         with contextlib.suppress(ResultNotPicklable):
             unpickled = loads(frames)
             loaded = unpickled if isinstance(unpickled, BaseException) else None
-    error = loaded
-    if error is None or _steers(error):
-        error = _stand_in(description, loaded, where)
-    error.add_note(f"raised in {where}:\n{description['traceback'].rstrip()}")
+    note = f"raised in {where}:\n{description['traceback'].rstrip()}"
+    if loaded is not None and not _steers(loaded):
+        with contextlib.suppress(Exception):  # a class of the program's, which came in a pickle, may be anything
+            loaded.add_note(note)
+            return loaded
+        loaded = None
+    error = _stand_in(description, loaded, where)
+    error.add_note(note)
     return error
 
 

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -31,11 +31,12 @@ from sfparallel.errors import (
     StateError,
 )
 from sfparallel.runtime import lowlevel
+from sfparallel.runtime.clone_messages import BadMessage, FileNote, Kind, Message, decode_answer
 from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.hypervisor import Answer, Lost, Sibling
-from sfparallel.runtime.link import Kind, Message, ParentLink, unpack_answer
-from sfparallel.runtime.payload import load_error, loads
+from sfparallel.runtime.hypervisor import Answer, End, Lost, Sibling
+from sfparallel.runtime.link import ParentLink
+from sfparallel.runtime.payload import load_error, loads, message_of
 from sfparallel.runtime.progress import Progress
 from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.work import OnError, Work
@@ -46,6 +47,9 @@ JOIN_LIMIT_S = 10.0
 
 LOSS_GRACE_S = 0.25
 """So long the last answers of a lost clone are waited for: they come over the network, and the news of its loss does not."""
+
+LAST_LOOK_S = 0.5
+"""So long, at most, a region whose time is up takes what has arrived by then."""
 
 COMMUNICATOR_PORTS = range(10_083, 32_768)
 """Below Linux's ephemeral ports, so that no clone's outgoing connection can sit on the one that is chosen."""
@@ -109,8 +113,8 @@ class Region:
         """Ranks that have returned."""
         self._curious: set[int] = set()
         """Ranks that want to know of these."""
-        self._losses: deque[tuple[float, Lost]] = deque()
-        """Clones that are lost, and when what they had in hand is given up."""
+        self._losses: list[tuple[float, Lost]] = []
+        """Clones that are lost, and when what they had in hand is given up, the first of them first."""
         self._clones: tuple[Sibling, ...] = ()
         self._resources = contextlib.ExitStack()
 
@@ -196,22 +200,15 @@ class Region:
     def _gather(self, progress: Progress, signals: SignalAlarm) -> BaseException | None:
         """Take answers until there are enough of them; the error that ends the region, if any."""
         deadline = None if self._work.timeout_s is None else self._started + self._work.timeout_s
-        hypervisor = self._ticket.hypervisor
         poller = zmq.Poller()
         poller.register(self._link.router, zmq.POLLIN)
-        poller.register(hypervisor.fileno(), zmq.POLLIN)
+        poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
         poller.register(self._alarm.fileno(), zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
         done = 0
+        late = False
         while True:
-            # Events first: a clone that died may have answered before.
-            events = hypervisor.events()
-            while (message := self._link.receive()) is not None:
-                self._on_message(message)
-            for event in events:
-                self._on_event(event)
-            while self._losses and self._losses[0][0] <= time.monotonic():
-                self._on_lost(self._losses.popleft()[1])
+            self._take_news()
             while done < len(self._results) + len(self._errors):
                 done += 1
                 progress.advance()
@@ -220,13 +217,29 @@ class Region:
             if done == len(self._schedule):
                 return None
             until = deadline
-            if deadline is not None and deadline <= time.monotonic():
-                return self._timed_out()
+            if deadline is not None and deadline <= (now := time.monotonic()):
+                # Not before all has been taken that was here in time: who has answered is not missing.
+                if late and (self._link.drained or now >= deadline + LAST_LOOK_S):
+                    return self._timed_out()
+                late = True
+                continue
             if self._losses:
                 until = min(self._losses[0][0], deadline or math.inf)
             poller.poll(None if until is None else int(max(0.0, until - time.monotonic()) * 1000) + 1)
             signals.reset()
             self._look_around()
+
+    def _take_news(self) -> None:
+        """Take what has come from the supervisor, and a limited number of messages: whatever is sent, all else has its turn."""
+        # Events first: what a clone said before it died is here by then.
+        events = self._ticket.hypervisor.events()
+        for message in self._link.take():
+            self._on_message(message)
+        for event in events:
+            self._on_event(event)
+        now = time.monotonic()
+        while self._losses and self._losses[0][0] <= now - (0.0 if self._link.drained else LOSS_GRACE_S):
+            self._on_lost(self._losses.pop(0)[1])
 
     def _look_around(self) -> None:
         if HERE.generation != self._generation:
@@ -238,14 +251,21 @@ class Region:
     def _on_event(self, event: Lost | Answer) -> None:
         if event.ticket != self._ticket.number or not 0 < event.rank <= len(self._clones):
             return  # of an earlier region on the same line
-        if isinstance(event, Answer):
-            self._on_message(unpack_answer(event.rank - 1, event.data))
+        rank, now = event.rank - 1, time.monotonic()
+        if isinstance(event, Lost):
+            # An answer over the network takes another way than this.
+            grace_s = LOSS_GRACE_S if self._work.per_item or event.end is End.QUIT else 0.0
+            self._losses.append((now + grace_s, event))
+            self._losses.sort(key=lambda loss: loss[0])
         elif self._work.per_item:
-            self._losses.append((time.monotonic() + LOSS_GRACE_S, event))
+            self._on_message(BadMessage(rank, "an answer with its exit, which only ranks of a region do"))
         else:
-            self._on_lost(event)
+            self._on_message(decode_answer(rank, event.data))
 
-    def _on_message(self, message: Message) -> None:
+    def _on_message(self, message: Message | BadMessage) -> None:
+        if isinstance(message, BadMessage):
+            self._on_bad(message)
+            return
         rank = message.rank
         if message.kind is Kind.COMM:
             self._in_comm.add(rank)
@@ -256,8 +276,15 @@ class Region:
             self._curious.add(rank)
             self._link.send(rank, Kind.LEFT, ranks=self._left)
             return
-        key = message.header.get("key")
-        if not isinstance(key, int) or not self._schedule.answered(rank, key):
+        key = message.key
+        if message.kind not in (Kind.RESULT, Kind.ERROR):
+            self._on_bad(BadMessage(rank, f"a message {message.kind.value!r}, which no rank of a region sends"))
+            return
+        if message.files and (path := self._unwanted(message.files)) is not None:
+            self._on_bad(BadMessage(rank, f"the file {path[:100]!r}, which nobody asked for"))
+            return
+        if not self._schedule.answered(rank, key):
+            self._on_bad(BadMessage(rank, f"an answer for {key}, which it has not been given"))
             return
         if self._first_s is None:
             self._first_s = time.monotonic() - self._started
@@ -266,28 +293,37 @@ class Region:
             if not self._work.per_item:
                 self._tell_left(rank)
         elif message.kind is Kind.ERROR:
-            description = message.header["error"]
-            self._errors[key] = load_error(description, message.frames, self._where(rank, key))
+            self._errors[key] = load_error(message.error, message.frames, self._where(rank, key))
             if not self._work.per_item:
-                self._tell_out(rank, f"raised {description['type']}")
+                self._tell_out(rank, f"raised {message.error['type'][:200]}")
         keys = [] if self._is_doomed(rank) else self._schedule.refill(rank)
         if keys:
             self._link.send(rank, Kind.KEYS, keys=keys)
         elif not self._work.per_item and rank not in self._in_comm:
             self._link.send(rank, Kind.RELEASE)
 
+    def _unwanted(self, files: Sequence[FileNote]) -> str | None:
+        return files[0].path if self._work.collector is None else self._work.collector.unwanted(files)
+
     def _on_result(self, message: Message, key: int) -> None:
         where = self._where(message.rank, key)
-        files = message.header.get("files", [])
-        payload = len(message.frames) - len(files)
         try:
-            self._results[key] = loads(message.frames[:payload], where)
+            self._results[key] = loads(message.frames, where)
             if self._work.collector is not None:
-                self._work.collector.receive(message.rank, files, message.frames[payload:])
+                self._work.collector.receive(message.rank, message.files, message.contents)
         except Exception as error:  # whatever a result's own __setstate__ raises is this key's error, not the region's
             self._results.pop(key, None)
             error.add_note(f"in the result of {where}")
             self._errors[key] = error
+
+    def _on_bad(self, bad: BadMessage) -> None:
+        """A rank has sent what no rank sends: it is lost, and with it what it was at. Nobody knows what it would send next."""
+        rank = bad.rank
+        if not self._schedule.is_alive(rank):
+            return
+        self._link.forget(rank)
+        self._ticket.hypervisor.kill(self._ticket.number, [rank + 1])
+        self._on_lost(Lost(self._ticket.number, rank + 1, f"it sent {bad.why}, and was ended for that", self._clones[rank].host))
 
     def _on_lost(self, event: Lost) -> None:
         rank = event.rank - 1
@@ -331,7 +367,7 @@ class Region:
 
     def _with_results(self, error: BaseException) -> BaseException:
         """Attach what other ranks answered to the exception that hides it."""
-        with contextlib.suppress(AttributeError):  # a class with __slots__
+        with contextlib.suppress(Exception):  # a class with __slots__, or one that takes no attributes
             error.sf_results = dict(self._results)  # type: ignore[attr-defined]
         if isinstance(error, CloneLost | RegionError):
             error.results = dict(self._results)
@@ -349,7 +385,7 @@ class Region:
             keys = sorted(self._errors)
             first = self._errors[keys[0]]
             raise RankError(f"{len(keys)} of {len(self._schedule)} {noun} failed; the first is {noun[:-1]} {keys[0]}: "
-                            f"{type(first).__qualname__}: {first}", errors={key: self._errors[key] for key in keys},
+                            f"{type(first).__qualname__}: {message_of(first)}", errors={key: self._errors[key] for key in keys},
                             results=self._results) from first
         answers = self._results | self._errors
         return [answers[key] for key in range(len(self._schedule))]

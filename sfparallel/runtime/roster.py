@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sfparallel.errors import CapacityError, CloneLost, SfError
 from sfparallel.runtime.checkpoints import Checkpointing
-from sfparallel.runtime.hypervisor import Hypervisor, Lost
+from sfparallel.runtime.hypervisor import Answer, Hypervisor, Lost
 from sfparallel.runtime.link import Kind, ParentLink
 from sfparallel.runtime.region import JOIN_LIMIT_S
 
@@ -129,8 +129,8 @@ class Roster:
                 raise
         return True
 
-    def find(self, event: Lost) -> Member | None:
-        """The clone that was lost; None if it is not one of these."""
+    def find(self, event: Lost | Answer) -> Member | None:
+        """The clone that an event is about; None if it is not one of these."""
         members = self._tickets.get(event.ticket, set())
         return next((each for each in members if each.rank == event.rank), None)
 

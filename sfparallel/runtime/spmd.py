@@ -25,9 +25,10 @@ import zmq
 
 from sfparallel.errors import CapacityError, SfError
 from sfparallel.runtime import lowlevel
+from sfparallel.runtime.clone_messages import BadMessage, Kind, Message
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, End, Lost
-from sfparallel.runtime.link import CloneLink, Kind, Message, ParentLink
+from sfparallel.runtime.link import CloneLink, ParentLink
 from sfparallel.runtime.region import JOIN_LIMIT_S, bind_link, free_port
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.wakeup import SignalAlarm
@@ -35,6 +36,9 @@ from sfparallel.runtime.worker import clone_link, die, membership
 
 EXIT_LOST = 70
 """Exit code of a job that lost a clone (EX_SOFTWARE of sysexits.h)."""
+
+MOST_AT_ONCE = 4096
+"""Messages that are taken in one go: more than all ranks have to say before they end."""
 
 LEAVE_S = 5.0
 """How long a rank that failed may take for its atexit handlers before its program is killed."""
@@ -178,24 +182,39 @@ class World:
         with HERE.interrupts_deferred():
             # Events first: what a clone said before it died is here by then.
             events = self._ticket.hypervisor.events()
-            while (message := self._link.receive()) is not None:
+            for message in self._link.take(MOST_AT_ONCE):
                 self._on_message(message)
             for event in events:
-                if event.ticket == self._ticket.number and not isinstance(event, Answer):
+                if event.ticket == self._ticket.number:
                     self._on_end(event.rank - 1, event)
             self._keep_deadlines()
 
-    def _on_message(self, message: Message) -> None:
+    def _on_message(self, message: Message | BadMessage) -> None:
         rank = message.rank
+        if isinstance(message, BadMessage):
+            self._on_bad(rank, message.why)
+            return
         if message.kind is Kind.WHO_LEFT:
             self._curious.add(rank)
             self._link.send(rank, Kind.LEFT, ranks=sorted(self._done))
         elif message.kind is Kind.DONE:
             # Whatever its exit code: ranks that wait for it hear that it has left, and the others may finish what they do.
-            self._fail(int(message.header.get("status", 0)), "")
+            self._fail(message.status, "")
             self._leaves(rank)
+        elif message.kind is not Kind.COMM:
+            self._on_bad(rank, f"a message {message.kind.value!r}, which no rank of a whole program sends")
 
-    def _on_end(self, rank: int, event: Lost) -> None:
+    def _on_bad(self, rank: int, why: str) -> None:
+        """A rank has sent what no rank sends: it is lost."""
+        if rank in self._running:
+            self._link.forget(rank)
+            self._ticket.hypervisor.kill(self._ticket.number, [rank + 1])
+            self._on_end(rank, Lost(self._ticket.number, rank + 1, f"it sent {why}, and was ended for that"))
+
+    def _on_end(self, rank: int, event: Lost | Answer) -> None:
+        if isinstance(event, Answer):
+            cause = "it handed over an answer, as ranks of regions do"
+            event = Lost(event.ticket, event.rank, cause, end=End.QUIT, status=EXIT_LOST)
         match event.end:
             case End.ABORTED:
                 self._abort(rank, event.status, f"rank {rank} {event.cause}; the other ranks were ended")
@@ -204,9 +223,9 @@ class World:
                 code = 128 - event.status if event.status < 0 else event.status
                 self._fail(code, "")  # changed files could not be copied back, say; the rank itself has told
                 self._leaves(rank)
-            case End.EXITED:
+            case End.EXITED | End.QUIT:
                 code = 128 - event.status if event.status < 0 else event.status
-                self._abort(rank, code, f"rank {rank} is lost: {event.cause}; the other ranks were ended")
+                self._abort(rank, code & 255 or EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended")
             case End.DIED:
                 console = f"\n{event.console}" if event.console else ""
                 self._abort(rank, EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended{console}")
