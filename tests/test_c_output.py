@@ -1,4 +1,4 @@
-"""What C code prints in clones is seen, and once: on real VMs, and with --local."""
+"""What clones print by C, or through streams of the program's own, is seen, and once: on real VMs, and with --local."""
 
 from __future__ import annotations
 
@@ -105,6 +105,39 @@ def test_another_thread_that_reads_c_stdin_holds_up_no_fork(sfrun: Sfrun, how: t
     process = sfrun.start(program, *how, stdin=subprocess.PIPE)
     assert process.wait(300) == 0 and process.stdout is not None
     assert sorted(lines_of(process.stdout.read())) == ["forked", "seen", "seen"]
+
+
+@pytest.mark.parametrize("how", BOTH)
+def test_streams_of_the_programs_own(sfrun: Sfrun, how: tuple[str, ...]) -> None:
+    """As logs that copy what is printed; print() itself needs nothing but `write`."""
+    ended = sfrun(
+        """
+        import sys
+        import sfparallel as sf
+
+        class Copy:
+            def __init__(self, stream):
+                self.write = stream.write
+
+        class Broken(Copy):
+            def flush(self):
+                raise OSError("full")
+
+        def rank(name):
+            print(name, sf.comm().rank)
+            sys.__stdout__.write("to the original, ")
+
+        print("begun, ", end="")
+        sys.stdout = Copy(sys.stdout)
+        sf.parallel(rank, n=2)("copy")
+        sys.stderr = Broken(sys.stderr)
+        sf.parallel(rank, n=2)("broken")
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__     # the interpreter complains at its exit
+        """, *how,
+    ).ok()  # fmt: skip
+    assert ended.out.count("begun, ") == 1 and ended.out.count("to the original, ") == 4
+    for line in ("copy 0", "copy 1", "broken 0", "broken 1"):
+        assert ended.out.count(line) == 1
 
 
 def test_wide_characters() -> None:

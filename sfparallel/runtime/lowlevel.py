@@ -9,7 +9,7 @@ import contextlib
 import enum
 import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from sfparallel.errors import Closed, StateError, UsageError
 from sfparallel.runtime import after_fork
@@ -225,13 +225,19 @@ def kill(ticket: Ticket) -> None:
 def flush_output() -> None:
     """Flush what Python and C buffer of standard output and error, in this order, which is that of an interpreter's exit.
 
-    Either may have been closed or taken away by the program, or have lost its reader: that is an error for who prints, and for
-    nobody else.
+    A program may have put streams of its own there, which need have nothing but `write`; they may have been closed, or have lost
+    their reader. That is an error for who prints, and for nobody else.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            try:  # noqa: SIM105 (clones come by here on their way: contextlib is more code that is new there)
-                stream.flush()
-            except BrokenPipeError:
-                pass
+    for stream, original in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        _flush(stream)
+        if original is not stream:
+            _flush(original)
     C_OUTPUT.flush()
+
+
+def _flush(stream: TextIO | None) -> None:
+    if stream is not None:
+        try:  # noqa: SIM105 (clones come by here on their way: contextlib is more code that is new there)
+            stream.flush()
+        except Exception:
+            pass
