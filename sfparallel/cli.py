@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
+from sfparallel.config import CACHE_HINT, LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
 from sfparallel.vmm.options import JobOptions, Program, RunIn, libvirt_uri
+from sfparallel.vmm.processes import address_space_hint
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -46,7 +47,14 @@ def _errors_told(command: str) -> Iterator[None]:
     except OSError as error:
         if LOG.get() == "debug" or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM):
             raise
-        _say(f"{command}: {error}\n  hint: `sf doctor` says what this machine lacks")
+        hint = CACHE_HINT if error.errno == errno.EROFS else "`sf doctor` says what this machine lacks"
+        _say(f"{command}: {error}\n  hint: {hint}")
+        sys.exit(EXIT_FAILED)
+    except (MemoryError, ImportError) as error:  # a library that cannot be mapped is an ImportError
+        hint = address_space_hint() or ""
+        if LOG.get() == "debug" or not hint:
+            raise
+        _say(f"{command}: out of memory: {error}\n  hint: {hint}")
         sys.exit(EXIT_FAILED)
 
 

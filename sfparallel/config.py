@@ -32,12 +32,15 @@ ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; 
 QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
 CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with per clone when a fork is admitted")
 LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: debug, info, warning, error")
+START_LIMIT = Setting("SF_START_LIMIT", "60", "seconds that one step of a start may take before it is taken for hung")
 PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
+
+CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for which `sf image build` is to be run once"
 
 TERMINAL = "SF_TERMINAL"
 """Environment variable of the guest's program: there if the host's stderr is a terminal. In the guest it is a pipe."""
 
-SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, LOG, PROGRESS)
+SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)
 
 
 def cache_folder() -> Path:

@@ -11,13 +11,14 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, UsageError
+from sfparallel.vmm.locks import locked
 from sfparallel.vmm.subprocesses import require, run
 
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
@@ -59,7 +60,7 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     prefix = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job's image of {source}")):
+        with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job's image of {source}")):
             image = _find_or_build(source, cache, prefix, progress)
             _hold(image)
             _remove_others(cache, prefix, image)
@@ -134,21 +135,6 @@ def _content(source: Path) -> _Content:
             where = os.fsdecode(error.filename or folder)
             raise EnvironmentProblem(f"{where!r} cannot be read for the image of {source}: {error.strerror}") from error
     return _Content(digest.hexdigest(), files, size_bytes)
-
-
-@contextmanager
-def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold an exclusive lock; the file stays, as removing it would let two builders lock two different files."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _hold(image: Path) -> None:

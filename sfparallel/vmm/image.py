@@ -17,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from sfparallel.vmm import subprocesses
 from sfparallel.vmm.apt_sources import debian_sources
 from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, make_root
 from sfparallel.vmm.initramfs import write_initramfs
+from sfparallel.vmm.locks import locked
 
 BUILDER_VERSION = 2
 """Part of every key: to be raised when the same recipe gives another image."""
@@ -191,7 +193,8 @@ def build(recipe: Recipe, progress: Progress) -> Image:
     folder = _images() / f"{recipe.name}-{key[:12]}"
     try:
         _images().mkdir(parents=True, exist_ok=True)
-        with _build_lock(folder.name, progress):
+        waits = functools.partial(progress, "waiting for another process that builds this image", None)
+        with locked(_images() / f".lock-{folder.name}", waits):
             image = _load(folder)
             if image is None:
                 _remove_litter()
@@ -228,20 +231,6 @@ def _write(path: Path, content: object) -> None:
 
 def _point(name: str, folder: Path) -> None:
     _write(_images() / f"{name}.json", {"folder": folder.name})
-
-
-@contextlib.contextmanager
-def _build_lock(name: str, progress: Progress) -> Iterator[None]:
-    descriptor = os.open(_images() / f".lock-{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process that builds this image", None)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_litter() -> None:

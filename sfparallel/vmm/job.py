@@ -16,10 +16,11 @@ import signal
 import stat
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from sfparallel.config import QEMU, TERMINAL
-from sfparallel.errors import ProtocolError, SfError, UsageError
+from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
@@ -44,6 +45,7 @@ from sfparallel.vmm.shells import plug_data_disks, require_library, start_launch
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm, VmState
+from sfparallel.vmm.waiting import in_thread, step_limit_s, within
 from sfparallel.wire import Frame, FrameType, pack, pack_names, unpack
 
 log = logging.getLogger("sfparallel")
@@ -58,6 +60,7 @@ KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
 
 _STDIN_PIECE_BYTES = 32 << 10
+_READ_LIMIT_S = 300.0
 _END_GRACE_S = 5.0
 _LAST_WORDS_S = 0.5
 
@@ -166,14 +169,7 @@ class Job:
             self._trace = TraceFile(options.trace, self._started, self._say)
             stack.callback(self._trace.close)
         stack.callback((await announce(self._pid, self.status)).close)
-        image = images.find(options.image)
-        data = [await asyncio.to_thread(data_image, folder, self._say) for folder in options.data]
-        spec = MachineSpec(
-            accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes, root_image=image.root,
-            data_images=tuple(data), data_slots=DATA_SLOTS if data else options.data_slots, qemu=QEMU.get(),
-        )  # fmt: skip
-        boot = Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE)
-        template, manifest = await ensure_template(spec, boot, image.key, self._say)
+        spec, template, manifest = await self._find_template()
         store = LayerStore()
         stack.callback(store.close)
         network = CloneNetwork(mtu=spec.mtu, vnet_header=False)
@@ -183,8 +179,8 @@ class Job:
         stack.push_async_callback(self._end)
         for host_port, guest_port in options.forwards:
             await network.forward(host_port, address_of(0), guest_port)
-        # In a thread: the digest of its memory takes a while, and Ctrl-C is to work meanwhile.
-        checkpoint = await asyncio.to_thread(open_template, template, manifest, store)
+        async with within(_READ_LIMIT_S, f"the template {template} to be read", error=EnvironmentProblem):
+            checkpoint = await in_thread(open_template, template, manifest, store)
         stack.callback(checkpoint.close)
         launcher = start_launcher(spec)
         stack.callback(launcher.close)
@@ -202,19 +198,43 @@ class Job:
         self._parent = parent
         self._watch(parent)
         store.hold(parent, checkpoint.layers)
-        await parent.load(checkpoint.plan(), checkpoint.device_state)
-        await parent.resume()
+        async with within(step_limit_s(), "the parent to load the template"):
+            await parent.load(checkpoint.plan(), checkpoint.device_state)
+            await parent.resume()
         mounts = [[tag, str(path)] for tag, path in self._exports]
         # The parent knows its clones' addresses before there are any: no clone has to answer an ARP request for it.
         neighbours = [[address_of(number), mac_of(number)] for number in range(1, KNOWN_NEIGHBOURS + 1)]
         who = identity("parent", 0, self.name, spec.mtu, neighbours)
         parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})
-        await parent.woken
-        await plug_data_disks(parent, spec.data_images)
+        # A processor state that does not fit makes a guest that runs and does nothing: QEMU says no word about it.
+        async with within(step_limit_s(), "the parent's guest to wake up", error=GuestError, detail=parent.console_tail,
+                          hint="`sf clean` removes the template, which is made anew; raise SF_START_LIMIT on a slow machine"):
+            await parent.woken
+        async with within(step_limit_s(), "QEMU to plug the parent's data disks"):
+            await plug_data_disks(parent, spec.data_images)
         self._run_program(parent)
         if parent.memory:  # else it is gone already
             self._pool.follow(parent.memory)
         self._pool.aim(options.pool if options.pool is not None else options.default_n)
+
+    async def _find_template(self) -> tuple[MachineSpec, Path, dict[str, object]]:
+        """What the job's VMs are, and where their template is. In threads: Ctrl-C is to work meanwhile."""
+        options = self._options
+        data = [await in_thread(data_image, folder, self._say) for folder in options.data]
+
+        def find() -> tuple[MachineSpec, Boot, str]:
+            image = images.find(options.image)
+            spec = MachineSpec(
+                accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes,
+                root_image=image.root, data_images=tuple(data), data_slots=DATA_SLOTS if data else options.data_slots,
+                qemu=QEMU.get(),
+            )  # fmt: skip
+            return spec, Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE), image.key
+
+        async with within(_READ_LIMIT_S, "the guest image to be read, and its initramfs to be made", error=EnvironmentProblem):
+            spec, boot, key = await in_thread(find)
+        template, manifest = await ensure_template(spec, boot, key, self._say)
+        return spec, template, manifest
 
     async def _start_parent(
         self, spec: MachineSpec, network: CloneNetwork, launcher: Launcher, stack: contextlib.AsyncExitStack

@@ -17,7 +17,7 @@ from sfparallel.vmm.machine import Confinement, DomainPaths, MachineSpec, domain
 from sfparallel.vmm.record import PARENT
 from sfparallel.vmm.shells import LIBRARY
 from sfparallel.vmm.vm import Sockets, Vm
-from sfparallel.vmm.waiting import STEP_LIMIT_S, in_thread, within
+from sfparallel.vmm.waiting import in_thread, step_limit_s, within
 
 _LIBVIRT_LIMIT_S = 120.0
 _CLOSE_LIMIT_S = 1.0
@@ -47,14 +47,14 @@ async def start_domain(
     async with within(_LIBVIRT_LIMIT_S, "libvirt to start the parent", hint="see libvirt's log of this domain"):
         domain = await in_thread(connection.start, xml)
     try:
-        async with within(STEP_LIMIT_S, "the sockets of the parent's QEMU"):
+        async with within(step_limit_s(), "the sockets of the parent's QEMU"):
             vm = await _connected(paths)
     except BaseException:
         domain.destroy()
         raise
     try:
-        async with within(STEP_LIMIT_S, "QEMU of the parent to answer"):
-            await vm.prepare(spec.memory_bytes)
+        await vm.prepare(spec.memory_bytes)
+        async with within(step_limit_s(), "QEMU to plug the parent's tap"):
             await _plug_tap(vm, network)
     except BaseException:
         vm.kill()

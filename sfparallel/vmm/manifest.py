@@ -62,6 +62,21 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
             for name in sorted(fields.keys() | others.keys()) if fields.get(name) != others.get(name)]  # fmt: skip
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint's folder.
+
+    Raises:
+        EnvironmentProblem: there is none that can be read: the folder is no checkpoint.
+    """
+    try:
+        found = json.loads((folder / NAME).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"checkpoint {folder}: no manifest can be read: {error}", hint=_HINT) from error
+    return found
+
+
 def write(
     folder: Path, machine: Mapping[str, Any], layers: Mapping[str, int], files: tuple[str, ...], memory_map: MemoryMap
 ) -> None:
@@ -95,12 +110,7 @@ def check(folder: Path, machine: Mapping[str, Any], layers: Mapping[str, int], f
     Raises:
         EnvironmentProblem: something differs; the message says which field, what is wanted and what was found.
     """
-    try:
-        found = json.loads((folder / NAME).read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        raise EnvironmentProblem(f"checkpoint {folder}: no manifest can be read: {error}", hint=_HINT) from error
+    found = read(folder)
     # First what the machine must be like: of another format, the files mean nothing.
     _raise(folder, differences(machine, {key: value for key, value in found.items() if key not in _CONTENT}))
     written = {key: found.get(key, {}) for key in _CONTENT}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ def private_memory(pid: int) -> PrivateMemory:
     sizes = {name: int(kib) << 10 for name, kib, _ in lines}
     anonymous = sizes.pop("Anonymous:", 0)
     return PrivateMemory(sum(sizes.values()), anonymous)
+
+
+def address_space_hint() -> str | None:
+    """What to do about a want of memory if this process has a limit of address space; None if it has none."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return (f"the limit of address space is {limit >> 20} MiB (ulimit -v), and a VM needs its memory (--memory) and about 2 GiB: "
+            "`ulimit -v unlimited`")  # fmt: skip
 
 
 def private_bytes(pid: int) -> int:

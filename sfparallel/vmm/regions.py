@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel.errors import NetworkError, PagingError, ProtocolError, SfError, StateError, UsageError, VMError
+from sfparallel.errors import CapacityError, ProtocolError, SfError, StateError, UsageError, VMError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.vmm import engine
 from sfparallel.vmm.capacity import Capacity
@@ -542,16 +542,17 @@ def _thaw(channel: int, answer: dict[str, Any], who: dict[str, Any] | None = Non
     return {"identity": who, "channel": channel, "reply": pack(answer), "mounts": []}
 
 
+_KINDS: tuple[tuple[type[SfError], str], ...] = (
+    (CapacityError, "capacity"), (UsageError, "invalid"), (ProtocolError, "invalid"), (StateError, "state"),
+)  # fmt: skip
+"""What an error means to the program that asked; any other says that no clone could be made."""
+
+
 def failure(error: SfError | OSError, kind: str = "") -> dict[str, Any]:
     """An error as a program's answer."""
     if isinstance(error, OSError):
         error = VMError(f"the host could not do it: {error}", hint="free memory, descriptors or disk space on the host")
-    if not kind:
-        kinds: list[tuple[type[SfError], str]] = [
-            (UsageError, "invalid"), (ProtocolError, "invalid"), (StateError, "state"), (PagingError, "clone_failed"),
-            (VMError, "clone_failed"), (NetworkError, "clone_failed"),
-        ]  # fmt: skip
-        kind = next((name for cls, name in kinds if isinstance(error, cls)), "capacity")
+    kind = kind or next((name for cls, name in _KINDS if isinstance(error, cls)), "clone_failed")
     extra = {"fits": error.fits} if hasattr(error, "fits") else {}
     if extra:
         kind = "capacity"

@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -23,8 +22,9 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sfparallel.config import cache_folder
+from sfparallel.config import CACHE_HINT, cache_folder
 from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
+from sfparallel.vmm import locks
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
@@ -33,6 +33,7 @@ from sfparallel.vmm.paging import PagingRefused
 from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import Vm, VmState
+from sfparallel.vmm.waiting import in_thread, step_limit_s, within
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ FORMAT = 2
 _LAYERS = {"memory": 1}
 _FILES = ("devices", "memory.map")
 BOOT_TIMEOUT_S = 180.0
+_SAVE_LIMIT_S = 180.0
+LOCK_LIMIT_S = 2 * BOOT_TIMEOUT_S + _SAVE_LIMIT_S
+"""Who makes a template may boot its guest twice."""
 
 
 def qemu_version(qemu: str) -> str:
@@ -49,8 +53,10 @@ def qemu_version(qemu: str) -> str:
         EnvironmentProblem: it is not installed, or does not run.
     """
     try:
-        output = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+        output = subprocess.run(
+            [qemu, "--version"], capture_output=True, text=True, check=True, timeout=step_limit_s()
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
         raise EnvironmentProblem(f"cannot run {qemu}: {error}", hint="apt install qemu-system-x86") from error
     found = re.search(r"version (.*)", output)
     return found[1] if found else output.strip()
@@ -70,12 +76,24 @@ def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, di
 
 
 @contextlib.asynccontextmanager
-async def _locked(path: Path) -> AsyncIterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        # In a thread: another job may be booting its guest under this lock, and Ctrl-C is to work meanwhile.
-        await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+async def _locked(path: Path, say: Callable[[str], None]) -> AsyncIterator[None]:
+    waits = functools.partial(say, "waiting for another job that makes this template")
+    # In a thread: the other job may be booting its guest, and Ctrl-C is to work meanwhile.
+    async with within(LOCK_LIMIT_S, f"another job that makes this template and holds {path}",
+                      error=EnvironmentProblem, hint="has somebody stopped that job? `fuser` of that file says which it is"):
+        descriptor = await in_thread(locks.hold, path, waits)
+    try:
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_template(folder: Path) -> bool:
+    try:
+        manifests.read(folder)
+    except EnvironmentProblem:
+        return False
+    return True
 
 
 async def ensure_template(
@@ -89,31 +107,45 @@ async def ensure_template(
         EnvironmentProblem: its processor computes wrong.
         ImageBuildError: the template could not be written.
     """
-    key, manifest = template_key(spec, boot, image_key)
+    key, manifest = await in_thread(template_key, spec, boot, image_key)
     folder = cache_folder() / "templates" / key
-    if (folder / manifests.NAME).exists():
+    if _is_template(folder):
         return folder, manifest
-    async with _locked(folder.with_suffix(".lock")):
-        if (folder / manifests.NAME).exists():
-            return folder, manifest
-        say("booting the guest once to make a template")
-        for stale in folder.parent.glob(f".{key}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
-        try:
-            memory_map = await _save(await _booted(spec, boot, say), spec.memory_bytes, work)
-            manifests.write(work, manifest, _LAYERS, _FILES, memory_map)
-            work.rename(folder)
-        except (OSError, PagingRefused) as error:
-            reason = error.message if isinstance(error, PagingRefused) else error
-            raise ImageBuildError(
-                f"the template could not be written to {folder.parent}: {reason}",
-                hint="free some space there, or choose another folder with SF_CACHE",
-            ) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    folder.with_suffix(".lock").unlink(missing_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock")
+        async with _locked(lock, say):
+            if not _is_template(folder):
+                say("booting the guest once to make a template")
+                await _make(spec, boot, manifest, folder, say)
+            lock.unlink(missing_ok=True)
+    except (OSError, PagingRefused) as error:
+        reason = error.message if isinstance(error, PagingRefused) else error
+        raise ImageBuildError(
+            f"there is no template for this image and machine yet, and none can be written to {folder.parent}: {reason}",
+            hint=f"free some space, or {CACHE_HINT}",
+        ) from error
     return folder, manifest
+
+
+async def _make(
+    spec: MachineSpec, boot: Boot, manifest: Mapping[str, object], folder: Path, say: Callable[[str], None]
+) -> None:
+    for litter in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(litter, ignore_errors=True)
+    if folder.exists():  # without a manifest that can be read: something has removed it, or the host's disk lost it in a crash
+        broken = folder.with_name(f".{folder.name}-broken")
+        folder.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        vm = await _booted(spec, boot, say)
+        async with within(_SAVE_LIMIT_S, "QEMU to save the guest that it has booted"):
+            memory_map = await _save(vm, spec.memory_bytes, work)
+        await in_thread(manifests.write, work, manifest, _LAYERS, _FILES, memory_map)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 async def _booted(spec: MachineSpec, boot: Boot, say: Callable[[str], None]) -> Vm:
@@ -131,7 +163,8 @@ async def _boot(spec: MachineSpec, boot: Boot) -> Vm:
     vm = await start_shell(replace(spec, data_images=()), 0, None, boot=boot, name="template")
     try:
         booted = vm.wait_frozen(BOOT_TIMEOUT_S)
-        await vm.qmp.execute("cont")
+        async with within(step_limit_s(), "QEMU to run the guest"):
+            await vm.qmp.execute("cont")
         await booted
     except BaseException as error:
         vm.kill()

@@ -24,7 +24,9 @@ from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, V
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import PagingLayer, PagingRefused
 from sfparallel.vmm.plans import MapPlan
+from sfparallel.vmm.processes import address_space_hint
 from sfparallel.vmm.qmp import Event, Qmp, reopened
+from sfparallel.vmm.waiting import step_limit_s, within
 from sfparallel.wire import Frame, FrameParser, FrameType, pack_names, unpack
 
 log = logging.getLogger(__name__)
@@ -155,26 +157,32 @@ class Vm:
         """Connect to a started QEMU; afterwards it is a shell.
 
         Raises:
-            VMError: QEMU ended; the message has what it printed.
+            VMError: QEMU ended, or does not answer; the message has what it printed.
         """
         try:
-            await self.qmp.negotiate()
-            # The end of loading is told by an event only when asked for.
-            capability = {"capability": "events", "state": True}
-            events = self.qmp.send("migrate-set-capabilities", capabilities=[capability])
-            found = await self.qmp.monitor("gpa2hva 0")
-            await events
-            address = re.search(r"is (?:0x)?([0-9a-f]+)\s*$", found.strip())
-            if not address:
-                raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found!r}")
-            self.ram_address = int(address[1], 16)
+            async with within(step_limit_s(), "QEMU's monitor"):
+                await self._negotiate()
             self.ram_bytes = ram_bytes
-            await self.paging.hello()
+            async with within(step_limit_s(), "its paging layer"):
+                await self.paging.hello()
             await self._loop.create_unix_connection(lambda: self._port, sock=self._agent_socket)
             self.ready = time.monotonic()
         except VMError as error:
             output = self.console_tail()
-            raise VMError(f"{self.name} did not start: {error}" + (f"\n{output}" if output else "")) from error
+            message = f"{self.name} did not start: {error}" + (f"\n{output}" if output else "")
+            raise VMError(message, hint=address_space_hint()) from error
+
+    async def _negotiate(self) -> None:
+        await self.qmp.negotiate()
+        # The end of loading is told by an event only when asked for.
+        capability = {"capability": "events", "state": True}
+        events = self.qmp.send("migrate-set-capabilities", capabilities=[capability])
+        found = await self.qmp.monitor("gpa2hva 0")
+        await events
+        address = re.search(r"is (?:0x)?([0-9a-f]+)\s*$", found.strip())
+        if not address:
+            raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found!r}")
+        self.ram_address = int(address[1], 16)
 
     def kill(self) -> None:
         """End the VM at once. `on_gone` follows when the kernel has reaped it."""
@@ -265,7 +273,8 @@ class Vm:
         """
         self.require(VmState.SHELL)
         try:
-            await self.paging.warm(code_bytes)
+            async with within(step_limit_s(), f"{self.name} to allocate its memory"):
+                await self.paging.warm(code_bytes)
         except PagingRefused as error:
             log.info("%s; it will be slower to wake", error)
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ParamSpec, TypeVar
 
-from sfparallel.errors import SfError, VMError
+from sfparallel.config import START_LIMIT
+from sfparallel.errors import SfError, UsageError, VMError
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
-STEP_LIMIT_S = 60.0
-"""A step of a start that takes longer is taken for hung (on a busy machine the longest take a second or two)."""
+def step_limit_s() -> float:
+    """A step of a start that takes longer is taken for hung. (On a busy machine the longest take a second or two.)
+
+    Raises:
+        UsageError: the setting is no number of seconds.
+    """
+    try:
+        limit_s = float(START_LIMIT.get())
+    except ValueError:
+        limit_s = 0.0
+    if not 0 < limit_s < math.inf:
+        raise UsageError(f"{START_LIMIT.variable}={START_LIMIT.get()!r}: a number of seconds above 0")
+    return limit_s
 
 
 async def in_thread(
@@ -46,11 +59,19 @@ async def in_thread(
 
 
 @contextlib.asynccontextmanager
-async def within(limit_s: float, what: str, *, error: type[SfError] = VMError, hint: str | None = None) -> AsyncIterator[None]:
+async def within(
+    limit_s: float,
+    what: str,
+    *,
+    error: type[SfError] = VMError,
+    hint: str | None = None,
+    detail: Callable[[], str] = lambda: "",
+) -> AsyncIterator[None]:
     """Give the block a time limit.
 
     Args:
         what: what is waited for, as the message says it: "the parent to wake up".
+        detail: what else is to be seen of it when the time is up, the end of a console say.
 
     Raises:
         SfError: of class `error`: time is up.
@@ -62,4 +83,5 @@ async def within(limit_s: float, what: str, *, error: type[SfError] = VMError, h
     except TimeoutError as timeout:
         if not limit.expired():
             raise
-        raise error(f"waited {limit_s:g} s in vain for {what}", hint=hint) from timeout
+        message = "\n".join(filter(None, (f"waited {limit_s:g} s in vain for {what}", detail())))
+        raise error(message, hint=hint) from timeout

@@ -1,0 +1,217 @@
+"""The start of a job: nothing waits without a limit, a cache that is damaged or cannot be written, and odd surroundings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sfparallel.config import cache_folder
+from sfparallel.errors import EnvironmentProblem, VMError
+from sfparallel.vmm import locks, template
+from sfparallel.vmm.vm import Sockets, Vm
+from sfparallel.vmm.waiting import in_thread, within
+from tests.conftest import BIN, Sfrun, command_of, machines_of
+
+vms = pytest.mark.needs("qemu", "image", "root")
+SMALL = ("--memory", "300M")
+"""A size of guests that no other test has, so that no template of it is in the cache folder that all share."""
+
+
+# -- limits --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_names_what_was_waited_for_and_what_was_seen_of_it() -> None:
+    async def wait() -> None:
+        async with within(0.01, "a bus", error=EnvironmentProblem, hint="walk", detail=lambda: "the road is empty"):
+            await asyncio.sleep(100)
+
+    with pytest.raises(EnvironmentProblem, match=r"waited 0\.01 s in vain for a bus\nthe road is empty\n  hint: walk"):
+        asyncio.run(wait())
+
+
+def test_a_timeout_from_within_the_block_is_not_ours() -> None:
+    async def wait() -> None:
+        async with within(100, "a bus"):
+            raise TimeoutError("another one")
+
+    with pytest.raises(TimeoutError, match="another one"):
+        asyncio.run(wait())
+
+
+def test_the_loop_ends_without_a_thread_that_is_stuck(tmp_path: Path) -> None:
+    """It would be joined if it were of the loop's executor."""
+    with open(tmp_path / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        async def wait() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(in_thread(locks.hold, tmp_path / "lock", lambda: None), 0.1)
+
+        asyncio.run(wait())
+
+
+def test_a_qemu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SF_START_LIMIT", "0.2")
+    sleeper = os.posix_spawnp("sleep", ["sleep", "1000"], os.environ)  # the VM reaps it
+
+    async def prepare() -> None:
+        pairs = [socket.socketpair(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM,) * 2 + (socket.SOCK_SEQPACKET,)]
+        console = os.memfd_create("console")
+        os.write(console, b"what it said last\n")
+        gone = asyncio.get_running_loop().create_future()
+        vm = Vm("clone 7", sleeper, Sockets(*(pair[0] for pair in pairs), console), child=True)
+        vm.events.on_gone = lambda *_: gone.set_result(None)
+        with pytest.raises(VMError, match=r"clone 7 did not start: waited 0\.2 s in vain for QEMU's monitor\nwhat it said last"):
+            await vm.prepare(1 << 20)
+        vm.kill()
+        await gone
+        for _, other in pairs:
+            other.close()
+
+    asyncio.run(prepare())
+
+
+@vms
+def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
+    sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SF_START_LIMIT", "10")
+    process = sfrun.start("print('ran')")
+    while not (shells := [pid for pid in machines_of(process.pid) if "-incoming" in command_of(pid)]):
+        assert process.poll() is None
+    os.kill(shells[0], signal.SIGSTOP)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 70 and out == ""
+    # Who was stopped may have been the launcher, before it had that name.
+    assert re.search("waited 10 s in vain for .*|the launcher of shells has not answered", err), err
+
+
+def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SF_START_LIMIT", "soon")
+    ended = subprocess.run([BIN / "sfrun", "-c", "pass"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "SF_START_LIMIT='soon'" in ended.stderr
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_keeps_others_out(tmp_path: Path) -> None:
+    """`sf clean` removes the file of a free lock; who opened it just before must not build beside who makes it anew."""
+    path = tmp_path / "lock"
+    first = locks.hold(path, lambda: None)
+    waiting: list[bool] = []
+
+    def removed_while_waiting() -> None:
+        waiting.append(True)
+        path.unlink()
+        os.close(first)
+
+    second = locks.hold(path, removed_while_waiting)
+    assert waiting
+    with open(path) as third, pytest.raises(BlockingIOError):
+        fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(second)
+
+
+def test_who_waits_for_a_template_says_so_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "LOCK_LIMIT_S", 0.2)
+    said: list[str] = []
+
+    async def wait() -> None:
+        async with template._locked(tmp_path / "key.lock", said.append):
+            pass
+
+    held = locks.hold(tmp_path / "key.lock", lambda: None)
+    with pytest.raises(EnvironmentProblem, match=r"waited 0\.2 s in vain for another job that makes this template and holds"):
+        asyncio.run(wait())
+    os.close(held)
+    assert said == ["waiting for another job that makes this template"]
+
+
+# -- the cache folder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own, with the images and without any template."""
+    folder = tmp_path / "cache"
+    (folder / "templates").mkdir(parents=True)
+    (folder / "images").symlink_to(cache_folder() / "images")
+    monkeypatch.setenv("SF_CACHE", str(folder))
+    return folder
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@vms
+def test_a_damaged_template_heals_and_then_does_in_a_cache_that_cannot_be_written(sfrun: Sfrun, cache: Path) -> None:
+    sfrun("print(1)", *SMALL).ok()
+    (folder,) = (cache / "templates").glob("*")
+    (folder / "manifest.json").unlink()
+    ended = sfrun("print(2)", *SMALL).ok()
+    assert (ended.out, "booting the guest once" in ended.err) == ("2\n", True)
+    assert [path.name for path in (cache / "templates").iterdir()] == [folder.name]
+    with read_only(cache):
+        ended = sfrun("print(3)", *SMALL).ok()
+        assert (ended.out, ended.err) == ("3\n", "")
+        other = sfrun("print(4)", "--memory", "310M")
+    assert other.code == 70 and "Read-only" in other.err and "SF_CACHE" in other.err and "sf image build" in other.err
+
+
+def test_a_manifest_of_which_a_crash_has_left_half_is_none(tmp_path: Path) -> None:
+    for text, is_one in (("{", False), ("", False), ("[]", False), ("{}", True)):
+        (tmp_path / "manifest.json").write_text(text)
+        assert template._is_template(tmp_path) is is_one
+
+
+@vms
+def test_sigterm_ends_a_start_that_waits_for_another_ones_template(sfrun: Sfrun, cache: Path) -> None:
+    first = sfrun.start("print(1)", *SMALL)
+    while not (found := list((cache / "templates").glob("*.lock"))):
+        assert first.poll() is None
+    assert first.stderr and "booting the guest once" in first.stderr.readline()
+    second = sfrun.start("print(2)", *SMALL)
+    assert second.stderr and second.stderr.readline() == "waiting for another job that makes this template\n"
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=30)
+    assert second.returncode == 128 + signal.SIGTERM
+    assert found[0].exists() and first.poll() is None
+    first.kill()
+
+
+# -- surroundings ------------------------------------------------------------------------------------------------------------
+
+
+@vms
+def test_an_empty_environment(sfrun: Sfrun) -> None:
+    program = sfrun.write("import sfparallel as sf; print(sf.parallel(n=2)(lambda: sf.comm().rank)())")
+    ended = subprocess.run(["env", "-i", f"SF_CACHE={cache_folder()}", BIN / "sfrun", program], capture_output=True, text=True,
+                           cwd=sfrun.folder, timeout=120)  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "[0, 1]\n"), ended.stderr
+
+
+@vms
+@pytest.mark.parametrize("kib", [150_000, 300_000])
+def test_a_limit_of_address_space_is_named(sfrun: Sfrun, kib: int) -> None:
+    """The first is too low for the supervisor itself, the second for QEMU."""
+    command = f"ulimit -v {kib}; exec {BIN / 'sfrun'} -c 'print(1)'"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=120)
+    assert ended.returncode == 70 and "ulimit -v" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
