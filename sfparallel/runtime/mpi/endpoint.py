@@ -17,7 +17,7 @@ from typing import Protocol
 import zmq
 
 from sfparallel import wire
-from sfparallel.errors import StateError
+from sfparallel.errors import ProtocolError, StateError
 from sfparallel.runtime.emulation import widen_tlb
 from sfparallel.runtime.link import CloneLink, Kind
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
@@ -42,6 +42,9 @@ nothing had come by then, the next 1, 3, 7 ... waits sleep at once: others may n
 
 MOST_IN_A_ROW = 16
 """Who waits for one peer, and only hears that one, looks at all others again after so many waits."""
+
+MOST_TOLD, MOST_CONTEXTS = 1 << 16, 1 << 16
+"""Of so many communicators others may tell where they are in them; and so many contexts has one of them at most."""
 
 ASK, TOOK_PART, REVOKE = CONTROL, CONTROL + 1, CONTROL + 2
 """Control messages: which collective call of a context are you in; I am in this one; a context is revoked."""
@@ -357,8 +360,10 @@ class Endpoint:
         for rank in self._link.left:
             self.on_notice(rank, "has returned", in_peace=True)
 
-    def _on_closed(self, rank: int, in_peace: bool) -> None:
-        if in_peace:
+    def _on_closed(self, rank: int, in_peace: bool, cause: str) -> None:
+        if cause:
+            self._doomed[rank] = (time.monotonic(), cause, False)
+        elif in_peace:
             # Not at once: it may have given up because of a loss that this rank is about to hear of, too. Of two connections
             # with it, the one without the BYE may be seen to end first.
             if rank not in self.engine.left and self._doomed.get(rank, _CLOSED)[1:] == _CLOSED[1:]:
@@ -429,10 +434,31 @@ class Endpoint:
         if kind == ASK:
             self.control(peer, TOOK_PART, ctx, self.entered.get(ctx, -1) & 0xFFFFFFFF)
         elif kind == TOOK_PART:
+            if len(self.took_part) >= MOST_TOLD and (peer, ctx) not in self.took_part:
+                raise ProtocolError("about collective calls of far too many communicators")
             self.took_part[peer, ctx] = -1 if number == 0xFFFFFFFF else number
         elif kind == REVOKE:
             # Passed on: the one who revoked may have died half-way.
-            self.revoke(**wire.unpack(payload))
+            self.revoke(*_revocation(payload, peer, self.size))
+        else:
+            raise ProtocolError(f"a control message of the unknown kind {kind}")
+
+
+def _revocation(payload: bytes, peer: int, size: int) -> tuple[list[int], list[int]]:
+    """The contexts and members of a communicator that one of them has revoked.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    order = wire.unpack(payload)
+    contexts, members = order.get("contexts"), order.get("members")
+    if not isinstance(contexts, list) or not 0 < len(contexts) <= MOST_CONTEXTS or {type(each) for each in contexts} != {int}:
+        raise ProtocolError("the revocation of no communicator")
+    if not isinstance(members, list) or peer not in members or {type(each) for each in members} != {int}:
+        raise ProtocolError("the revocation of a communicator that is not its own")
+    if len(members) > size or any(not 0 <= each < size for each in members):
+        raise ProtocolError("the revocation of a communicator that is not its own")
+    return contexts, members
 
 
 def _revoked() -> MPIException:

@@ -13,6 +13,8 @@ pushes to its `Wire`, and tells it what arrives. Messages between two processes 
 * A process that is lost fails what depends on it: sends to it, receives from it, receives from any source in a communicator that
   it belongs to, and everything collective there. One that ends in peace fails sends to it and receives from it; the last of a
   communicator's other members that does fails receives from any source, too.
+* A process that sends what no engine sends is to be taken for lost (`ProtocolError`): it cannot crash this one, nor take what
+  goes to others.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ from typing import Protocol
 
 import numpy as np
 
+from sfparallel.errors import ProtocolError
 from sfparallel.runtime.mpi.constants import ANY_SOURCE, ANY_TAG
 from sfparallel.runtime.mpi.errors import CODES, MPIException
-
-Buffer = bytes | bytearray | memoryview
+from sfparallel.runtime.mpi.operations import SYNC as SYNC
+from sfparallel.runtime.mpi.operations import Arrival as Arrival
+from sfparallel.runtime.mpi.operations import Buffer as Buffer
+from sfparallel.runtime.mpi.operations import RecvOp as RecvOp
+from sfparallel.runtime.mpi.operations import SendOp as SendOp
 
 EAGER_BYTES = 64 << 10
 """Larger messages wait for their receive. Below it, a round trip costs more than a copy."""
@@ -40,15 +46,19 @@ OVERHEAD_BYTES = 256
 PULL_BYTES = 256 << 20
 """Memory for large messages that are taken in because this process is blocked in a send."""
 
+HELD_BYTES = 256 << 20
+"""What one peer's small messages that nobody has received may take here. A peer that keeps to its window is far from it; urgent
+ones do not count there, but of those this holds hundreds of thousands."""
+
+MOST_ANNOUNCED = 1 << 20
+"""Messages that one process's peers have announced and not sent."""
+
 HEADER = struct.Struct("<BBHiQIIQ")
 """kind, flags, unused, tag, context, number, credit, length of the payload."""
 
 EAGER, RTS, CTS, DATA, ACK, CREDIT = range(1, 7)
 CONTROL = 16
 """Kinds from here on are not the engine's: they go to `on_control`."""
-
-SYNC = 1
-"""Flag: the sender waits until the message is matched (ACK)."""
 
 PARTS = 2
 """Flag: the payload is a pickle and its buffers (see `pickling`)."""
@@ -59,98 +69,6 @@ class Wire(Protocol):
 
     def push(self, peer: int, header: bytes, frames: Sequence[Buffer], op: SendOp | None) -> None:
         """Send; `op.on_the_way()` when the last byte has left and `frames` may change."""
-
-
-class SendOp:
-    """One send.
-
-    Attributes:
-        done: it is complete, or has failed (`error`).
-    """
-
-    # In the class, not set by each object: one is made for every message.
-    awaits_ack = False
-    awaits_wire = True
-    done = False
-    error: BaseException | None = None
-    members: Collection[int] = ()
-    collective = False
-
-    def __init__(self, dest: int, ctx: int, tag: int, frames: Sequence[Buffer], nbytes: int, flags: int) -> None:
-        self.dest = dest
-        self.ctx = ctx
-        self.tag = tag
-        self.frames = frames
-        self.nbytes = nbytes
-        self.flags = flags
-        if flags & SYNC:
-            self.awaits_ack = True
-
-    def on_the_way(self) -> None:
-        self.awaits_wire = False
-        self.frames = ()
-        if not self.awaits_ack:
-            self.done = True
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done:
-            self.frames = ()
-            self.error = error
-            self.done = True
-
-
-class RecvOp:
-    """One receive.
-
-    Attributes:
-        source: of whom; once it is matched, of whom exactly. The same for `tag`.
-        buffer: where it shall go, or None: then it comes as `payload`.
-        nbytes: length of the message, once it is matched.
-        done: it is complete, was cancelled, or has failed (`error`).
-    """
-
-    payload: Buffer = b""
-    nbytes = 0
-    flags = 0
-    matched = False
-    done = False
-    cancelled = False
-    error: BaseException | None = None
-    members: Collection[int] = ()
-    collective = False
-
-    def __init__(self, ctx: int, source: int, tag: int, buffer: memoryview | None) -> None:
-        self.ctx = ctx
-        self.source = source
-        self.tag = tag
-        self.buffer = buffer
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done:
-            self.error = error
-            self.done = True
-
-
-class Arrival:
-    """A message that nobody has received yet.
-
-    Attributes:
-        payload: None as long as only its announcement is here.
-        pulled: the announced message is on its way into `payload`.
-        op: the receive that has taken it, while it is being pulled.
-    """
-
-    __slots__ = ("flags", "nbytes", "number", "op", "payload", "peer", "pulled", "tag")
-
-    def __init__(self, peer: int, tag: int, flags: int, number: int, nbytes: int, payload: Buffer | None) -> None:
-        self.peer = peer
-        self.tag = tag
-        self.flags = flags
-        self.number = number
-        self.nbytes = nbytes
-        self.payload = payload
-        self.pulled = False
-        self.op: RecvOp | None = None
 
 
 class Engine:
@@ -164,6 +82,7 @@ class Engine:
 
     def __init__(self, me: int, wire: Wire, on_control: Callable[[int, int, int, int, int, bytes], None] | None = None) -> None:
         self.me = me
+        self.most_held_bytes = HELD_BYTES
         self.blocked_in_send = 0
         self.dead: dict[int, MPIException] = {}
         """Lost processes, and what is raised for them."""
@@ -178,6 +97,12 @@ class Engine:
         self._announced: dict[int, SendOp] = {}
         self._to_be_acknowledged: dict[int, SendOp] = {}
         self._incoming: dict[tuple[int, int], RecvOp | Arrival] = {}
+        self._heralded: set[tuple[int, int]] = set()
+        """Announced messages that have not begun to come."""
+        self._asked: dict[tuple[int, int], int] = {}
+        """Lengths of those that were asked for, and have not begun to come."""
+        self._held: dict[int, int] = {}
+        """Bytes of each peer's small messages that nobody has received."""
         self._landing: dict[tuple[int, int], memoryview] = {}
         self._window: dict[int, int] = {}
         self._owed: dict[int, int] = {}
@@ -313,24 +238,38 @@ class Engine:
 
     def on_header(self, peer: int, kind: int, flags: int, tag: int, ctx: int, number: int, credit: int,
                   payload: memoryview) -> None:
-        """Something other than RTS and DATA has arrived. `payload` is only valid during the call."""
+        """Something other than RTS and DATA has arrived. `payload` is only valid during the call.
+
+        Raises:
+            ProtocolError: no engine sends that (so for all that arrives).
+        """
         if kind == EAGER:
             self.on_eager(peer, flags, tag, ctx, number, credit, payload)
             return
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
         if kind == CTS:
-            op = self._announced.pop(number, None)
-            if op is not None and not op.error:
+            op = self._announced.get(number)
+            if op is None:
+                return  # it has failed since
+            if op.dest != peer:
+                raise ProtocolError("a request for a message that is another's")
+            del self._announced[number]
+            if not op.error:
                 self._push(peer, DATA, 0, 0, 0, number, op.nbytes, op.frames, op)
         elif kind == ACK:
-            op = self._to_be_acknowledged.pop(number, None)
+            op = self._to_be_acknowledged.get(number)
             if op is not None:
+                if op.dest != peer:
+                    raise ProtocolError("an acknowledgement of a message that is another's")
+                del self._to_be_acknowledged[number]
                 op.awaits_ack = False
                 if not op.awaits_wire:
                     op.done = True
         elif kind >= CONTROL and self._on_control is not None:
             self._on_control(peer, kind, tag, ctx, number, bytes(payload))
+        elif kind != CREDIT:
+            raise ProtocolError(f"a message of the unknown kind {kind}")
 
     def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: memoryview) -> None:
         """A small message has arrived, as a whole. `payload` is only valid during the call."""
@@ -348,6 +287,9 @@ class Engine:
             if ctx in self.revoked:
                 self._return_window(peer, nbytes)
             else:
+                self._held[peer] = held = self._held.get(peer, 0) + nbytes + OVERHEAD_BYTES
+                if held > self.most_held_bytes:
+                    raise ProtocolError("far more messages than were received")
                 arrival = Arrival(peer, tag, flags, number, nbytes, bytes(payload))
                 self._unexpected.setdefault(ctx, deque()).append(arrival)
             return
@@ -368,7 +310,11 @@ class Engine:
         """A message is announced; `nbytes` is its length."""
         if credit:
             self._window[peer] = min(WINDOW_BYTES, self._window.get(peer, WINDOW_BYTES) + credit)
+        if (peer, number) in self._heralded or len(self._heralded) >= MOST_ANNOUNCED:
+            raise ProtocolError("the announcement of a message twice, or of too many")
         arrival = Arrival(peer, tag, flags, number, nbytes, None)
+        if ctx not in self.revoked:
+            self._heralded.add((peer, number))
         op = self._match(ctx, peer, tag)
         if op is not None:
             self._take(op, arrival)
@@ -379,12 +325,18 @@ class Engine:
 
     def landing(self, peer: int, number: int, nbytes: int) -> memoryview:
         """Where the payload of DATA shall go; `on_data` when it is complete."""
+        if self._asked.pop((peer, number), None) != nbytes:
+            raise ProtocolError(f"{nbytes} bytes that were not asked for")
+        self._heralded.discard((peer, number))
         target = self._incoming.get((peer, number))
         if isinstance(target, RecvOp) and target.buffer is not None and nbytes <= len(target.buffer):
             place = target.buffer[:nbytes]
         else:
             # Not a bytearray: that one is filled with zeros first, which touches all of its pages for nothing.
-            place = np.empty(nbytes, np.uint8).data
+            try:
+                place = np.empty(nbytes, np.uint8).data
+            except (MemoryError, ValueError):
+                raise ProtocolError(f"a message of {nbytes} bytes, for which there is no memory") from None
         self._landing[peer, number] = place
         return place
 
@@ -458,8 +410,10 @@ class Engine:
             if arrival.pulled:
                 self._pulled_bytes -= arrival.nbytes
                 self._incoming.pop((arrival.peer, arrival.number), None)
-            elif arrival.payload is not None and arrival.peer != self.me:
-                self._return_window(arrival.peer, arrival.nbytes)
+            elif arrival.payload is None:
+                self._heralded.discard((arrival.peer, arrival.number))
+            elif arrival.peer != self.me:
+                self._no_longer_held(arrival)
 
     def _drop_incoming(self, key: tuple[int, int], error: MPIException) -> None:
         """What was asked for will not come, or is of no use any more."""
@@ -501,12 +455,13 @@ class Engine:
             if arrival.pulled:
                 self._pulled_bytes -= arrival.nbytes
             elif not own:
-                self._return_window(peer, arrival.nbytes)
+                self._no_longer_held(arrival)
             self._deliver(op, arrival.payload)
         elif arrival.pulled:
             arrival.op = op
         else:
             self._incoming[peer, arrival.number] = op
+            self._asked[peer, arrival.number] = arrival.nbytes
             self._push(peer, CTS, 0, 0, 0, arrival.number)
 
     def _deliver(self, op: RecvOp, payload: Buffer) -> None:
@@ -539,8 +494,14 @@ class Engine:
         arrival.pulled = True
         self._pulled_bytes += arrival.nbytes
         self._incoming[arrival.peer, arrival.number] = arrival
+        self._asked[arrival.peer, arrival.number] = arrival.nbytes
         self._push(arrival.peer, CTS, 0, 0, 0, arrival.number)
         return True
+
+    def _no_longer_held(self, arrival: Arrival) -> None:
+        """A small message is received, or never will be."""
+        self._held[arrival.peer] -= arrival.nbytes + OVERHEAD_BYTES
+        self._return_window(arrival.peer, arrival.nbytes)
 
     def _return_window(self, peer: int, nbytes: int) -> None:
         self._owed[peer] = owed = self._owed.get(peer, 0) + nbytes + OVERHEAD_BYTES

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sfparallel.runtime.mpi.buffers import buffer
+from sfparallel.runtime.mpi.errors import ERR_UNKNOWN, MPIException
 from sfparallel.runtime.mpi.matching import PARTS, Buffer
 
 ALIGN = 64
@@ -131,14 +132,30 @@ class Pickle:
         if not flags & PARTS:
             return self._loads(payload)
         view = memoryview(payload)
-        (count,) = _COUNT.unpack_from(view)
-        lengths = struct.unpack_from(f"<{count}Q", view, 8)
-        at = _aligned(8 + 8 * count)
+        lengths, at = _table(view)
         parts = []
         for length in lengths:
             parts.append(view[at:at + length])
             at = _aligned(at + length)
         return python_pickle.loads(parts[0], buffers=[_writable(part) for part in parts[1:]])
+
+
+def _table(view: memoryview) -> tuple[tuple[int, ...], int]:
+    """The lengths of a payload's parts, and where the first of them begins.
+
+    Raises:
+        MPIException: there is no such table: whoever sent it is no `Pickle`.
+    """
+    count = _COUNT.unpack_from(view)[0] if len(view) >= _COUNT.size else 0
+    if not 0 < count < len(view) // 8:
+        raise MPIException(ERR_UNKNOWN, "an object was sent in parts, without a table of these")
+    lengths = struct.unpack_from(f"<{count}Q", view, 8)
+    at = end = _aligned(8 + 8 * count)
+    for length in lengths:
+        end = _aligned(end) + length
+    if end > len(view):
+        raise MPIException(ERR_UNKNOWN, f"an object of {end} bytes was sent in {len(view)}")
+    return lengths, at
 
 
 def _aligned(offset: int) -> int:

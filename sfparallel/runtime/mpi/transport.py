@@ -17,11 +17,12 @@ import select
 import socket
 import struct
 import time
-import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from sfparallel.errors import ProtocolError
 from sfparallel.runtime.mpi.matching import DATA, EAGER, HEADER, RTS, Buffer, Engine, SendOp
+from sfparallel.runtime.strangers import Strangers
 
 HELLO = 255
 BYE = 254
@@ -33,6 +34,15 @@ SMALL_BYTES = 16 << 10
 
 RETRY_S = 0.02
 """A peer may not listen yet when it is called first."""
+
+WHOLE_BYTES = 1 << 20
+"""Messages that are taken as a whole are shorter: all but DATA, which has a place to go to."""
+
+MOST_CALLS = 8
+"""Connections that one address may have made at a time. A rank makes one, and another one if it has lost that."""
+
+MOST_QUEUED = 1 << 16
+"""Messages of the engine's own that wait for a peer which does not read."""
 
 IOV_MAX = 512
 _SO_BUSY_POLL = 46
@@ -55,12 +65,15 @@ class Line:
         writing: there is more to send than the socket takes.
     """
 
-    __slots__ = ("_fill", "_landing", "_landing_at", "_number", "_transport", "connecting", "peer", "queue", "sock", "writing")
+    __slots__ = ("_fill", "_landing", "_landing_at", "_number", "_transport", "caller", "connecting", "peer", "queue", "sock",
+                 "writing")
 
     def __init__(self, transport: Transport, sock: socket.socket, peer: int, connecting: bool) -> None:
         self._transport = transport
         self.sock = sock
         self.peer = peer
+        self.caller = ""
+        """Whose call it is: its address; empty for a call of ours."""
         self.connecting = connecting
         self.queue: deque[tuple[list[memoryview], SendOp | None]] = deque()
         self._fill = bytearray()
@@ -97,6 +110,9 @@ class Line:
             self.queue.append((_rest([header, *frames], sent), op))
         else:
             self.queue.append((_rest([header, *frames], 0), op))
+            if op is None and len(self.queue) > MOST_QUEUED:
+                self._transport.wrong(self, "requests without end, and reads no answer")
+                return
         self._want_to_write(not self.connecting)
 
     def flush(self) -> None:
@@ -150,6 +166,9 @@ class Line:
         except OSError as error:
             transport.broken(self, error)
             return
+        except ProtocolError as error:
+            transport.wrong(self, str(error))
+            return
         except BaseException:  # a signal's handler: nobody knows how much has been taken
             transport.broken(self, None)
             raise
@@ -176,6 +195,9 @@ class Line:
         while end - at >= HEADER_BYTES:
             kind, flags, _, tag, ctx, number, credit, nbytes = HEADER.unpack_from(view, at)
             start = at + HEADER_BYTES
+            if self.peer < 0 and (kind != HELLO or nbytes):
+                self._transport.refuse(self, "a connection does not say whose it is")
+                return end
             if kind == DATA and self.peer >= 0:
                 landing = engine.landing(self.peer, number, nbytes)
                 here = min(end - start, nbytes)
@@ -189,15 +211,14 @@ class Line:
                 engine.on_rts(self.peer, flags, tag, ctx, number, credit, nbytes)
                 at = start
             else:
+                if nbytes > WHOLE_BYTES:
+                    raise ProtocolError(f"a message {kind} of {nbytes} bytes")
                 at = start + nbytes
                 if at > end:
                     return start - HEADER_BYTES
                 if kind == EAGER and self.peer >= 0:
                     engine.on_eager(self.peer, flags, tag, ctx, number, credit, view[start:at])
                     continue
-                if self.peer < 0 and kind != HELLO:
-                    self._transport.refuse(self, "a connection does not say whose it is")
-                    return end
                 if kind < BYE:
                     engine.on_header(self.peer, kind, flags, tag, ctx, number, credit, view[start:at])
                 elif not self._transport.on_line_message(self, kind, number):
@@ -240,10 +261,10 @@ class Transport:
         addresses: of all ranks.
         port: where each rank listens on its address.
         listener: a socket that listens there already, if there is one.
-        on_closed: called with a rank whose connection has ended, and whether it had said BYE.
+        on_closed: called with a rank whose connection has ended, whether it had said BYE, and why it was ended here, if it was.
     """
 
-    def __init__(self, rank: int, addresses: Sequence[str], port: int, on_closed: Callable[[int, bool], None],
+    def __init__(self, rank: int, addresses: Sequence[str], port: int, on_closed: Callable[[int, bool, str], None],
                  listener: socket.socket | None = None) -> None:
         self.rank = rank
         self.epoll = select.epoll()
@@ -251,6 +272,7 @@ class Transport:
         self.view = memoryview(self.buffer)
         self.engine: Engine
         self._addresses = addresses
+        self._known = frozenset(addresses)
         self._port = port
         self._on_closed = on_closed
         self._lines: dict[int, Line] = {}
@@ -263,6 +285,9 @@ class Transport:
         self._waiting: dict[int, deque[tuple[list[memoryview], SendOp | None]]] = {}
         """For peers that do not listen yet."""
         self._retry: dict[int, float] = {}
+        self._calls: Counter[str] = Counter()
+        """Connections that others have made, by address."""
+        self._strangers = Strangers("connection of another rank's port")
         self._left: set[int] = set()
         self._gone: set[int] = set()
         self._watched: dict[int, Callable[[], None]] = {}
@@ -392,12 +417,20 @@ class Transport:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
+                sock, (address, _) = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
                 return
+            # Before anything is kept of it: who makes thousands of connections shall not use up this process's descriptors.
+            if address not in self._known or self._calls[address] >= MOST_CALLS:
+                sock.close()
+                self._strangers.note(f"it comes from {address}")
+                continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _wait_for_long(sock)
-            self._add(Line(self, sock, -1, connecting=False))
+            line = Line(self, sock, -1, connecting=False)
+            line.caller = address
+            self._calls[address] += 1
+            self._add(line)
 
     def _add(self, line: Line) -> None:
         self._lines[line.sock.fileno()] = line
@@ -449,14 +482,19 @@ class Transport:
         """HELLO or BYE; False if the line is closed now."""
         if kind == BYE:
             self._left.add(line.peer)
-            self._on_closed(line.peer, True)
+            self._on_closed(line.peer, True, "")
             return True
+        if line.peer >= 0:
+            raise ProtocolError("its rank twice")
         try:
             address = line.sock.getpeername()[0]
         except OSError:
             address = "a connection that is gone"
-        if line.peer >= 0 or number >= len(self._addresses) or address != self._addresses[number]:
+        if number >= len(self._addresses) or number == self.rank or address != self._addresses[number]:
             self.refuse(line, f"{address} claims to be rank {number}")
+            return False
+        if number in self._gone:
+            self._drop(line)  # it has been told that it counts as lost, by the end of its other connections
             return False
         line.peer = number
         self._use(line)
@@ -464,8 +502,20 @@ class Transport:
 
     def refuse(self, line: Line, why: str) -> None:
         """Hang up on somebody who is not a rank."""
-        warnings.warn(f"connection refused: {why}", RuntimeWarning, stacklevel=2)
+        self._strangers.note(why)
         self._drop(line)
+
+    def wrong(self, line: Line, why: str) -> None:
+        """A peer has sent what no rank sends: nothing more is taken from it, and it counts as lost."""
+        peer = line.peer
+        if peer < 0:
+            self.refuse(line, f"it sends {why}")
+            return
+        for each in [line, *(each for each in self._lines.values() if each.peer == peer)]:
+            self._drop(each)
+        if self.out.pop(peer, None) is not None:
+            self._waiting.setdefault(peer, deque())  # so that nothing calls it again
+        self._on_closed(peer, False, f"sent {why}")
 
     def knows(self, peer: int) -> bool:
         """Whether there is a connection with this peer."""
@@ -479,7 +529,7 @@ class Transport:
                 # The queue stays: its operations fail when the peer counts as lost.
                 self._waiting.setdefault(line.peer, deque()).extend(line.queue)
                 del self.out[line.peer]
-            self._on_closed(line.peer, line.peer in self._left)
+            self._on_closed(line.peer, line.peer in self._left, "")
 
     def _drop(self, line: Line) -> None:
         fd = line.sock.fileno()
@@ -492,3 +542,5 @@ class Transport:
                 self.epoll.unregister(fd)
             self._lines.pop(fd, None)
             line.sock.close()
+            if line.caller:
+                self._calls[line.caller] -= 1
