@@ -23,6 +23,11 @@ GATHERS = {
         "vpgatherdd", "vpgatherdq", "vpgatherqd", "vpgatherqq", "vgatherdps", "vgatherdpd", "vgatherqps", "vgatherqpd",
     )
 }  # fmt: skip
+OTHERS = {
+    "aesenc", "aesdec", *(f"blsi {operands}" for operands in ("%rcx,%rax", "%ecx,%eax", "(%rsi),%r11", "(%rsi),%r11d")),
+    "adcx %ecx,%eax", "adox %ecx,%eax", "adcx %rdx,%r9; adox %ecx,%eax", "adox %rdx,%r9; adcx (%rsi),%eax",
+}
+"""The others that QEMU 7.2 computes wrong: AES rounds of YMM registers, and carries."""
 INIT = """#!/busybox sh
 /busybox mkdir /dev /proc
 /busybox mount -t devtmpfs dev /dev
@@ -104,10 +109,10 @@ def test_what_guests_are_given_computes_right(qemu: str, bare: Path) -> None:
 
 @pytest.mark.needs("qemu", "image")
 @pytest.mark.parametrize("qemu", qemus())
-def test_wrong_gathers_are_found(qemu: str, bare: Path) -> None:
+def test_what_qemu_computes_wrong_is_found(qemu: str, bare: Path) -> None:
     report = in_guest(qemu, "max", bare)
     if qemu_version(qemu).startswith("7.2."):
-        assert report.status == 1 and report.wrong == GATHERS, report.text
+        assert report.status == 1 and report.wrong == GATHERS | OTHERS, report.text
         assert "index in register 4" in report.text and not re.search(r"index in register (?!4 )", report.text)
     else:
         assert report.status == 0 and not report.wrong, report.text

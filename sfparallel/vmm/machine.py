@@ -47,11 +47,13 @@ _SERIAL_PORTS = 2
 _LEFT_OUT = "usb=off,sata=off,smbus=off,i8042=off,hpet=off"
 
 
-TCG_CPU_MODEL = "max,la57=off,erms=off,avx2=off,vaes=off"
+TCG_CPU_MODEL = "max,la57=off,erms=off,avx2=off,vaes=off,bmi1=off,bmi2=off,adx=off,abm=off"
 """TCG's `max` without what it computes wrong, or slowly (docs/decisions/0001-emulated-processor.md).
 
 * avx2: in QEMU 7.2 a gather whose index is in register 4 reads the first element of its table over and over, so that numpy sorts
-  wrong without a word. VAES alone is on no processor without AVX2.
+  wrong without a word. vaes: QEMU 7.2 encrypts wrong with YMM registers.
+* bmi1, adx: in QEMU 7.2 BLSI and the 32-bit ADCX and ADOX leave a wrong carry. bmi2: no processor has it without BMI1.
+* abm (LZCNT): QEMU 10 executes LZCNT as BSR where there is no BMI1.
 * la57: five-level paging only makes each TLB miss dearer.
 * erms: the guest would copy and clear memory by REP MOVSB, which TCG does byte by byte: five times as long.
 

@@ -14,7 +14,9 @@
 /* ---- features.c: what the processor and its kernel offer ---- */
 
 enum feature {
-    SSE2, SSE3, SSSE3, SSE41, SSE42, AVX, AVX2, FMA, F16C, AES, PCLMUL, SHA, VAES, VPCLMUL, POPCNT, LZCNT, BMI1, BMI2, ADX,
+    SSE2, SSE3, SSSE3, SSE41, SSE42, AVX, AVX2, FMA, F16C, AES, PCLMUL, SHA, VAES, VPCLMUL,
+    AES_AVX, PCLMUL_AVX, /* their VEX.128 forms */
+    POPCNT, LZCNT, BMI1, BMI2, ADX,
     MOVBE, CX16, NEVER,
     FEATURES
 };

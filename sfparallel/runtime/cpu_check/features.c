@@ -5,7 +5,8 @@
 const char *const feature_names[FEATURES] = {
     [SSE2] = "sse2", [SSE3] = "sse3", [SSSE3] = "ssse3", [SSE41] = "sse4.1", [SSE42] = "sse4.2", [AVX] = "avx",
     [AVX2] = "avx2", [FMA] = "fma", [F16C] = "f16c", [AES] = "aes", [PCLMUL] = "pclmulqdq", [SHA] = "sha", [VAES] = "vaes",
-    [VPCLMUL] = "vpclmulqdq", [POPCNT] = "popcnt", [LZCNT] = "lzcnt", [BMI1] = "bmi1", [BMI2] = "bmi2", [ADX] = "adx",
+    [VPCLMUL] = "vpclmulqdq", [AES_AVX] = "aes+avx", [PCLMUL_AVX] = "pclmulqdq+avx", [POPCNT] = "popcnt",
+        [LZCNT] = "lzcnt", [BMI1] = "bmi1", [BMI2] = "bmi2", [ADX] = "adx",
     [MOVBE] = "movbe", [CX16] = "cx16", [NEVER] = "never",
 };
 
@@ -50,6 +51,8 @@ void features_find(void)
     found[SHA] = seven.ebx & bit_SHA;
     found[VAES] = found[AVX] && (seven.ecx & bit_VAES);
     found[VPCLMUL] = found[AVX] && (seven.ecx & bit_VPCLMULQDQ);
+    found[AES_AVX] = found[AES] && found[AVX];
+    found[PCLMUL_AVX] = found[PCLMUL] && found[AVX];
     found[POPCNT] = one.ecx & bit_POPCNT;
     found[LZCNT] = extended.ecx & bit_LZCNT;
     found[BMI1] = seven.ebx & bit_BMI;

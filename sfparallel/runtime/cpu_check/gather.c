@@ -19,7 +19,8 @@ static const struct address {
     enum reg base;
     int scale, offset;
 } addresses[FORMS] = {
-    { "(rsi,INDEX,4)", RSI, 4, 0 }, { "(rsi,INDEX,8)", RSI, 8, 0 }, { "24(rdi,INDEX,1)", RDI, 1, 24 }, { "-200(r13,INDEX,2)", R13, 2, -200 },
+    { "(rsi,INDEX,4)", RSI, 4, 0 }, { "(rsi,INDEX,8)", RSI, 8, 0 }, { "24(rdi,INDEX,1)", RDI, 1, 24 },
+        { "-200(r13,INDEX,2)", R13, 2, -200 },
 };
 
 /* Mask and destination of each index register: they must be three different ones. */
@@ -75,7 +76,8 @@ static void expect(struct state *state, const struct gather *gather, unsigned in
     for (unsigned i = 0; i < gather->elements; i++) {
         int64_t index = element(&state->v[index_register], gather->index_bytes, i);
         if (element(mask, size, i) < 0)
-            memcpy((uint8_t *)out + i * size, (const uint8_t *)state->r[address->base] + index * address->scale + address->offset, size);
+            memcpy((uint8_t *)out + i * size,
+                (const uint8_t *)state->r[address->base] + index * address->scale + address->offset, size);
     }
     memset((uint8_t *)out + gather->elements * size, 0, sizeof *out - gather->elements * size);
     memset(mask, 0, sizeof *mask);

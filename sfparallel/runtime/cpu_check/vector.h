@@ -9,6 +9,7 @@ enum shape {
     BINARY,   /* d = a op b; the legacy form's d is a; the model finds a in d */
     UNARY,    /* d = op b; the model finds zeros in d */
     MERGING,  /* d = d op a op b, as fused multiplication and addition */
+    LOADING,  /* d = op memory */
 };
 
 /* What of a result is compared. */
@@ -26,13 +27,19 @@ struct vector_check {
     enum compare compare;
     enum feature features[3];     /* of the legacy, VEX.128 and VEX.256 encodings; NEVER: there is none, and no stubs */
     bool immediates;              /* the stubs are there once for each of the immediates */
+    uint8_t bits[2];              /* of an immediate, that mean something in legacy and VEX forms; 0: all */
     vector_model *model;
     const char *stubs;
 };
 
 void vector_run(const struct check *check);
 
-#define IMMEDIATES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0x0b, 0x0f, 0x10, 0x1b, 0x1e, 0x27, 0x31, 0x4e, 0x55, 0x93, 0xb1, 0xd8, 0xe4, 0xff
+/* As MXCSR.RC is while a model runs. */
+extern unsigned vector_rounding;
+
+#define IMMEDIATES                                                                                                         \
+    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,  \
+    0x31, 0x4e, 0x55, 0x80, 0x93, 0xb1, 0xd8, 0xe4, 0xff
 
 /* ---- models ---- */
 
@@ -94,13 +101,14 @@ void vector_run(const struct check *check);
 #define STRING(...) STRING_(__VA_ARGS__)
 #define EACH_IMMEDIATE(code) ".irp imm," STRING(IMMEDIATES) "\n" code ".endr\n"
 #define IMM "$\\imm,"
+#define IMM_OF(bits) "$\\imm&" #bits ","
 
 /* ---- rows; id is the instruction's name without v, and of its model ---- */
 
-#define ROW(id, name, function, shape_, operand_, compare_, f, f128, f256, immediates_)                                      \
+#define ROW(id, name, function, shape_, operand_, compare_, f, f128, f256, immediates_, ...)                               \
     static const struct vector_check vector_##id = {                                                                       \
         .shape = shape_, .operand = operand_, .compare = compare_, .features = { f, f128, f256 },                          \
-        .immediates = immediates_, .model = model_##function, .stubs = stubs_##id };                                         \
+        .immediates = immediates_, .model = model_##function, .stubs = stubs_##id, __VA_ARGS__ };                          \
     CHECK(id, name, (f) != NEVER ? (f) : (f128) != NEVER ? (f128) : (f256), vector_run, &vector_##id)
 
 /* Three operands in VEX forms, two in legacy ones. */
