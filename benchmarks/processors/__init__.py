@@ -1,0 +1,1 @@
+"""Everyday work under different emulated processors."""
