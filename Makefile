@@ -5,9 +5,10 @@ RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --sel
 SOURCES := sfparallel examples tests benchmarks setup.py
 
 RENDER_PACKAGES := --package povray --package povray-examples --package python3-pil --package python3-rich
+ML_IMAGE := $(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pandas --pip pytest --pip hypothesis
 BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed --pip ray
 
-.PHONY: help build bench-tools demo example-render test lint bench bench-fork bench-comm bench-map clean
+.PHONY: help build bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,9 +30,13 @@ bench-tools: build
 test: lint bench-tools ## lint, type check, all tests (real VMs; about 30 minutes on 2 cores)
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
-	@$(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pytest
+	@$(ML_IMAGE)
 	@$(BIN)/sf image build render $(RENDER_PACKAGES)
 	@$(BIN)/pytest
+
+test-long: bench-tools ## tests of numpy, scipy and pandas themselves, in a guest; not part of `test`
+	@$(ML_IMAGE)
+	@$(BIN)/pytest -m long
 
 lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
