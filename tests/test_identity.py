@@ -60,6 +60,31 @@ def test_no_two_ranks_share_an_identity(sfrun: Sfrun) -> None:
     assert {clone["pid"] for clone in clones} == {parent["pid"]}
 
 
+def test_no_two_ranks_make_the_same_keys(sfrun: Sfrun) -> None:
+    """With any OpenSSL that is in the process: Python's, and one that another library brings along."""
+    ended = sfrun(
+        """
+        import ctypes, glob, shutil, ssl
+        import sfparallel as sf
+
+        shutil.copy(glob.glob("/usr/lib/*/libcrypto.so.3")[0], "/tmp/libcrypto-copy.so.3")
+        copy = ctypes.CDLL("/tmp/libcrypto-copy.so.3")
+
+        def draw():
+            data = ctypes.create_string_buffer(16)
+            assert copy.RAND_bytes(data, 16) == 1
+            return data.raw, ssl.RAND_bytes(16)
+
+        draw()
+        for _ in range(2):
+            drawn = sf.parallel(draw, n=3)()
+            assert len({*sum(drawn, ()), *draw()}) == 8, drawn
+        print("differ")
+        """
+    ).ok()
+    assert ended.out == "differ\n"
+
+
 def test_seeded_streams_repeat_and_do_not_depend_on_n(sfrun: Sfrun) -> None:
     ended = sfrun(
         """

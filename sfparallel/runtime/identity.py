@@ -16,6 +16,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sfparallel.runtime.pools import openssl_pools
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -34,7 +36,7 @@ class Renewal:
         self._random = modules.get("random")
         self._tempfile = modules.get("tempfile")
         self._uuid = modules.get("uuid")
-        self._ssl = modules.get("ssl")
+        self._openssls = openssl_pools()
         self._asyncio = modules.get("asyncio.events")
         self._reset_sqlite = _sqlite_reset(modules["_sqlite3"]) if "_sqlite3" in modules else None
         # A forked process has none of its parent's timers (fork(2)), whose signals would strike every clone.
@@ -70,9 +72,8 @@ class Renewal:
             self._uuid._generate_time_safe = None
             self._uuid._node = int.from_bytes(os.urandom(6), "big") | 1 << 40
             self._uuid._last_timestamp = None
-        if self._ssl is not None:
-            # OpenSSL notices a fork by the process id only.
-            self._ssl.RAND_add(os.urandom(32), 32.0)
+        for add in self._openssls:
+            add(os.urandom(32))
         if self._reset_sqlite is not None:
             self._reset_sqlite()
         for timer in self._timers:
