@@ -5,21 +5,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfparallel.config import CACHE_HINT, LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
+from sfparallel.text import in_one_line, printable
+from sfparallel.vmm import standard_streams
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
 from sfparallel.vmm.options import JobOptions, Program, RunIn, libvirt_uri
 from sfparallel.vmm.processes import address_space_hint
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 EXIT_USAGE = 2
 EXIT_FAILED = 70
@@ -29,7 +37,26 @@ MOST_CPUS = 64
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _tell(line: str) -> None:
+    """An answer, on standard output; names in it are those of files, and of other users' programs."""
+    print(printable(line))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its messages quote arguments, which may be names of files (`sfrun *`)."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        super()._print_message(printable(message), file)
+
+
+class _Formatter(logging.Formatter):
+    """The log quotes what guests, QEMU and libvirt say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextlib.contextmanager
@@ -39,7 +66,7 @@ def _errors_told(command: str) -> Iterator[None]:
         yield
     except SfError as error:
         if LOG.get() == "debug":
-            raise
+            _say(traceback.format_exc())
         _say(f"{command}: {error}")
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
@@ -59,7 +86,7 @@ def _errors_told(command: str) -> Iterator[None]:
 
 
 def _sfrun_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sfrun",
         usage="sfrun [options] script.py [args…]  |  sfrun [options] -m module [args…]  |  sfrun [options] -c command [args…]",
         description="Run a Python program in a VM whose clones are its workers.",
@@ -140,11 +167,12 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
 
 def sfrun(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sfrun`."""
+    closed = standard_streams.open_closed()
     with _errors_told("sfrun"):
-        sys.exit(_sfrun(sys.argv[1:] if arguments is None else arguments))
+        sys.exit(_sfrun(sys.argv[1:] if arguments is None else arguments, closed))
 
 
-def _sfrun(arguments: Sequence[str]) -> int:
+def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
     own, mode, words = _split_program(arguments)
     parser = _sfrun_parser()
     options = parser.parse_args(own)
@@ -164,7 +192,7 @@ def _sfrun(arguments: Sequence[str]) -> int:
     if options.cpus < 1:
         raise UsageError(f"--cpus {options.cpus}: at least 1")
     _start_log()
-    job_options = _job_options(options, mode, words)
+    job_options = dataclasses.replace(_job_options(options, mode, words), closed_streams=closed_streams)
     if options.local:
         return _run_local(options, job_options)
     return confine(functools.partial(_run_job, job_options), public_folder=job_options.by_daemon)
@@ -229,14 +257,16 @@ def host_memory_bytes() -> int:
 
 
 def _start_log() -> None:
-    logging.basicConfig(level=LOG.get().upper(), format="sfrun: %(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("sfrun: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=LOG.get().upper(), handlers=[handler])
 
 
 # -- sf ----------------------------------------------------------------------------------------------------------------
 
 
 def _sf_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
+    parser = _Parser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what works on this machine, what does not, and the remedy")
     image = commands.add_parser("image", help="guest images").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -255,6 +285,7 @@ def _sf_parser() -> argparse.ArgumentParser:
 
 def sf(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sf`."""
+    standard_streams.open_closed()
     with _errors_told("sf"):
         options = _sf_parser().parse_args(arguments)
         _start_log()
@@ -265,7 +296,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from sfparallel.vmm.doctor import Status, diagnose, render
 
     findings = diagnose()
-    print(render(findings))
+    _tell(render(findings))
     return 0 if all(finding.status is Status.OK or not finding.needed for finding in findings) else 1
 
 
@@ -278,10 +309,10 @@ def _image(options: argparse.Namespace) -> int:
         recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)))
         with StageDisplay(f"image {options.name}") as display:
             image = images.build(recipe, display)
-        print(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")
+        _tell(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")
     elif options.action == "list":
         for image in images.list_images():
-            print(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
+            _tell(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
         images.find(options.name)  # a wrong name is the user's first concern
         if asyncio.run(running_jobs()):
@@ -295,7 +326,7 @@ def _ps(options: argparse.Namespace) -> int:
 
     print(f"{'PID':>8} {'CLONES':>7} {'FORKS':>6} {'SECONDS':>8}  PROGRAM")
     for job in asyncio.run(running_jobs()):
-        print(f"{job.pid:8} {job.clones:7} {job.forks:6} {job.seconds:8.0f}  {job.program}")
+        print(f"{job.pid:8} {job.clones:7} {job.forks:6} {job.seconds:8.0f}  {in_one_line(job.program)}")
     return 0
 
 
@@ -305,14 +336,14 @@ def _clean(options: argparse.Namespace) -> int:
     if jobs := asyncio.run(running_jobs()):
         raise StateError(f"{len(jobs)} jobs run now, and need the cache folder", hint="wait for them; `sf ps` lists them")
     for line in clean(everything=options.all):
-        print(line)
+        _tell(line)
     return 0
 
 
 def _settings(options: argparse.Namespace) -> int:
     for setting in SETTINGS:
-        print(f"{setting.variable:16} {setting.get() or '-':24} {setting.help}")
-    print(f"cache folder: {cache_folder()}")
+        _tell(f"{setting.variable:16} {setting.get() or '-':24} {setting.help}")
+    _tell(f"cache folder: {cache_folder()}")
     return 0
 
 

@@ -35,6 +35,8 @@ from __future__ import annotations
 from concurrent.futures import BrokenExecutor
 from typing import Any
 
+from sfparallel.text import printable
+
 
 def _rebuild(cls: type[SfError], message: str, state: dict[str, Any]) -> SfError:
     error = cls.__new__(cls)
@@ -60,7 +62,8 @@ class SfError(Exception):
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        # Messages quote what guests, their consoles and files say.
+        return printable(f"{text}\n  hint: {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args[0] if self.args else "", dict(self.__dict__))

@@ -1,4 +1,5 @@
-"""Imports point down: cli -> runtime | vmm -> net -> wire -> native -> config -> errors (ARCHITECTURE.md, "Modules").
+"""Imports point down: cli -> runtime | vmm -> net -> wire -> native -> config -> errors -> text
+(ARCHITECTURE.md, "Modules").
 
 The source is parsed, not imported: imports inside functions and under TYPE_CHECKING count as well, and so do imports by name as
 a string (`importlib.import_module("...")`).
@@ -18,16 +19,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sfparallel"
 
 BELOW = {
-    "errors": frozenset[str](),
-    "config": frozenset({"errors"}),
-    "native": frozenset({"_native", "config", "errors"}),
+    "text": frozenset[str](),
+    "errors": frozenset({"text"}),
+    "config": frozenset({"errors", "text"}),
+    "native": frozenset({"_native", "config", "errors", "text"}),
     # The guest has `wire`, and no native library.
-    "wire": frozenset({"config", "errors"}),
-    "net": frozenset({"wire", "native", "config", "errors"}),
-    "vmm": frozenset({"net", "wire", "native", "config", "errors"}),
+    "wire": frozenset({"config", "errors", "text"}),
+    "net": frozenset({"wire", "native", "config", "errors", "text"}),
+    "vmm": frozenset({"net", "wire", "native", "config", "errors", "text"}),
     # The guest's half: it must work where the host's packages are not installed.
-    "runtime": frozenset({"wire", "config", "errors"}),
-    "cli": frozenset({"runtime", "vmm", "net", "wire", "native", "config", "errors"}),
+    "runtime": frozenset({"wire", "config", "errors", "text"}),
+    "cli": frozenset({"runtime", "vmm", "net", "wire", "native", "config", "errors", "text"}),
     # `import sfparallel`: what users import, and nothing of the host's half.
     "": frozenset({"MPI", "runtime", "errors"}),
     "MPI": frozenset({"runtime"}),

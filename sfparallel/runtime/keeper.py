@@ -21,6 +21,7 @@ import msgpack
 
 from sfparallel.errors import GuestError
 from sfparallel.runtime.copyback import copy_back
+from sfparallel.text import printable
 
 ZYGOTE_MODULE = "sfparallel.runtime.zygote"
 MAX_RUN_BYTES = 1 << 20
@@ -117,7 +118,7 @@ def _copy_back(stderr: int) -> bool:
     else:
         return True
     with contextlib.suppress(BrokenPipeError):  # nobody reads it
-        os.write(stderr, f"sfrun: {text}\n".encode(errors="replace"))
+        os.write(stderr, f"{printable(f'sfrun: {text}')}\n".encode())
     return False
 
 

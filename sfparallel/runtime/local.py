@@ -450,7 +450,7 @@ def main() -> None:
                    world=program.ranks > 0)
     HERE.connect = lambda: LocalLine(job)
     programs.HIDDEN_FILES.add(__file__)
-    programs.set_up_streams()
+    programs.set_up_streams(program.closed)
     programs.run(program)
 
 

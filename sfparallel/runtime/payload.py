@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from sfparallel.errors import RankExit, RemoteError, ResultNotPicklable
+from sfparallel.text import printable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -168,7 +169,7 @@ def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str
         with contextlib.suppress(ResultNotPicklable):
             unpickled = loads(frames)
             loaded = unpickled if isinstance(unpickled, BaseException) else None
-    note = f"raised in {where}:\n{description['traceback'].rstrip()}"
+    note = printable(f"raised in {where}:\n{description['traceback'].rstrip()}")
     if loaded is not None and not _steers(loaded):
         with contextlib.suppress(Exception):  # a class of the program's, which came in a pickle, may be anything
             loaded.add_note(note)

@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TextIO, cast
 
 import msgpack
 
+from sfparallel.text import printable
+
 SHIMS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "shims")
 """Holds a package `mpi4py` that is ours."""
 
@@ -40,6 +42,7 @@ class Program:
         data: serial numbers of data disks and where to mount them.
         ranks: how many clones run the whole program; 0: the parent runs it.
         mpi4py: whether `import mpi4py` shall find ours.
+        closed: those of the descriptors 0 to 2 that are closed on the host.
     """
 
     argv: list[str]
@@ -50,23 +53,33 @@ class Program:
     data: list[tuple[str, str]]
     ranks: int = 0
     mpi4py: bool = False
+    closed: tuple[int, ...] = ()
 
     @classmethod
     def decode(cls, payload: bytes) -> Program:
         message = msgpack.unpackb(payload, raw=False, unicode_errors="surrogateescape")
         return cls(argv=list(message["argv"]), mode=str(message["mode"]), cwd=str(message["cwd"]), env=dict(message["env"]),
                    path0=str(message["path0"]), data=[(str(serial), str(path)) for serial, path in message.get("data", [])],
-                   ranks=int(message.get("ranks", 0)), mpi4py=bool(message.get("mpi4py", False)))
+                   ranks=int(message.get("ranks", 0)), mpi4py=bool(message.get("mpi4py", False)),
+                   closed=tuple(message.get("closed", ())))
 
 
-def set_up_streams() -> None:
+def set_up_streams(closed: tuple[int, ...]) -> None:
     """Let the standard streams behave as Python's own do, but for stdout, which is line buffered though it is a pipe.
 
     Unbuffered too (PYTHONUNBUFFERED, for local ranks): a line leaves in one piece, or those of two ranks would mix.
+
+    Args:
+        closed: streams that are None, as where Python finds their descriptors closed; here there is /dev/null, so that no line to
+            the supervisor gets these numbers.
     """
     for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
         cast(TextIO, stream).reconfigure(encoding="utf-8", errors=errors, line_buffering=True, write_through=False)  # type: ignore[attr-defined]
     cast(TextIO, sys.stdin).reconfigure(encoding="utf-8", errors="strict")  # type: ignore[attr-defined]
+    for number in closed:
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, None)
+        setattr(sys, f"__{name}__", None)
 
 
 def run(program: Program, explain: Callable[[BaseException], None] = lambda error: None) -> None:
@@ -138,7 +151,7 @@ def _run_as_main(name: str, *, alter_argv: bool) -> None:
 
 def refuse(message: str) -> NoReturn:
     """End this process before the program has begun."""
-    print(f"sfrun: {message}", file=sys.stderr)
+    print(printable(f"sfrun: {message}"), file=sys.stderr)
     sys.exit(2)
 
 

@@ -33,6 +33,7 @@ from sfparallel.runtime.region import JOIN_LIMIT_S, bind_link, free_port
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.worker import clone_link, die, membership
+from sfparallel.text import printable
 
 EXIT_LOST = 70
 """Exit code of a job that lost a clone (EX_SOFTWARE of sysexits.h)."""
@@ -167,7 +168,7 @@ class World:
         if hypervisor.join(number, JOIN_LIMIT_S) is None:
             hypervisor.kill(number, None)
         if self._verdict:
-            print(f"sfrun: {self._verdict}", file=sys.stderr)
+            print(printable(f"sfrun: {self._verdict}"), file=sys.stderr)
         return self._code
 
     def _step(self, signals: SignalAlarm) -> None:

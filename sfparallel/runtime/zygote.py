@@ -81,10 +81,11 @@ def _become(payload: bytes, fds: list[int]) -> Program:
         file.write("0")
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("0")
-    programs.set_up_streams()
+    program = Program.decode(payload)
+    programs.set_up_streams(program.closed)
     # The generators were seeded before the template was taken: without this, every program would draw the same numbers.
     refresh(os.urandom(ENTROPY_BYTES))
-    return Program.decode(payload)
+    return program
 
 
 def _run(program: Program) -> None:

@@ -33,6 +33,7 @@ from typing import NoReturn
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
+from sfparallel.text import printable
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
@@ -106,7 +107,7 @@ def _live(work: Callable[[], int]) -> NoReturn:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # it was closed before we started
@@ -140,8 +141,9 @@ def _start_janitor(folder: Path) -> None:
         return
     os.setsid()
     os.close(theirs)
-    for fd in range(3):
-        os.close(fd)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):  # not closed: what rmtree opens is no standard stream
+        os.dup2(null, fd)
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     os.read(ours, 1)
     # QEMU ends with the job, but a moment later, and may have just made its sockets.

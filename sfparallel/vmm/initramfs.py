@@ -25,7 +25,7 @@ AGENT = _PACKAGE / "runtime" / "agent" / "sfagent"
 """The guest's init."""
 CPU_CHECK = _PACKAGE / "runtime" / "cpu_check" / "cpu_check"
 """The test of the processor, which the agent runs before a template is taken."""
-_TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py")
+_TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py", "text.py")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from sfparallel.config import QEMU, TERMINAL
 from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
+from sfparallel.text import printable
 from sfparallel.vmm import image as images
 from sfparallel.vmm import statistics
 from sfparallel.vmm.checkpoint import LayerStore
@@ -154,7 +155,7 @@ class Job:
 
     def _say(self, line: str) -> None:
         """Show the user a line. May be called in any thread."""
-        self._output.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
+        self._output.write(STDERR, f"{printable(line)}\n".encode())
 
     async def _say_last_words(self) -> None:
         """What we have to say ourselves is to be seen, but nobody who does not read can keep us."""
@@ -252,7 +253,8 @@ class Job:
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
             "env": {**GUEST_ENVIRONMENT, **_terminal(), **program.environment},
             "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,
-            "path0": program.path0, "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
+            "path0": program.path0, "closed": list(self._options.closed_streams),
+            "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
         }))  # fmt: skip
         if not self._options.ranks:
             self._feed_stdin(parent)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sfparallel import native
+from sfparallel.text import printable
 from sfparallel.vmm import processes
 from sfparallel.vmm.confinement import FORWARDED, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
@@ -72,7 +73,7 @@ def _supervise(options: JobOptions, front: int) -> NoReturn:
 
         code = asyncio.run(job())
     except BaseException:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
     finally:
         end_descendants()
         os._exit(code)
@@ -163,7 +164,7 @@ class LocalSupervisor:
             self._stopped.set_result(code)
 
     def _say(self, line: str) -> None:
-        self._output.write(STDERR, f"{line}\n".encode(errors="backslashreplace"))
+        self._output.write(STDERR, f"{printable(line)}\n".encode())
 
     def _timed_out(self) -> None:
         if not self._stopped.done():
@@ -178,6 +179,7 @@ class LocalSupervisor:
         run = pack_names({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {}, "path0": program.path0,
             "ranks": options.ranks, "mpi4py": options.run_in is RunIn.CLONES_MPI4PY,
+            "closed": list(options.closed_streams),
         })  # fmt: skip
         message = {
             "program": run, "supervisor": os.getpid(), "job": f"sf{self._front}", "n": options.default_n, "seed": options.seed,

@@ -65,6 +65,8 @@ class JobOptions:
     data_slots: int = 0
     """Disks that may be plugged in while the job runs; with `--data` there are DATA_SLOTS in any case."""
     seed: int | None = None
+    closed_streams: tuple[int, ...] = ()
+    """Those of the descriptors 0 to 2 that were closed when `sfrun` was started; now /dev/null is there."""
     on_report: Callable[[ForkReport], None] | None = None
 
     @property

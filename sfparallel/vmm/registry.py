@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import ProtocolError
+from sfparallel.text import in_one_line
 from sfparallel.wire import pack, unpack
 
 _NAME = re.compile(r"@sfparallel/job/(\d+)$")
@@ -40,16 +41,11 @@ async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             now = status()
-            writer.write(pack({**asdict(now), "program": _in_one_line(now.program)}))
+            writer.write(pack({**asdict(now), "program": in_one_line(now.program)}))
             with contextlib.suppress(OSError):
                 await writer.drain()
 
     return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{pid}")
-
-
-def _in_one_line(text: str) -> str:
-    """Names and commands may hold line breaks, control characters and bytes that are no text."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _job_pids() -> list[int]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
+from sfparallel.text import printable
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import PagingLayer, PagingRefused
 from sfparallel.vmm.plans import MapPlan
@@ -256,7 +257,7 @@ class Vm:
             tail = os.pread(self._console, _CONSOLE_TAIL_BYTES, max(0, size - _CONSOLE_TAIL_BYTES))
         except OSError:
             return ""
-        return tail.decode(errors="replace").replace("\r", "").strip()
+        return printable(tail.decode(errors="replace").replace("\r", "")).strip()
 
     # -- the guest -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,29 @@
+"""Text of others in messages of ours: what guests, files and arguments say may be shown to a terminal, but must not drive it."""
+
+from __future__ import annotations
+
+import re
+
+# What a terminal obeys instead of showing it: C0 but for line break and tab, DEL, C1 (ECMA-48); marks, embeddings, overrides and
+# isolates that change the direction of what follows (UAX #9, CVE-2021-42574); line and paragraph separators; lone surrogates.
+_OBEYED = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_IN_A_LINE = re.compile(f"[\t\n]|{_OBEYED.pattern}")
+_UNDECODED = range(0xDC80, 0xDD00)
+"""What bytes that are no text become under "surrogateescape" (PEP 383)."""
+
+
+def printable(text: str) -> str:
+    """`text` with everything that a terminal would obey written as Python's escapes; line breaks and tabs stay."""
+    return _OBEYED.sub(_escaped, text)
+
+
+def in_one_line(text: str) -> str:
+    """The same without line breaks and tabs: a name or a command as one cell of a table."""
+    return _IN_A_LINE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code in _UNDECODED:
+        return f"\\x{code & 0xFF:02x}"
+    return match[0].encode("unicode_escape").decode()
