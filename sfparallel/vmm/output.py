@@ -6,27 +6,40 @@ import asyncio
 import contextlib
 import os
 import queue
+import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 STDOUT, STDERR = 1, 2
 
 _LONGEST_LINE_BYTES = 64 << 10
+REDRAWN_EVERY_S = 10.0
+"""How often a line that a clone redraws is shown before it ends."""
+_MOVES = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b[78DEHMc]|\x08")
+"""Control sequences but for SGR (colours), and single ones that move the cursor or reset the terminal."""
 
 
 @dataclass
 class LabelledOutput:
     """One clone's output: lines come out whole, so that ranks do not mix within a line.
 
+    Several ranks share the terminal, and each line has its label: none may go back to what it or another one has written. Of a
+    line that is redrawn (carriage returns: progress bars) its last state comes out when it ends, and meanwhile one now and then,
+    as a line of its own. Sequences that move the cursor or erase are left out (ECMA-48); colours stay.
+
     Args:
-        label: put before each line, or empty.
+        label: put before each line; empty: everything passes as it is.
         write: takes a stream (1 or 2) and bytes.
+        clock: seconds.
     """
 
     label: str
     write: Callable[[int, bytes], None]
+    clock: Callable[[], float] = time.monotonic
     _partial: dict[int, bytearray] = field(default_factory=dict)
+    _shown_at: dict[int, float] = field(default_factory=dict)
 
     def feed(self, stream: int, data: bytes) -> None:
         """Take what the clone printed; writes the lines that are complete."""
@@ -36,22 +49,46 @@ class LabelledOutput:
         partial = self._partial.setdefault(stream, bytearray())
         partial += data
         end = partial.rfind(b"\n") + 1
-        if not end and len(partial) > _LONGEST_LINE_BYTES:
-            end = len(partial)
         if end:
-            self._write(stream, bytes(partial[:end]))
+            self._write(stream, [line + b"\n" for line in bytes(partial[: end - 1]).split(b"\n")])
             del partial[:end]
+        if b"\r" in partial[:-1]:
+            self._redrawn(stream, partial)
+        if len(partial) > _LONGEST_LINE_BYTES:
+            self._write(stream, [bytes(partial)])
+            partial.clear()
 
     def close(self) -> None:
         """The clone is gone: what is left of its last lines comes out."""
         for stream, partial in self._partial.items():
-            if partial:
-                self._write(stream, bytes(partial) + b"\n")
+            if last := _as_it_stands(bytes(partial)):
+                self._write(stream, [last + b"\n"])
         self._partial.clear()
 
-    def _write(self, stream: int, lines: bytes) -> None:
+    def _redrawn(self, stream: int, partial: bytearray) -> None:
+        """A line begins anew: what it showed before is gone, but for once in a while."""
+        now = self.clock()
+        state = _as_it_stands(bytes(partial))
+        partial[: partial.rstrip(b"\r").rfind(b"\r")] = b""
+        if state and now - self._shown_at.setdefault(stream, now) >= REDRAWN_EVERY_S:
+            self._shown_at[stream] = now
+            self._write(stream, [state + b"\n"])
+
+    def _write(self, stream: int, lines: list[bytes]) -> None:
         prefix = self.label.encode()
-        self.write(stream, b"".join(prefix + line for line in lines.splitlines(keepends=True)))
+        self.write(stream, b"".join(prefix + _settled(line) for line in lines))
+
+
+def _settled(line: bytes) -> bytes:
+    """A line as it stands when all of it was written, with its end."""
+    body = line.rstrip(b"\r\n")
+    return _as_it_stands(body) + line[len(body) :]
+
+
+def _as_it_stands(body: bytes) -> bytes:
+    """What is to be seen of a line that may have been redrawn; empty if it was erased."""
+    states = _MOVES.sub(b"", body).rstrip(b"\r").split(b"\r")
+    return states[0] if len(states) == 1 else states[-1].rstrip()
 
 
 class Output:
