@@ -37,9 +37,6 @@ PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progre
 
 CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for which `sf image build` is to be run once"
 
-TERMINAL = "SF_TERMINAL"
-"""Environment variable of the guest's program: there if the host's stderr is a terminal. In the guest it is a pipe."""
-
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)
 
 

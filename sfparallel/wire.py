@@ -37,6 +37,7 @@ class FrameType(enum.IntEnum):
     FUSE = 7
     EXITED = 8
     TAKEN = 9
+    MODES = 10
     FREEZE = 32
     THAW = 33
     REPLY = 34
@@ -45,6 +46,7 @@ class FrameType(enum.IntEnum):
     SIGNAL = 37
     RUN = 38
     CLOSE = 39
+    TERMINAL = 40
 
 
 @dataclass(frozen=True, slots=True)

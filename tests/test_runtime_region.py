@@ -418,22 +418,6 @@ def test_progress(double: Doubles, capsys: pytest.CaptureFixture[str], monkeypat
     assert capsys.readouterr().err == ""
 
 
-def test_progress_bar_for_the_terminal_of_the_host(
-    double: Doubles, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A guest's stderr is a pipe; `sfrun` says in the environment what is behind it."""
-    monkeypatch.setenv("SF_TERMINAL", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERM", "xterm")
-    printed = sf.parallel_map(lambda item: item, range(4), n=2, progress=True)
-    print(printed)
-    out, err = capsys.readouterr()
-    assert out == "[0, 1, 2, 3]\n"
-    assert "4/4" in err and "━━━" in err and "\x1b[" in err
-    sf.parallel_map(abs, range(2), n=1, progress=False)
-    assert capsys.readouterr().err == ""
-
-
 def test_seeds(double: Doubles) -> None:
     draw = sf.parallel(n=3)(lambda: float(sf.rng().random()))
     seeded = draw.options(seed=7)

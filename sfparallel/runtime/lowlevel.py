@@ -160,10 +160,19 @@ def clone(ticket: Ticket) -> int:
     return result.rank
 
 
-def assume_identity(renewal: Renewal | None, entropy: bytes, rank: int) -> None:
+def assume_identity(renewal: Renewal | None, entropy: bytes, rank: int, *, reads_terminal: bool = False) -> None:
     """In a clone: renew this process's identity as prepared before the fork, then call the hooks of `os.register_at_fork`, and
-    those of `sf.on_clone` with `rank`."""
+    those of `sf.on_clone` with `rank`.
+
+    Args:
+        reads_terminal: what is typed at the terminal is for this clone; for others standard input ends. (Where it is no terminal,
+            the agent has closed it.)
+    """
     assert renewal is not None, "made before every fork"
+    if not reads_terminal and os.isatty(0):
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
     renewal.apply(entropy)
     if HERE.lifeline is not None and HERE.lifeline.keeps_threads:
         after_fork.in_clone()

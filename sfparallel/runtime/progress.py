@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from sfparallel.config import PROGRESS, TERMINAL
+from sfparallel.config import PROGRESS
 from sfparallel.runtime.here import in_clone
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Progress:
 
     def _open_bar(self) -> RichProgress | None:
         # A clone's lines get its rank in front: nothing that is drawn over would do there.
-        if not sys.stderr.isatty() and (TERMINAL not in os.environ or in_clone()):
+        if not sys.stderr.isatty() or in_clone():
             return None
         try:
             # Not in the guest image unless the user puts it there.

@@ -146,7 +146,7 @@ class World:
                 fork = lowlevel.fork(self._ticket, "--spmd")
                 if fork.rank:
                     link = clone_link(self._ticket.hypervisor, self._link, fork, fork.rank - 1)
-                    lowlevel.assume_identity(self._ticket.renewal, fork.entropy, fork.rank - 1)
+                    lowlevel.assume_identity(self._ticket.renewal, fork.entropy, fork.rank - 1, reads_terminal=fork.rank == 1)
                     HERE.membership = membership(fork, link, port, streams, fork.rank - 1)
                     return link
             except BaseException:

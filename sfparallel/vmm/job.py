@@ -9,23 +9,21 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import errno
 import logging
 import os
 import signal
-import stat
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from sfparallel.config import QEMU, TERMINAL
+from sfparallel.config import QEMU
 from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import statistics
+from sfparallel.vmm import statistics, terminal
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -60,7 +58,6 @@ GUEST_ENVIRONMENT = {
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
 
-_STDIN_PIECE_BYTES = 32 << 10
 _READ_LIMIT_S = 300.0
 _END_GRACE_S = 5.0
 _LAST_WORDS_S = 0.5
@@ -101,6 +98,8 @@ class Job:
         self._guest_told = False
         self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
+        self._terminal = terminal.streams()
+        self._modes = terminal.Modes()
         self._next_number = 1
         self._free_numbers: list[int] = []
         # What the program ended with; and with what the job is stopped, without waiting for anything.
@@ -249,9 +248,11 @@ class Job:
 
     def _run_program(self, parent: Vm) -> None:
         program = self._options.program
+        if self._terminal:
+            parent.send(FrameType.TERMINAL, terminal.described(self._terminal))
         parent.send(FrameType.RUN, pack_names({
             "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
-            "env": {**GUEST_ENVIRONMENT, **_terminal(), **program.environment},
+            "env": {**GUEST_ENVIRONMENT, **terminal.environment(), **program.environment},
             "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,
             "path0": program.path0, "closed": list(self._options.closed_streams),
             "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
@@ -372,6 +373,9 @@ class Job:
             case FrameType.TAKEN:
                 if vm is self._reader:
                     self._stdin_taken.set()
+            case FrameType.MODES:
+                if vm is self._reader:  # a clone's terminal is a copy of it, which nobody sees
+                    self._modes.change(frame.payload)
             case FrameType.EXITED:
                 self._exited(vm, frame)
             case _:
@@ -426,6 +430,10 @@ class Job:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled, number)
             stack.callback(loop.remove_signal_handler, number)
+        if self._terminal:
+            loop.add_signal_handler(signal.SIGWINCH, self._resized)
+            stack.callback(loop.remove_signal_handler, signal.SIGWINCH)
+            stack.callback(self._modes.restore)
 
     def _signalled(self, number: signal.Signals) -> None:
         """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
@@ -442,16 +450,14 @@ class Job:
     def _world_starts(self, ranks: list[Vm]) -> None:
         """Each rank of a whole program has an input of its own; ours is that of the first."""
         for vm in ranks[1:]:
-            vm.send(FrameType.STDIN)
+            vm.send(FrameType.CLOSE, channel=terminal.STDIN)
         self._feed_stdin(ranks[0])
 
     def _feed_stdin(self, reader: Vm) -> None:
-        """Pass our standard input on, in a thread: it may be a file, which epoll does not take."""
+        """Pass our standard input on."""
         self._reader = reader
         loop = asyncio.get_running_loop()
-        if not _may_read_stdin():
-            reader.send(FrameType.STDIN)
-            return
+        source = terminal.Input()
 
         async def pass_on(data: bytes) -> None:
             # One piece at a time: what the program does not read would pile up in the guest's memory.
@@ -460,39 +466,22 @@ class Job:
             await self._stdin_taken.wait()
 
         def read() -> None:
-            while True:
-                try:
-                    data = os.read(0, _STDIN_PIECE_BYTES)
-                except OSError:
-                    data = b""
+            last = False
+            while not last:
+                data, last = source.read()
                 try:
                     asyncio.run_coroutine_threadsafe(pass_on(data), loop).result()
                 except (RuntimeError, concurrent.futures.CancelledError):
                     return  # the job is over, its loop closed or about to be
-                if not data:
-                    return
 
         threading.Thread(target=read, name="stdin", daemon=True).start()
 
-
-def _terminal() -> dict[str, str]:
-    """What the guest's program is told of the terminal behind its stderr."""
-    told = {"TERM": os.environ.get("TERM", "dumb")}
-    with contextlib.suppress(OSError):
-        size = os.get_terminal_size(2)
-        told |= {TERMINAL: "1", "COLUMNS": str(size.columns or 80), "LINES": str(size.lines or 24)}
-    return told
-
-
-def _may_read_stdin() -> bool:
-    """Whether standard input can be read: open, and no terminal that another process group has in the foreground."""
-    try:
-        mode = os.fstat(0).st_mode
-        return not (stat.S_ISCHR(mode) and os.isatty(0)) or os.tcgetpgrp(0) == os.getpgrp()
-    except OSError as error:
-        if error.errno in (errno.EBADF, errno.ENOTTY):
-            return False
-        raise
+    def _resized(self) -> None:
+        """The terminal's window has another size."""
+        told = terminal.described(self._terminal)
+        for vm in (self._parent, *self._outputs):
+            if vm and vm.woken.done():  # else it has no program yet, or learns its size with its memory
+                vm.send(FrameType.TERMINAL, told)
 
 
 def run(options: JobOptions, places: Places, pid: int) -> int:

@@ -15,7 +15,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
 #include <sys/types.h>
+#include <termios.h>
 
 #include "frame.h"
 #include "message.h"
@@ -89,6 +91,26 @@ bool clients_waits(struct clients *clients, uint16_t id);
 /* In a clone: answer every request but the one that `reply` answers with {"error": "cancelled"}: they were the parent's. */
 void clients_cancel(struct clients *clients, uint16_t channel, const uint8_t *reply, size_t size, uint8_t *scratch);
 
+/* ---- pty.c: the program's terminal ---- */
+
+struct terminal {
+    uint8_t streams;         /* bit n: descriptor n of the program is to be the terminal, as on the host (frame TERMINAL) */
+    struct winsize size;
+    int master, slave;       /* -1: the program has none; the slave is held to look at its unread input */
+    uint16_t channel;        /* of its output */
+    bool deaf;               /* nobody reads its output any more */
+};
+
+int terminal_set(struct terminal *terminal, const uint8_t *payload, size_t size, pid_t program); /* 0 or -errno */
+int terminal_open(struct terminal *terminal);  /* one more descriptor for the program, or -errno */
+void terminal_close(struct terminal *terminal);
+int terminal_send_modes(const struct terminal *terminal, struct port *port);
+int terminal_event(const struct terminal *terminal, struct port *port); /* one piece */
+int terminal_drain(const struct terminal *terminal, struct port *port); /* all that is in it now */
+int terminal_discard(const struct terminal *terminal, uint8_t *scratch, size_t size);
+bool terminal_has_room(const struct terminal *terminal);                /* for more input */
+bool terminal_end_input(const struct terminal *terminal);               /* false: not yet, ask again */
+
 /* ---- program.c: keeper and user program ---- */
 
 struct program {
@@ -97,7 +119,8 @@ struct program {
     pid_t pid;               /* the user program's, leader of its process group; 0: none (yet) */
     bool started;            /* RUN was forwarded and EXITED not yet sent */
     int signal;              /* to be sent as soon as pid is known; 0: none */
-    int input, output, error; /* our pipe ends; -1: closed */
+    int input, output, error; /* our pipe ends; -1: closed; of what is a terminal, `input` is a duplicate of its master */
+    struct terminal terminal;
     struct queue stdin_queue;
     bool stdin_end;          /* close `input` when the queue is empty */
     bool stdin_owed;         /* the host waits for TAKEN before it sends more input */
@@ -109,6 +132,7 @@ int program_keeper_event(struct program *program, struct port *port, int vmstat)
 void program_signal(struct program *program, int number);
 int program_stdin(struct program *program, const uint8_t *data, size_t size);
 void program_stdin_event(struct program *program);
+int program_patience_ms(const struct program *program); /* how long poll(2) may wait: -1, unless input waits for its reader */
 void program_close_stdin(struct program *program);
 int program_stdin_taken(struct program *program, struct port *port); /* tells the host when it may send more input */
 void program_close_output(struct program *program, uint16_t channel); /* nobody reads it any more: EPIPE for who prints */

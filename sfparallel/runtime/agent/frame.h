@@ -18,6 +18,7 @@ enum frame_type {
     FRAME_FUSE = 7,
     FRAME_EXITED = 8,
     FRAME_TAKEN = 9,
+    FRAME_MODES = 10,
     FRAME_FREEZE = 32,
     FRAME_THAW = 33,
     FRAME_REPLY = 34,
@@ -26,6 +27,7 @@ enum frame_type {
     FRAME_SIGNAL = 37,
     FRAME_RUN = 38,
     FRAME_CLOSE = 39,
+    FRAME_TERMINAL = 40,
 };
 
 struct frame {

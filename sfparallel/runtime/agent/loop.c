@@ -221,6 +221,10 @@ static void on_frame(struct agent *agent, const struct frame *frame)
         break;
     case FRAME_RUN:
         must(program_run(&agent->program, frame->payload, frame->size), "RUN");
+        must(terminal_send_modes(&agent->program.terminal, &agent->port), "port"); /* the first ones: before any change */
+        break;
+    case FRAME_TERMINAL:
+        must(terminal_set(&agent->program.terminal, frame->payload, frame->size, agent->program.pid), "TERMINAL");
         break;
     case FRAME_CLOSE:
         program_close_output(&agent->program, frame->channel);
@@ -266,9 +270,10 @@ static nfds_t prepare_poll(struct agent *agent)
     *p++ = (struct pollfd){ .fd = freezing ? agent->cgroup.events : -1, .events = POLLPRI };
     *p++ = (struct pollfd){ .fd = program->output, .events = POLLIN };
     *p++ = (struct pollfd){ .fd = program->error, .events = POLLIN };
-    *p++ = (struct pollfd){ .fd = program->stdin_queue.first ? program->input : -1, .events = POLLOUT };
+    *p++ = (struct pollfd){ .fd = program->stdin_queue.first && program_patience_ms(program) < 0 ? program->input : -1, .events = POLLOUT };
     /* While freezing no new request is passed on: its reply would cross FROZEN on the way. */
     *p++ = (struct pollfd){ .fd = running ? agent->clients.listener : -1, .events = POLLIN };
+    *p++ = (struct pollfd){ .fd = program->terminal.master, .events = POLLIN };
     for (size_t i = 0; i < agent->exports.count; i++)
         *p++ = (struct pollfd){ .fd = agent->exports.list[i].fd, .events = POLLIN };
     for (size_t i = 0; running && i < agent->clients.count; i++) {
@@ -298,19 +303,21 @@ static void handle_events(struct agent *agent, nfds_t count)
 {
     const struct pollfd *p = agent->polled;
     size_t exports = agent->exports.count;
-    size_t clients = count - 8 - exports;
+    size_t clients = count - 9 - exports;
     /* Output before the keeper's report that the program has ended, and all that comes from the guest before the port:
        FREEZE must find it relayed. */
     if (p[4].revents)
         must(program_output_event(&agent->program.output, &agent->port, 1), "port");
     if (p[5].revents)
         must(program_output_event(&agent->program.error, &agent->port, 2), "port");
-    if (p[6].revents)
+    if (p[8].revents)
+        must(terminal_event(&agent->program.terminal, &agent->port), "port");
+    if (p[6].revents || program_patience_ms(&agent->program) >= 0)
         program_stdin_event(&agent->program);
     for (size_t i = 0; i < exports; i++)
-        if (p[8 + i].revents)
+        if (p[9 + i].revents)
             must(exports_event(&agent->exports, i, &agent->port), "port");
-    handle_clients(agent, p + 8 + exports, clients);
+    handle_clients(agent, p + 9 + exports, clients);
     if (p[7].revents)
         must(clients_accept(&agent->clients), "client socket");
     if (p[1].revents)
@@ -330,7 +337,7 @@ void agent_run(struct agent *agent)
             continue;
         }
         nfds_t count = prepare_poll(agent);
-        if (poll(agent->polled, count, -1) < 0 && errno != EINTR)
+        if (poll(agent->polled, count, program_patience_ms(&agent->program)) < 0 && errno != EINTR)
             die("poll", errno);
         handle_events(agent, count);
         must(program_stdin_taken(&agent->program, &agent->port), "port");

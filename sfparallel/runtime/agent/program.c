@@ -39,7 +39,7 @@ int program_start_keeper(struct program *program)
 {
     int ends[2], room = 2 << 20;
     char answer[16];
-    *program = (struct program){ .keeper = -1, .input = -1, .output = -1, .error = -1 };
+    *program = (struct program){ .keeper = -1, .input = -1, .output = -1, .error = -1, .terminal = { .master = -1, .slave = -1 } };
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
         return -errno;
     /* RUN's payload, arguments and environment, must fit into one packet. */
@@ -76,24 +76,36 @@ static int set_nonblocking(int fd)
     return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
 }
 
+/* A pipe or the terminal for descriptor `number` of the program: our end, -1 for the terminal's output, and theirs. */
+static int open_stream(struct program *program, unsigned number, int *ours, int *theirs)
+{
+    int ends[2];
+    if (program->terminal.streams & 1u << number) {
+        *theirs = terminal_open(&program->terminal);
+        *ours = number == 0 && *theirs >= 0 ? fcntl(program->terminal.master, F_DUPFD_CLOEXEC, 3) : -1;
+        return *theirs < 0 ? *theirs : number == 0 && *ours < 0 ? -errno : 0;
+    }
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return -errno;
+    *ours = ends[number == 0];
+    *theirs = ends[number != 0];
+    return set_nonblocking(*ours);
+}
+
 int program_run(struct program *program, const uint8_t *payload, size_t size)
 {
-    int pipes[3][2];
+    int theirs[3], *ours[3] = { &program->input, &program->output, &program->error };
     if (program->started)
         return -EBUSY;
-    for (unsigned i = 0; i < 3; i++)
-        if (pipe2(pipes[i], O_CLOEXEC) < 0)
-            return -errno;
-    program->input = pipes[0][1];
-    program->output = pipes[1][0];
-    program->error = pipes[2][0];
+    for (unsigned i = 0; i < 3; i++) {
+        int opened = open_stream(program, i, ours[i], &theirs[i]);
+        if (opened < 0)
+            return opened;
+    }
     program->pid = 0;
     program->signal = 0;
     program->stdin_end = false;
     queue_clear(&program->stdin_queue);
-    if (set_nonblocking(program->input) < 0 || set_nonblocking(program->output) < 0 || set_nonblocking(program->error) < 0)
-        return -errno;
-    int theirs[3] = { pipes[0][0], pipes[1][1], pipes[2][1] };
     int result = send_run(program->keeper, payload, size, theirs);
     for (unsigned i = 0; i < 3; i++)
         close(theirs[i]);
@@ -111,6 +123,7 @@ static void close_end(int *fd)
 void program_close_stdin(struct program *program)
 {
     queue_clear(&program->stdin_queue);
+    program->stdin_end = false;
     close_end(&program->input);
 }
 
@@ -136,6 +149,10 @@ void program_close_output(struct program *program, uint16_t channel)
         close_end(&program->output);
     else if (channel == CHANNEL_STDERR)
         close_end(&program->error);
+    else
+        program_close_stdin(program);
+    if (channel == program->terminal.channel)
+        program->terminal.deaf = true;
 }
 
 int program_output_event(int *fd, struct port *port, uint16_t channel)
@@ -161,7 +178,9 @@ static int relay_waiting(int *fd, struct port *port, uint16_t channel)
 
 int program_drain(struct program *program, struct port *port)
 {
-    int result = relay_waiting(&program->output, port, CHANNEL_STDOUT);
+    int result = terminal_drain(&program->terminal, port);
+    if (result == 0)
+        result = relay_waiting(&program->output, port, CHANNEL_STDOUT);
     return result < 0 ? result : relay_waiting(&program->error, port, CHANNEL_STDERR);
 }
 
@@ -200,8 +219,10 @@ int program_discard(struct program *program, uint8_t *scratch, size_t size)
     int result = discard(program->output, scratch, size);
     if (result == 0)
         result = discard(program->error, scratch, size);
-    if (result == 0)
+    if (result == 0 && program->terminal.master < 0)
         result = discard_input(program->input, scratch, size);
+    if (result == 0)
+        result = terminal_discard(&program->terminal, scratch, size);
     return result;
 }
 
@@ -213,6 +234,7 @@ static int send_exited(struct program *program, struct port *port, int64_t statu
     program_close_stdin(program);
     close_end(&program->output);
     close_end(&program->error);
+    terminal_close(&program->terminal);
     program->started = false;
     program->pid = 0;
     msgpack_sbuffer buffer;
@@ -265,9 +287,17 @@ void program_signal(struct program *program, int number)
         program->signal = number;
 }
 
+static bool reads_terminal(const struct program *program)
+{
+    return program->input >= 0 && program->terminal.streams & 1;
+}
+
 void program_stdin_event(struct program *program)
 {
+    bool terminal = reads_terminal(program);
     for (struct chunk *chunk; program->input >= 0 && (chunk = program->stdin_queue.first);) {
+        if (terminal && !terminal_has_room(&program->terminal))
+            return;
         ssize_t n = write(program->input, chunk->data + chunk->done, chunk->size - chunk->done);
         if (n < 0 && errno == EINTR)
             continue;
@@ -279,13 +309,21 @@ void program_stdin_event(struct program *program)
         if (chunk->done == chunk->size)
             queue_pop(&program->stdin_queue);
     }
-    if (program->stdin_end || program->stdin_queue.first)
+    if (terminal && program->stdin_end && !program->stdin_queue.first)
+        program->stdin_end = !terminal_end_input(&program->terminal);
+    else if (program->stdin_end || program->stdin_queue.first)
         program_close_stdin(program);
+}
+
+/* Nothing tells a terminal's other side that input was read (n_tty wakes it only when it had been throttled). */
+int program_patience_ms(const struct program *program)
+{
+    return reads_terminal(program) && (program->stdin_end || program->stdin_queue.first) ? 50 : -1;
 }
 
 int program_stdin_taken(struct program *program, struct port *port)
 {
-    if (!program->stdin_owed || program->stdin_queue.first)
+    if (!program->stdin_owed || program->stdin_queue.first || (reads_terminal(program) && program->stdin_end))
         return 0;
     program->stdin_owed = false;
     return port_send(port, FRAME_TAKEN, 0, NULL, 0);
