@@ -47,6 +47,7 @@ class FrameType(enum.IntEnum):
     RUN = 38
     CLOSE = 39
     TERMINAL = 40
+    CLOCK = 41
 
 
 @dataclass(frozen=True, slots=True)

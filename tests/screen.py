@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PATIENCE_S = 240.0
+PATIENCE_S = 120.0
 
 
 class Screen:
@@ -62,7 +62,7 @@ class Screen:
         deadline = time.monotonic() + timeout_s
         wanted = text.encode()
         while (at := self.shown.find(wanted, self._seen)) < 0:
-            assert self._read(max(0.0, deadline - time.monotonic())), f"no {text!r} in {self.shown[self._seen:]!r}"
+            assert self._read(max(0.0, deadline - time.monotonic())), f"no {text!r} in {self.shown[self._seen:][-2000:]!r}"
         start, self._seen = self._seen, at + len(wanted)
         return self.shown[start : self._seen].decode(errors="replace")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sfparallel.vmm import job_control
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.data import data_image
 from sfparallel.vmm.job import Job
@@ -147,7 +148,7 @@ def test_a_disk_plugged_in_while_the_guest_runs_is_in_later_clones(tmp_path: Pat
         job = Job(JobOptions(program, n=2, data_slots=1, on_report=plug_after_the_first_fork), places, pid)
         return await job.run()
 
-    code = _in_a_job(lambda places, pid: asyncio.run(work(places, pid)))
+    code = _in_a_job(lambda places, pid: job_control.run(work(places, pid)))
     output = capfd.readouterr()
     assert code == 0 and output.out.endswith("right\n"), output
 

@@ -11,6 +11,8 @@ waits 40 s for each of them.
 All three are in one session and process group, that of the shell which started `sfrun`: the terminal sends its signals to each
 of them. QEMUs and the launcher have sessions of their own (`native.spawn`). The three share the descriptors 0 to 2.
 
+Ctrl-Z: see vmm.job_control.
+
 When the init ends, in whatever way, the kernel kills all that is left in the namespace (pid_namespaces(7)). So `kill -9` of the
 job ends the init, and that ends the rest; and the init gets SIGKILL when `sfrun` itself is killed. The job's folder is a tmpfs in
 its mount namespace, and goes with the last process.
@@ -34,11 +36,16 @@ from typing import NoReturn
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.text import printable
+from sfparallel.vmm import job_control
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals to `sfrun` that are the job's."""
+_TOLD = (signal.SIGCHLD, signal.SIGIO)
+"""What the kernel tells `sfrun` and the init."""
+WAITED = (*FORWARDED, *job_control.STOPPING, signal.SIGCONT, *_TOLD)
+"""Signals that `sfrun` and the init block, and wait for."""
 _SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal
 
 
@@ -80,7 +87,7 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     pid = os.getpid()
     places = Places(_run_folder() / "sfparallel", _run_folder() / f"sfparallel-{pid}")
     # Before the fork: a signal that comes between must not be lost.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
     try:
         places.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         if public_folder:
@@ -92,11 +99,12 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
             f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
         ) from error
     alive, ours = os.pipe()
+    notice = job_control.Notice()
     init = os.fork()
     if init == 0:
         os.close(ours)
-        _live(lambda: _be_init(job, places, pid, alive))
-    return wait_for(init)
+        _live(lambda: _be_init(job, places, pid, alive, notice))
+    return wait_for(init, notice)
 
 
 def _live(work: Callable[[], int]) -> NoReturn:
@@ -116,7 +124,9 @@ def _live(work: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
-def _be_init(job: Callable[[Places, int], int], places: Places, pid: int, alive: int) -> int:
+def _be_init(
+    job: Callable[[Places, int], int], places: Places, pid: int, alive: int, notice: job_control.Notice
+) -> int:
     """Make the job's mounts, start it, and wait for its end."""
     native.set_death_signal(signal.SIGKILL)
     # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
@@ -127,10 +137,10 @@ def _be_init(job: Callable[[Places, int], int], places: Places, pid: int, alive:
     native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
         _live(lambda: job(places, pid))
     # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
-    return wait_for(child)
+    return wait_for(child, notice, is_init=True)
 
 
 def _start_janitor(folder: Path) -> None:
@@ -154,20 +164,34 @@ def _start_janitor(folder: Path) -> None:
     os._exit(0)
 
 
-def wait_for(child: int) -> int:
+def wait_for(child: int, notice: job_control.Notice | None = None, *, is_init: bool = False) -> int:
     """Wait for a child, and reap all others that end meanwhile. Signals that were sent to this process alone are passed on to it
-    (the terminal sends to both).
+    (the terminal sends to both). When the child stops, `sfrun` does too, and the init says so (see vmm.job_control).
 
-    FORWARDED and SIGCHLD must be blocked.
+    WAITED must be blocked.
+
+    Args:
+        notice: between init and `sfrun`.
 
     Returns:
         exit code of the child, or 128 + the signal that ended it.
     """
+    stopped_by = signal.SIGTSTP
     while True:
+        has_stopped = False
         # One SIGCHLD may stand for many children: a signal that is pending already is not queued again (signal(7)).
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if ended[0] == child:
+        while (ended := os.waitpid(-1, os.WNOHANG | os.WUNTRACED))[0]:
+            if os.WIFSTOPPED(ended[1]):
+                has_stopped |= ended[0] == child
+            elif ended[0] == child:
                 return exit_code(ended[1])
-        info = signal.sigwaitinfo((*FORWARDED, signal.SIGCHLD))
-        if info.si_signo != signal.SIGCHLD and info.si_code == _SI_USER:
+        if notice and is_init and has_stopped:
+            notice.give()
+        elif has_stopped or (notice and not is_init and notice.take()):
+            job_control.stop_as_any_program(stopped_by)
+            os.kill(child, signal.SIGCONT)
+        info = signal.sigwaitinfo(WAITED)
+        if info.si_signo in job_control.STOPPING:
+            stopped_by = signal.Signals(info.si_signo)
+        if info.si_signo == signal.SIGCONT or (info.si_signo not in _TOLD and info.si_code == _SI_USER):
             os.kill(child, info.si_signo)

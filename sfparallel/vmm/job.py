@@ -23,7 +23,7 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import statistics, terminal
+from sfparallel.vmm import job_control, pausing, statistics, terminal
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -100,6 +100,7 @@ class Job:
         self._stdin_taken = asyncio.Event()
         self._terminal = terminal.streams()
         self._modes = terminal.Modes()
+        self._paused: list[Vm] = []
         self._next_number = 1
         self._free_numbers: list[int] = []
         # What the program ended with; and with what the job is stopped, without waiting for anything.
@@ -430,6 +431,7 @@ class Job:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled, number)
             stack.callback(loop.remove_signal_handler, number)
+        job_control.watch(self._pause, self._go_on)
         if self._terminal:
             loop.add_signal_handler(signal.SIGWINCH, self._resized)
             stack.callback(loop.remove_signal_handler, signal.SIGWINCH)
@@ -446,6 +448,18 @@ class Job:
             self._output_has_room()
         else:
             self._stop(128 + number)
+
+    async def _pause(self) -> None:
+        """Ctrl-Z. The shell has the terminal next: it is to be as it was, and nothing that was printed is to come later."""
+        self._paused = await pausing.pause(self._vms)
+        self._modes.restore()
+        await self._say_last_words()
+
+    def _go_on(self) -> None:
+        self._modes.apply()
+        if self._terminal:
+            self._resized()
+        pausing.go_on(self._paused)
 
     def _world_starts(self, ranks: list[Vm]) -> None:
         """Each rank of a whole program has an input of its own; ours is that of the first."""
@@ -487,8 +501,7 @@ class Job:
 def run(options: JobOptions, places: Places, pid: int) -> int:
     """Run a job to its end, in the namespaces that `confinement.confine` made."""
 
-
     async def job() -> int:
         return await Job(options, places, pid).run()
 
-    return asyncio.run(job())
+    return job_control.run(job())

@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 
 from sfparallel import native
 from sfparallel.text import printable
-from sfparallel.vmm import processes
-from sfparallel.vmm.confinement import FORWARDED, wait_for
+from sfparallel.vmm import job_control, processes
+from sfparallel.vmm.confinement import FORWARDED, WAITED, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions, RunIn
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
@@ -51,7 +51,7 @@ def run(options: JobOptions, say: Callable[[str], None]) -> int:
     """
     if log.isEnabledFor(logging.WARNING):
         say(NOTICE)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
     native.set_subreaper()
     front = os.getpid()
     child = os.fork()
@@ -71,7 +71,7 @@ def _supervise(options: JobOptions, front: int) -> NoReturn:
         async def job() -> int:
             return await LocalSupervisor(options, front).run()
 
-        code = asyncio.run(job())
+        code = job_control.run(job())
     except BaseException:
         print(printable(traceback.format_exc()), file=sys.stderr)
     finally:
@@ -141,7 +141,8 @@ class LocalSupervisor:
             for number in FORWARDED:
                 loop.add_signal_handler(number, self._signalled, number)
             loop.add_signal_handler(signal.SIGCHLD, self._reap)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*FORWARDED, signal.SIGCHLD))
+            job_control.watch(self._pause, lambda: None)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
             loop.add_reader(self._control, self._message)
             if self._options.timeout_s:
                 loop.call_later(self._options.timeout_s, self._timed_out)
@@ -151,9 +152,7 @@ class LocalSupervisor:
             await self._unless_stopped(self._done)
             # A slow reader may want hours for what was printed.
             await self._unless_stopped(asyncio.create_task(self._output.written()))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS_S):
-                    await self._output.written()
+            await self._say_last_words()
             return (self._stopped if self._stopped.done() else self._done).result()
 
     async def _unless_stopped(self, awaited: asyncio.Future[Any]) -> None:
@@ -165,6 +164,15 @@ class LocalSupervisor:
 
     def _say(self, line: str) -> None:
         self._output.write(STDERR, f"{printable(line)}\n".encode())
+
+    async def _pause(self) -> None:
+        """Ctrl-Z. The shell has the terminal next: nothing that was printed is to come later."""
+        await self._say_last_words()
+
+    async def _say_last_words(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._output.written()
 
     def _timed_out(self) -> None:
         if not self._stopped.done():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,32 @@ def cpu_seconds(pid: int) -> float:
 
 def matching(wanted: Callable[[int, int], bool]) -> list[int]:
     """Process ids of all whose parent and session (process ids too) are `wanted`."""
-    found = []
+    return [pid for pid, parent, session in _all() if wanted(parent, session)]
+
+
+def below(ancestor: int) -> set[int]:
+    """The children of a process, theirs, and so on."""
+    children: dict[int, list[int]] = {}
+    for pid, parent, _session in _all():
+        children.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    next_ones = children.get(ancestor, [])
+    while next_ones:
+        found.update(next_ones)
+        next_ones = [child for pid in next_ones for child in children.get(pid, [])]
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and neither stopped nor dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "TtZX"
+    except OSError:
+        return False
+
+
+def _all() -> Iterator[tuple[int, int, int]]:
+    """Process id, parent and session of each process."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -70,6 +95,4 @@ def matching(wanted: Callable[[int, int], bool]) -> list[int]:
                 fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
             except OSError:
                 continue
-            if wanted(int(fields[1]), int(fields[3])):
-                found.append(int(entry.name))
-    return found
+            yield int(entry.name), int(fields[1]), int(fields[3])

@@ -176,6 +176,7 @@ struct host {
 };
 
 int host_open(struct host *host);
+int set_clock(int64_t time_ns); /* CLOCK_REALTIME; 0 or -errno */
 /* Take the identity. Returns 0, or -errno and in *step what could not be done. */
 int identity_take(struct host *host, const struct identity *identity, const char **step);
 /* Destroy TCP and connected UDP sockets of a former address. */

@@ -41,7 +41,7 @@ int frame_next(struct frame_buffer *buffer, struct frame *frame)
     frame->size = get32(head);
     frame->type = get16(head + 4);
     frame->channel = get16(head + 6);
-    if (frame->size > FRAME_MAX_PAYLOAD || frame->type < FRAME_FREEZE || frame->type > FRAME_TERMINAL)
+    if (frame->size > FRAME_MAX_PAYLOAD || frame->type < FRAME_FREEZE || frame->type > FRAME_CLOCK)
         return -EPROTO;
     if (have - FRAME_HEADER_SIZE < frame->size)
         return 0;

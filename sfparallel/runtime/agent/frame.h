@@ -28,6 +28,7 @@ enum frame_type {
     FRAME_RUN = 38,
     FRAME_CLOSE = 39,
     FRAME_TERMINAL = 40,
+    FRAME_CLOCK = 41,
 };
 
 struct frame {

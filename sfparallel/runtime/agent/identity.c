@@ -125,7 +125,7 @@ static int reseed(int random, const uint8_t *entropy)
     return 0;
 }
 
-static int set_clock(int64_t time_ns)
+int set_clock(int64_t time_ns)
 {
     struct timespec now = { .tv_sec = time_ns / 1000000000, .tv_nsec = time_ns % 1000000000 };
     return clock_settime(CLOCK_REALTIME, &now) < 0 ? -errno : 0;

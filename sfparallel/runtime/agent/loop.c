@@ -198,6 +198,17 @@ static void on_signal(struct agent *agent, const struct frame *frame)
         program_signal(&agent->program, (int)number);
 }
 
+/* The VM stood still with all its clocks (Ctrl-Z). */
+static void on_clock(const struct frame *frame)
+{
+    uint64_t time_ns = 0;
+    if (frame->size != sizeof time_ns)
+        die("CLOCK", EPROTO);
+    for (unsigned i = 0; i < sizeof time_ns; i++)
+        time_ns |= (uint64_t)frame->payload[i] << 8 * i;
+    must(set_clock((int64_t)time_ns), "clock");
+}
+
 static void on_frame(struct agent *agent, const struct frame *frame)
 {
     switch ((enum frame_type)frame->type) {
@@ -225,6 +236,9 @@ static void on_frame(struct agent *agent, const struct frame *frame)
         break;
     case FRAME_TERMINAL:
         must(terminal_set(&agent->program.terminal, frame->payload, frame->size, agent->program.pid), "TERMINAL");
+        break;
+    case FRAME_CLOCK:
+        on_clock(frame);
         break;
     case FRAME_CLOSE:
         program_close_output(&agent->program, frame->channel);

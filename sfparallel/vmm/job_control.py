@@ -1,0 +1,126 @@
+"""Job control, as of any program: Ctrl-Z stops the job with its VMs, `fg` and `bg` continue it.
+
+The terminal sends SIGTSTP to the whole foreground process group: to `sfrun`, which the shell waits for, and to the job, which
+stops its VMs, what else it has started, and then itself. `sfrun` stops last, because the shell takes the terminal when it does:
+
+    job   SIGTSTP: stop VMs, give the terminal's modes back, stop everything below, stop itself
+    init  is told by the kernel that the job has stopped; tells `sfrun` by a pipe (process 1 cannot stop, and sees nobody outside)
+    sfrun SIGTSTP is blocked until then, and taken now, as it would be by any program
+
+SIGCONT comes to all of them in the same way, or is passed on by those that were continued alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from sfparallel.vmm import processes
+
+STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+"""What stops a program that does not say otherwise, and can be caught."""
+_STOP_LIMIT_S = 0.5
+
+
+class PausableLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still while the job is stopped: no time limit runs out because of it."""
+
+    _away_s = 0.0
+
+    def time(self) -> float:
+        return super().time() - self._away_s
+
+    def stand_still(self) -> None:
+        """Stop all that this process has started, and itself, until somebody continues it."""
+        stopped = _stop_all_below()
+        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._away_s += time.monotonic() - began
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def run(job: Coroutine[Any, Any, int]) -> int:
+    """Run a job to its end, in a loop that can stand still."""
+    with asyncio.Runner(loop_factory=PausableLoop) as runner:
+        return runner.run(job)
+
+
+def _stop_all_below() -> set[int]:
+    stopped: set[int] = set()
+    # Until there are no new ones: what was not stopped yet may have forked.
+    while fresh := processes.below(os.getpid()) - stopped:
+        for pid in fresh:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        stopped |= fresh
+    # The signal is obeyed when its process runs next. Nobody but parents could wait for that (waitpid(2)), and a process that
+    # hangs in the kernel never does: it does nothing either.
+    deadline = time.monotonic() + _STOP_LIMIT_S
+    while any(processes.runs(pid) for pid in stopped) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return stopped
+
+
+def watch(pause: Callable[[], Coroutine[None, None, None]], go_on: Callable[[], None]) -> None:
+    """In the job: obey the signals that stop a program.
+
+    Args:
+        pause: makes ready for it; `go_on` undoes that.
+    """
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, PausableLoop)
+    stopping: list[asyncio.Task[None]] = []
+
+    async def stop() -> None:
+        await pause()
+        loop.stand_still()
+        go_on()
+        stopping.clear()
+
+    def signalled() -> None:
+        if not stopping:
+            stopping.append(loop.create_task(stop()))
+
+    for number in STOPPING:
+        loop.add_signal_handler(number, signalled)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+class Notice:
+    """By which the init says to `sfrun` that the job has stopped: a byte in a pipe, and the kernel sends SIGIO for it."""
+
+    def __init__(self) -> None:
+        """In `sfrun`, before the fork of the init; SIGIO must be blocked."""
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.fcntl(self._reader, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._reader, fcntl.F_SETFL, fcntl.fcntl(self._reader, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def give(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is full of notices that were not taken yet
+            os.write(self._writer, b"x")
+
+    def take(self) -> bool:
+        """Whether there was one."""
+        try:
+            return bool(os.read(self._reader, 1 << 16))
+        except BlockingIOError:
+            return False
+
+
+def stop_as_any_program(number: signal.Signals) -> None:
+    """Stop this process by a signal that stops programs, which it blocks; returns when it is continued.
+
+    Where nobody could continue it, because no shell is there for its process group, the kernel does not stop it (setpgid(2),
+    "orphaned process group"), and this returns at once.
+    """
+    os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])

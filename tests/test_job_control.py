@@ -1,0 +1,275 @@
+"""Ctrl-Z, `fg` and `bg` in a real shell: the job stops with its VMs, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sfparallel.vmm import processes
+from tests.conftest import BIN, Sfrun, command_of, descendants
+from tests.screen import Screen
+
+LOCAL = pytest.param("--local", id="local")
+VM = pytest.param("", id="vm", marks=pytest.mark.needs("qemu", "image", "root"))
+BOTH = pytest.mark.parametrize("option", [LOCAL, VM])
+ONLY_VM = pytest.mark.needs("qemu", "image", "root")
+PROMPT = "shell> "
+
+TICKS = """
+    import time
+    number = 0
+    while True:
+        print("tick", number, flush=True)
+        number += 1
+        time.sleep(0.02)
+    """
+
+
+class Shell(Screen):
+    """bash with job control."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(["bash", "--norc", "--noprofile", "--noediting", "-i"], folder)
+        self.type(f"PS1='{PROMPT[:3]}''{PROMPT[3:]}'\n")
+        self.until(PROMPT)
+
+    def run(self, command: str) -> str:
+        """A command that ends by itself: what it shows."""
+        self.type(f"{command}\n")
+        return self.until(PROMPT).removesuffix(PROMPT)
+
+    def sfrun(self, program: Path, *words: str) -> None:
+        self.type(" ".join([str(BIN / "sfrun"), *filter(None, words[:1]), str(program), *words[1:]]) + "\n")
+
+    def interrupt_until_stopped(self) -> str:
+        """Ctrl-Z."""
+        self.type("\x1a")
+        return self.until("Stopped") + self.until(PROMPT)
+
+    def states(self) -> dict[str, str]:
+        """Of everything that the shell has started: its command, and the kernel's letter for what it does."""
+        found = {}
+        for pid in descendants(self.pid):
+            try:
+                found[f"{pid} {command_of(pid)}"] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    """A shell at its prompt; what it has started ends with it."""
+    opened = Shell(tmp_path)
+    yield opened
+    for pid in descendants(opened.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    opened.close()
+
+
+def _ticks(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"tick (\d+)\r\n", text)]
+
+
+@BOTH
+def test_a_stopped_job_stands_still_and_leaves_the_terminal_to_the_shell(shell: Shell, sfrun: Sfrun, option: str) -> None:
+    shell.sfrun(sfrun.write(TICKS), option)
+    start = len(shell.shown)
+    for _ in range(3):
+        shell.until("tick")
+        shell.until("tick")
+        shell.interrupt_until_stopped()
+        # Only `sfrun` itself and the init wait; all that does something is stopped.
+        running = {name: state for name, state in shell.states().items() if state != "T"}
+        assert all("sfrun" in name for name in running) and len(running) <= 1, running
+        if not option:
+            assert any("qemu" in name for name in shell.states())
+        assert "tick" not in shell.quiet_for(0.5)
+        assert shell.run("echo $((40 + 2))").endswith("42\r\n")
+        assert "Stopped" in shell.run("jobs")
+        shell.type("fg\n")
+    shell.until("tick")
+    shell.type("\x03")
+    shell.until(PROMPT)
+    assert shell.run("echo code $?").endswith("code 130\r\n")
+    numbers = _ticks(shell.shown[start:].decode())
+    assert numbers == list(range(len(numbers))), "no tick was lost, or came twice"
+
+
+@BOTH
+def test_a_job_goes_on_in_the_background(shell: Shell, sfrun: Sfrun, option: str) -> None:
+    path = sfrun.write(
+        """
+        import os, time
+        print("started", flush=True)
+        while not os.path.exists("go"):
+            time.sleep(0.02)
+        print("printed in the background", flush=True)
+        print("read", input())
+        """
+    )
+    shell.sfrun(path, option)
+    shell.until("started")
+    shell.interrupt_until_stopped()
+    shell.run("bg")
+    (sfrun.folder / "go").touch()  # folders of the host are read through: it is seen in the guest
+    shell.until("printed in the background")
+    if option:
+        return  # a local program has a session of its own, and reads the terminal whenever it likes
+    # What is typed now is the shell's.
+    assert shell.run("echo $((40 + 2))").endswith("42\r\n")
+    assert "Running" in shell.run("jobs")
+    shell.type("fg\n")
+    shell.until("program.py")
+    shell.type("for the program\n")
+    shell.until("read for the program")
+    shell.until(PROMPT)
+
+
+@ONLY_VM
+def test_a_program_started_in_the_background_takes_nothing_of_the_shell_s_input(shell: Shell, sfrun: Sfrun) -> None:
+    path = sfrun.write("print('asks', flush=True); print('read', input())")
+    shell.type(f"{BIN / 'sfrun'} {path} &\n")
+    shell.until("asks")
+    assert shell.run("echo $((40 + 2))").endswith("42\r\n")
+    assert "Running" in shell.run("jobs")
+    shell.type("fg\n")
+    shell.until("program.py")
+    shell.type("at last\n")
+    shell.until("read at last")
+    shell.until(PROMPT)
+
+
+@BOTH
+def test_stops_while_forks_are_under_way(shell: Shell, sfrun: Sfrun, option: str) -> None:
+    path = sfrun.write(
+        """
+        import sfparallel as sf
+        for number in range(6):
+            print("results", sf.parallel(n=2)(lambda: sf.comm().rank + 10 * number)(), flush=True)
+        print("all")
+        """
+    )
+    shell.sfrun(path, option)
+    shell.until("results")
+    for turn in range(4):
+        shell.quiet_for(0.13 * turn)  # anywhere in a fork
+        shell.type("\x1a")
+        shell.until("Stopped")
+        shell.until(PROMPT)
+        shell.type("fg\n")
+    shell.until("all\r\n")
+    shell.until(PROMPT)
+    for number in range(6):
+        assert f"[{10 * number}, {10 * number + 1}]" in shell.shown.decode()
+
+
+def test_time_limits_stand_still_too(shell: Shell, sfrun: Sfrun) -> None:
+    shell.sfrun(sfrun.write("print('started', flush=True); input(); print('in time')"), "--local --timeout 15")
+    shell.until("started")
+    shell.interrupt_until_stopped()
+    assert shell.quiet_for(16) == ""
+    shell.type("fg\n\n")
+    shell.until("in time")
+    shell.until(PROMPT)
+    assert shell.run("echo code $?").endswith("code 0\r\n")
+
+
+@ONLY_VM
+def test_the_clocks_of_a_guest(shell: Shell, sfrun: Sfrun) -> None:
+    path = sfrun.write(
+        """
+        import time
+        import sfparallel as sf
+
+        @sf.parallel(n=1, timeout=12)
+        def wait():
+            print("waits", flush=True)
+            time.sleep(6)
+            return "in time"
+
+        began = time.monotonic(), time.time()
+        print(wait())
+        time.sleep(1)
+        print("monotonic", time.monotonic() - began[0], "clock", time.time())
+        """
+    )
+    shell.sfrun(path)
+    shell.until("waits")
+    shell.interrupt_until_stopped()
+    shell.quiet_for(13)
+    shell.type("fg\n")
+    shell.until("in time")
+    shell.until("monotonic")
+    monotonic, clock = re.match(r" ([\d.]+) clock ([\d.]+)", shell.until("\n")).groups()  # type: ignore[union-attr]
+    now = time.time()
+    shell.until(PROMPT)
+    assert float(monotonic) < 13  # of the stop nothing is counted
+    assert abs(float(clock) - now) < 2
+
+
+@BOTH
+def test_signals_to_sfrun_alone(shell: Shell, sfrun: Sfrun, option: str) -> None:
+    shell.sfrun(sfrun.write(TICKS), option)
+    shell.until("tick")
+    sfrun_pid = next(pid for pid in descendants(shell.pid) if "sfrun" in command_of(pid))
+    os.kill(sfrun_pid, signal.SIGTSTP)
+    shell.until("Stopped")
+    shell.until(PROMPT)
+    assert "tick" not in shell.quiet_for(0.5)
+    os.kill(sfrun_pid, signal.SIGCONT)
+    shell.until("tick")
+    # It cannot be caught: the job goes on, until it is told something.
+    os.kill(sfrun_pid, signal.SIGSTOP)
+    while processes.runs(sfrun_pid):
+        time.sleep(0.01)
+    shell.until("tick")
+    os.kill(sfrun_pid, signal.SIGCONT)
+    shell.until("tick")
+    os.kill(sfrun_pid, signal.SIGTERM)
+    shell.type("wait %1; echo code $?\n")
+    shell.until("code 143")
+
+
+@ONLY_VM
+def test_a_stop_gives_the_terminal_s_modes_back(shell: Shell, sfrun: Sfrun) -> None:
+    path = sfrun.write(
+        """
+        import sys, tty
+        tty.setcbreak(0)
+        print("keys", flush=True)
+        while (key := sys.stdin.buffer.raw.read(1)) != b"q":
+            print("key", key, flush=True)
+        """
+    )
+    shell.sfrun(path)
+    shell.until("keys")
+    assert not shell.edits_lines() and not shell.echoes()
+    shell.interrupt_until_stopped()
+    assert shell.edits_lines() and shell.echoes()
+    shell.type("fg\n")
+    shell.until("program.py")
+    shell.quiet_for(1)
+    shell.type("x")
+    shell.until("key b'x'")
+    assert not shell.edits_lines()
+    shell.type("q")
+    shell.until(PROMPT)
+    assert shell.edits_lines() and shell.echoes()
+
+
+@ONLY_VM
+def test_a_stopped_job_that_is_killed_leaves_nothing(shell: Shell, sfrun: Sfrun) -> None:
+    shell.sfrun(sfrun.write(TICKS))
+    shell.until("tick")
+    shell.interrupt_until_stopped()
+    shell.run("kill -9 %1; wait")
+    assert not any("qemu" in name for name in shell.states())
