@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 
 from sfparallel import native
-from sfparallel.vmm import engine
+from sfparallel.errors import EnvironmentProblem
+from sfparallel.vmm import engine, manifest
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.kvm import offered_cpuid
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
-from sfparallel.vmm.machine import Accelerator, Endpoints, MachineSpec, arguments
+from sfparallel.vmm.machine import Accelerator, Boot, Endpoints, MachineSpec, arguments
 from sfparallel.vmm.pool import ImageAhead
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import LIBRARY
+from sfparallel.vmm.template import template_key
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.wire import Frame, FrameParser, FrameType, pack
 
@@ -256,3 +259,34 @@ def test_fork_of_a_firmware_guest(
             await course(rig)
 
     asyncio.run(test())
+
+
+@pytest.mark.needs("kvm")
+def test_what_kvm_offers_is_the_same_on_each_core() -> None:
+    """And is one of the processor: the answer is computed from CPUID of the core that asks."""
+    allowed = os.sched_getaffinity(0)
+    digests = {}
+    try:
+        for core in allowed:
+            os.sched_setaffinity(0, {core})
+            digests[core] = offered_cpuid()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.needs("kvm", "qemu")
+def test_a_template_under_kvm_is_one_of_this_processor_and_kernel(tmp_path: Path) -> None:
+    (tmp_path / "initrd").write_bytes(b"")
+    boot = Boot(tmp_path, tmp_path / "initrd", "")
+    key, kvm = template_key(MachineSpec(Accelerator.KVM, 1, 1 << 30, tmp_path), boot, "image")
+    _, tcg = template_key(MachineSpec(Accelerator.TCG, 1, 1 << 30, tmp_path), boot, "image")
+    assert "host" not in tcg, "an emulated processor is the same everywhere"
+    host = kvm["host"]
+    assert isinstance(host, dict) and host["kernel"] == os.uname().release and len(host["cpuid"]) == 64
+    assert all(host[name] for name in ("vendor_id", "cpu_family", "model", "stepping"))
+    other = {**kvm, "host": {**host, "cpuid": "0" * 64, "microcode": "0x1"}}
+    manifest.write(tmp_path, other, {}, (), MemoryMap.zero(1))
+    with pytest.raises(EnvironmentProblem, match=r"does not fit: host\.cpuid: wanted .* host\.microcode"):
+        manifest.check(tmp_path, kvm, {}, ())
+    assert template_key(MachineSpec(Accelerator.KVM, 1, 1 << 30, tmp_path), boot, "image")[0] == key

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
 from sfparallel.config import ACCEL, QEMU, cache_folder
-from sfparallel.errors import UsageError
+from sfparallel.errors import EnvironmentProblem, UsageError
 from sfparallel.vmm.verdict import Finding, Status, verdict_of
 
 _DEVICE = "/dev/kvm"
 _KVM_GET_API_VERSION = 0xAE00
+_KVM_GET_SUPPORTED_CPUID = 0xC008AE05  # <linux/kvm.h>
 _KVM_API_VERSION = 12  # fixed since Linux 2.6.22
 _PROBE_TIMEOUT_S = 10.0
 _EXIT_PORT = 0xF4
@@ -72,6 +75,59 @@ def processor_flags() -> frozenset[str]:
     """Features of the first processor, as Linux lists them."""
     with open("/proc/cpuinfo") as file:
         return next((frozenset(line.split()) for line in file if line.startswith("flags")), frozenset())
+
+
+# Leaves that differ from core to core of one machine: caches and TLBs, topology with the APIC id, the kind of core (Intel's SDM,
+# volume 2, CPUID; AMD's APM, volume 3, appendix E). What a guest computes depends on none of them.
+_LEAVES_BY_CORE = frozenset((0x2, 0x4, 0xB, 0x18, 0x1A, 0x1F, 0x8000001D, 0x8000001E))
+_ENTRY = struct.Struct("<IIIIIII12x")  # struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx
+_MOST_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES
+
+
+def offered_cpuid(device: str = _DEVICE) -> str:
+    """Digest of the processor that KVM offers to guests, of all that does not differ from core to core
+    (KVM_GET_SUPPORTED_CPUID, Documentation/virt/kvm/api.rst).
+
+    Raises:
+        OSError: KVM does not say.
+    """
+    buffer = bytearray(8 + _MOST_ENTRIES * _ENTRY.size)
+    struct.pack_into("<I", buffer, 0, _MOST_ENTRIES)
+    fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _KVM_GET_SUPPORTED_CPUID, buffer)
+    finally:
+        os.close(fd)
+    (count,) = struct.unpack_from("<I", buffer)
+    entries = [_ENTRY.unpack_from(buffer, 8 + number * _ENTRY.size) for number in range(count)]
+    digest = hashlib.sha256()
+    for function, index, flags, eax, ebx, ecx, edx in sorted(entries):
+        if function == 1:
+            ebx &= 0x0000FFFF  # above: how many of them there are, and the APIC id of this core
+        if function not in _LEAVES_BY_CORE:
+            digest.update(_ENTRY.pack(function, index, flags, eax, ebx, ecx, edx))
+    return digest.hexdigest()
+
+
+def host_processor() -> dict[str, object]:
+    """What a guest's state under KVM depends on beside QEMU: the processor, its microcode, what KVM offers of it, and the kernel.
+
+    Raises:
+        EnvironmentProblem: KVM does not say what it offers.
+    """
+    fields: dict[str, set[str]] = {"vendor_id": set(), "cpu family": set(), "model": set(), "stepping": set(), "microcode": set()}
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() in fields:
+                fields[name.strip()].add(value.strip())
+    try:
+        cpuid = offered_cpuid()
+    except OSError as error:
+        raise EnvironmentProblem(f"KVM does not say which processor it offers: {error}", hint="see `sf doctor`") from error
+    # All values that there are: cores of two kinds, or of two microcodes, are one machine.
+    values = {name.replace(" ", "_"): " ".join(sorted(found)) for name, found in fields.items()}
+    return {**values, "cpuid": cpuid, "kernel": os.uname().release}
 
 
 def probe_kvm(device: str = _DEVICE, flags: frozenset[str] | None = None) -> Finding:

@@ -27,6 +27,7 @@ from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import locks
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.kvm import host_processor
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, Boot, MachineSpec
 from sfparallel.vmm.paging import PagingRefused
@@ -64,7 +65,7 @@ def qemu_version(qemu: str) -> str:
 
 def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, dict[str, object]]:
     """Key of the template and the manifest that it is the digest of."""
-    manifest = {
+    manifest: dict[str, object] = {
         "format": FORMAT,
         "image": image_key,
         "initrd": hashlib.sha256(boot.initrd.read_bytes()).hexdigest(),
@@ -72,6 +73,10 @@ def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, di
         "qemu": qemu_version(spec.qemu),
         **spec.fingerprint(),
     }
+    if spec.accelerator is Accelerator.KVM:
+        # "host" names whatever processor there is. A state of another one loads without an error, and the guest does nothing
+        # (seen with SMAP gone: QEMU 7.2 does not look whether KVM took the registers).
+        manifest["host"] = host_processor()
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16], manifest
 
 
