@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -362,6 +363,24 @@ def test_guest_half(cache: Path) -> None:
     assert not any(name.endswith(".pyc") for name in package), "bytecode of another Python is of no use"
     (folder / "modules" / "a.ko").write_bytes(b"another")
     assert image.guest_half(image.find()) != first
+
+
+@pytest.mark.needs("image")
+def test_the_initramfs_follows_from_its_sources_alone(tmp_path: Path) -> None:
+    """Bytecode says of each string whether it was interned, and an interpreter interns what it comes across."""
+    chosen = image.find()
+    program = ("import sys; sys.argv[2:] and [sys.intern(chr(n)) for n in range(256)]; "
+               "from pathlib import Path; from sfparallel.vmm.initramfs import write_initramfs; "
+               f"print(write_initramfs(Path({str(chosen.modules)!r}), sys.argv[1]))")  # fmt: skip
+    made = []
+    for history in ([], ["much"]):
+        environment = {**os.environ, "SF_CACHE": str(tmp_path / str(len(history))), "PYTHONOPTIMIZE": "1" * len(history)}
+        magic = importlib.util.MAGIC_NUMBER.hex()
+        argv = [sys.executable, "-c", program, magic, *history]
+        ended = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+        made.append(Path(ended.stdout.strip()))
+    assert made[0].name == made[1].name and made[0].read_bytes() == made[1].read_bytes()
+    assert any(name.endswith(".pyc") for name in read_cpio(made[0].read_bytes()))
 
 
 def test_an_initramfs_that_cannot_be_written_leaves_nothing(cache: Path) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import py_compile
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import sfparallel
-from sfparallel.config import cache_folder
+from sfparallel.config import CACHE_HINT, cache_folder
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.vmm import subprocesses
 
@@ -26,6 +26,10 @@ AGENT = _PACKAGE / "runtime" / "agent" / "sfagent"
 CPU_CHECK = _PACKAGE / "runtime" / "cpu_check" / "cpu_check"
 """The test of the processor, which the agent runs before a template is taken."""
 _TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py", "text.py")
+
+
+_BUILDER = 1
+"""Part of the key: to be raised when equal sources give another archive."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +109,40 @@ def build(program: Path) -> Path:
     return output / program.name
 
 
-def _compiled(source: Path, name: str, folder: Path) -> bytes:
-    """Bytecode that is loaded without a look at the source's time: nothing is compiled under emulation."""
-    target = folder / "compiled.pyc"
-    py_compile.compile(str(source), cfile=str(target), dfile=f"/usr/lib/python3/dist-packages/sfparallel/{name}", doraise=True,
-                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)  # fmt: skip
-    return target.read_bytes()
+# Run by a fresh interpreter, as its own program: `python -I -S -c … package folder names`.
+_COMPILE = """
+import py_compile, sys
+package, folder, *names = sys.argv[1:]
+for number, name in enumerate(names):
+    py_compile.compile(f"{package}/{name}", cfile=f"{folder}/{number}", doraise=True, optimize=0,
+                       dfile=f"/usr/lib/python3/dist-packages/sfparallel/{name}",
+                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+"""
 
 
-def _package_entries(guest_magic: str) -> Iterator[Entry]:
-    # Bytecode is of use only if the guest's Python is of our version; it makes its own otherwise.
-    compile_too = guest_magic == importlib.util.MAGIC_NUMBER.hex()
+def _bytecode(sources: list[Path]) -> Iterator[Entry]:
+    """Bytecode that is loaded without a look at the source's time: nothing is compiled under emulation.
+
+    It is compiled in an interpreter of its own, because it tells of each string whether the compiling interpreter had interned it
+    (marshal's TYPE_INTERNED), and that depends on whatever this one has done before.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        for path in package_files():
-            source = _PACKAGE / path
-            yield Entry(f"sf/package/{path}", source.read_bytes())
-            if compile_too:
-                cached = Path(importlib.util.cache_from_source(str(path), optimization=""))
-                yield Entry(f"sf/package/{cached}", _compiled(source, str(path), Path(folder)))
+        argv: list[str | Path] = [sys.executable, "-I", "-S", "-B", "-c", _COMPILE, _PACKAGE, folder, *sources]
+        subprocesses.run(argv, what="compile the guest's Python files")
+        for number, path in enumerate(sources):
+            cached = importlib.util.cache_from_source(str(path), optimization="")
+            yield Entry(f"sf/package/{cached}", (Path(folder) / str(number)).read_bytes())
+
+
+def _key(entries: list[Entry], guest_magic: str) -> str:
+    digest = hashlib.sha256(f"{_BUILDER} {guest_magic} {sys.version}".encode())
+    for entry in entries:
+        digest.update(f"{entry.name}\0{entry.mode}\0{len(entry.data)}\0".encode() + entry.data)
+    return digest.hexdigest()[:16]
 
 
 def write_initramfs(modules: Path, guest_magic: str) -> Path:
-    """The initramfs for a guest with these kernel modules, from the cache if its content has not changed.
+    """The initramfs for a guest with these kernel modules, from the cache if what it is made of has not changed.
 
     Args:
         modules: folder with the modules and a file `order`, which lists them in loading order.
@@ -138,18 +154,21 @@ def write_initramfs(modules: Path, guest_magic: str) -> Path:
     entries = [Entry("init", build(AGENT).read_bytes(), 0o755), Entry("sf/cpu_check", build(CPU_CHECK).read_bytes(), 0o755)]
     for path in sorted(modules.iterdir()):
         entries.append(Entry(f"sf/modules/{path.name}", path.read_bytes()))
-    entries += _package_entries(guest_magic)
-    archive = write_cpio(entries)
+    sources = list(package_files())
+    entries += (Entry(f"sf/package/{path}", (_PACKAGE / path).read_bytes()) for path in sources)
     folder = cache_folder() / "initrd"
-    target = folder / f"{hashlib.sha256(archive).hexdigest()[:16]}.img"
+    target = folder / f"{_key(entries, guest_magic)}.img"
     if target.exists():
         return target
+    # Bytecode is of use only if the guest's Python is of our version; it makes its own otherwise.
+    if guest_magic == importlib.util.MAGIC_NUMBER.hex():
+        entries += _bytecode(sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
             made = Path(work) / target.name
-            made.write_bytes(archive)
+            made.write_bytes(write_cpio(entries))
             os.replace(made, target)
     except OSError as error:
-        raise EnvironmentProblem(f"cannot write {target}: {error.strerror}", hint="set SF_CACHE to another folder") from error
+        raise EnvironmentProblem(f"cannot write {target}: {error.strerror}", hint=CACHE_HINT) from error
     return target
