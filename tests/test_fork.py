@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+
 import pytest
 
 from tests.conftest import Sfrun
@@ -146,3 +149,33 @@ def test_sixty_four_clones(sfrun: Sfrun) -> None:
         """
     ).ok()
     assert ended.out.strip() == str(sum(range(64)))
+
+
+def test_the_parents_clock_keeps_up_with_the_hosts(sfrun: Sfrun) -> None:
+    """Its VM stands still while it is saved: ten forks with much to store were half a second and more."""
+    process = sfrun.start(
+        """
+        import sys, time
+        import sfparallel as sf
+
+        data = bytearray(150 << 20)
+        for i in range(10):
+            data[::4096] = bytes([i + 1]) * (len(data) // 4096)
+            sf.parallel(n=1)(lambda: None)()
+        print("forked", flush=True)
+        for _ in sys.stdin:
+            print(time.time(), flush=True)
+        """,
+        stdin=subprocess.PIPE,
+    )
+    assert process.stdin and process.stdout and process.stdout.readline() == "forked\n"
+    most, least = 1e9, -1e9
+    for _ in range(20):  # what the guest says lies between two looks at our own clock
+        before = time.time()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        said = float(process.stdout.readline())
+        most, least = min(most, said - before), max(least, said - time.time())
+    process.communicate(timeout=60)
+    print(f"the parent's clock is {least:.3f} to {most:.3f} s ahead")
+    assert most > -0.1 and least < 0.1, (least, most)

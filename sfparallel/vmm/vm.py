@@ -344,7 +344,8 @@ class Vm:
         self._freeze_abandoned = self.state is VmState.FREEZING
         self._frozen = None
         self.state = VmState.RUNNING
-        self._write(Frame(FrameType.THAW, pack_names(message)))
+        # A parent's clock has stood still while it was saved. A clone finds the time in its identity.
+        self._write(Frame(FrameType.THAW, pack_names({"time_ns": time.time_ns(), **message})))
         held, self._held = self._held, []
         for frame in held:
             self._write(frame)

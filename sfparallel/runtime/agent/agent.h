@@ -178,6 +178,8 @@ struct host {
 int host_open(struct host *host);
 int set_clock(int64_t time_ns); /* CLOCK_REALTIME; 0 or -errno */
 /* Take the identity. Returns 0, or -errno and in *step what could not be done. */
+/* Set the clock to the host's, which told it a moment ago, but never back: programs go on by it. */
+void clock_catch_up(int64_t time_ns);
 int identity_take(struct host *host, const struct identity *identity, const char **step);
 /* Destroy TCP and connected UDP sockets of a former address. */
 int ghosts_destroy(struct host *host, const char **step);

@@ -152,6 +152,8 @@ static void on_thaw(struct agent *agent, const struct frame *frame)
         fail(agent, "an identity for a guest that is not frozen");
     if (thaw.has_identity)
         take_identity(agent, &thaw);
+    else
+        clock_catch_up(thaw.time_ns); /* it stood still while this VM was saved */
     if (thaw.mounts->size > 0)
         begin_mounts(agent, &thaw);
     else

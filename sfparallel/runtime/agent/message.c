@@ -186,12 +186,15 @@ static int decode_thaw(const msgpack_object *map, struct thaw *thaw, const char 
     *what = "map";
     if (map->type != MSGPACK_OBJECT_MAP)
         return -EPROTO;
-    const msgpack_object *identity = find(map, "identity"), *mounts = find(map, "mounts");
+    const msgpack_object *identity = find(map, "identity"), *mounts = find(map, "mounts"), *now = find(map, "time_ns");
     if (identity && identity->type != MSGPACK_OBJECT_NIL) {
         if (decode_identity(identity, &thaw->identity, what) < 0)
             return -EPROTO;
         thaw->has_identity = true;
     }
+    *what = "time_ns";
+    if (now && as_integer(now, 0, INT64_MAX, &thaw->time_ns) < 0)
+        return -EPROTO;
     thaw->mounts = &nothing;
     *what = "mounts";
     if (mounts && mounts->type != MSGPACK_OBJECT_NIL) {

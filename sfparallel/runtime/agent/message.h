@@ -47,6 +47,7 @@ struct thaw {
     msgpack_unpacked unpacked;             /* owns what the pointers refer to, with the payload */
     bool has_identity;
     struct identity identity;              /* valid if has_identity */
+    int64_t time_ns;                       /* the host's clock when it sent this; 0 if it does not say */
     uint16_t channel;                      /* client that gets `reply` */
     const uint8_t *reply;                  /* NULL if there is none */
     size_t reply_size;
