@@ -134,6 +134,15 @@ def an_answer_with_the_exit_of_another():
     ask(op="exit", status=0, answer=wire.pack({"kind": "result", "key": 10**6, "pickle": b"I."}))
 
 @way
+def thousands_of_connections():
+    import contextlib, resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (5000, 5000))
+    host, port = HERE.membership.link._endpoint.removeprefix("tcp://").split(":")
+    with contextlib.suppress(OSError):
+        socks = [socket.create_connection((host, int(port))) for _ in range(3000)]
+        signal.pause()
+
+@way
 def a_flood():
     for _ in range(30_000):
         say(kind="who left")

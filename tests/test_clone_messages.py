@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ from sfparallel import wire
 from sfparallel.runtime.clone_messages import FROM_CLONES, MAX_FRAMES, BadMessage, Kind, Message, decode, decode_answer
 from sfparallel.runtime.collect import matches
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.link import MOST_NOTICES, TURN, ParentLink, pack_answer
+from sfparallel.runtime.link import MOST_CALLS, MOST_NOTICES, TURN, ParentLink, pack_answer
 from sfparallel.runtime.payload import dump_error, dumps, load_error
 
 ERROR = {"type": "builtins.ValueError", "message": "m", "traceback": "t"}
@@ -336,3 +339,56 @@ def test_what_a_lost_clone_has_left_is_not_its_successors(link: ParentLink) -> N
     got = collect(link, bool)
     assert [(each.rank, isinstance(each, Message)) for each in got] == [(70_001, True)]
     sock.close()
+
+
+CALLER = """
+import resource, socket, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+host, port, source, data = sys.argv[1:]
+socks = []
+try:
+    while len(socks) < 3000:
+        sock = socket.create_connection((host, int(port)), source_address=(source, 0))
+        socks.append(sock)
+        sock.sendall(bytes.fromhex(data))
+except OSError:
+    pass
+print("done", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("source", [ADDRESS, "127.9.9.9"], ids=["a rank", "nobody"])
+@pytest.mark.parametrize("data", [b"", GREETING_3[:12]], ids=["silent", "half a greeting"])
+def test_thousands_of_connections(link: ParentLink, source: str, data: bytes) -> None:
+    """They would use up the descriptors of the program."""
+    before = len(os.listdir("/proc/self/fd"))
+    poller = zmq.Poller()
+    link.watch(poller)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    host, port = link.endpoint.removeprefix("tcp://").split(":")
+    with subprocess.Popen([sys.executable, "-c", CALLER, host, port, source, data.hex()], stdout=subprocess.PIPE) as caller:
+        assert caller.stdout is not None
+        poller.register(caller.stdout.fileno(), zmq.POLLIN)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+        try:
+            got: list[Message | BadMessage] = []
+            end = time.monotonic() + 60
+            while time.monotonic() < end and caller.stdout.fileno() not in dict(poller.poll(1000)):
+                got += link.take()
+            good_from_rank_0(link)
+            while time.monotonic() < end and _descriptors() > before + 2 * MOST_CALLS:
+                got += link.take()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            caller.kill()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * MOST_CALLS
+    expected = [BadMessage(RANK, f"more than {MOST_CALLS} connections")] if source == ADDRESS else []
+    assert got == expected
+
+
+def _descriptors() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:  # not one is free
+        return 1 << 30

@@ -269,7 +269,7 @@ class Crew:
     def _work_on(self) -> None:
         assert self._alarm is not None
         poller = zmq.Poller()
-        poller.register(self._link.router, zmq.POLLIN)
+        self._link.watch(poller)
         poller.register(self._line.fileno(), zmq.POLLIN)
         poller.register(self._alarm.fileno(), zmq.POLLIN)
         line, alarm = self._line.fileno(), self._alarm.fileno()

@@ -14,7 +14,10 @@ ZeroMQ tells the address of the peer, and the clone network lets nobody send fro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,8 +43,13 @@ UNREAD = 1000
 TURN = 64
 """So many messages are taken before whoever takes them looks at all else again."""
 
+MOST_CALLS = 64
+"""Connections that one address may make: a rank makes one, and new ones if that breaks. Each takes a descriptor of ours."""
+
 MOST_NOTICES = 64
 """A rank says that it has to do with others, and asks who has left, once in its life; nobody needs to so often."""
+
+_NUMBERS = itertools.count()
 
 
 class Order(NamedTuple):
@@ -80,6 +88,10 @@ class ParentLink:
         except BaseException:
             self.close()
             raise
+        self._calls: zmq.Socket[bytes] | None = None
+        """Readable when somebody has connected."""
+        self._port = int(self.endpoint.rpartition(":")[2])
+        self._called: Counter[str] = Counter()
         self.drained = False
         """Whether the last `take` left nothing behind."""
         self._ranks: dict[str, int] = {}
@@ -102,6 +114,19 @@ class ParentLink:
         """One more is expected."""
         self._addresses[rank] = address
         self._ranks[address] = rank
+        self._called.pop(address, None)
+
+    def watch(self, poller: zmq.Poller) -> None:
+        """Have a poller look out for messages and connections. Not before the fork: nobody connects then, and it takes time."""
+        self._calls = calls = HERE.zmq_context().socket(zmq.PAIR)
+        # Without a limit: with one, ZeroMQ's I/O thread would stand still until somebody reads.
+        calls.setsockopt(zmq.RCVHWM, 0)
+        calls.setsockopt(zmq.LINGER, 0)
+        name = f"inproc://calls-{next(_NUMBERS)}"
+        self.router.monitor(name, zmq.EVENT_ACCEPTED)
+        calls.connect(name)
+        poller.register(calls, zmq.POLLIN)
+        poller.register(self.router, zmq.POLLIN)
 
     def forget(self, rank: int) -> None:
         """Take nothing more from this rank."""
@@ -121,6 +146,8 @@ class ParentLink:
         """
         router = self.router
         self.drained = False
+        if self._calls is not None:
+            yield from self._take_calls(self._calls)
         for _ in range(most):
             # Asked first, because an exception (zmq.Again) costs more than a message.
             if not int(router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -152,8 +179,40 @@ class ParentLink:
         return True
 
     def close(self) -> None:
+        if self._calls is not None:
+            self.router.disable_monitor()
+            self._calls.close(linger=0)
         self.router.close(linger=0)
         self.dealer.close(linger=0)
+
+    def _take_calls(self, calls: zmq.Socket[bytes]) -> Iterator[BadMessage]:
+        """Take note of connections, and cut those off that are too many: they would use up this process's descriptors."""
+        while int(calls.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            event, _ = calls.recv_multipart()
+            fd = struct.unpack("=HI", event)[1]
+            try:
+                sock = socket.socket(fileno=fd)
+            except OSError:
+                continue  # it is closed already
+            try:
+                # By now the descriptor may be another one's.
+                rank = self._count_call(sock) if sock.getsockname()[1:] == (self._port,) else None
+            except OSError:
+                continue
+            finally:
+                sock.detach()  # it is ZeroMQ's
+            if rank is not None:
+                yield BadMessage(rank, f"more than {MOST_CALLS} connections")
+
+    def _count_call(self, sock: socket.socket) -> int | None:
+        """Cut a connection off that is too much; the rank that has made it, the first time."""
+        address = sock.getpeername()[0]
+        self._called[address] += 1
+        if self._called[address] <= MOST_CALLS:
+            return None
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # ZeroMQ finds the end of the stream, and closes it
+        return self._ranks.get(address) if self._called[address] == MOST_CALLS + 1 else None
 
     def _next(self) -> Message | BadMessage | None:
         """Take one message; None if nobody sent it who belongs here."""

@@ -201,7 +201,7 @@ class Region:
         """Take answers until there are enough of them; the error that ends the region, if any."""
         deadline = None if self._work.timeout_s is None else self._started + self._work.timeout_s
         poller = zmq.Poller()
-        poller.register(self._link.router, zmq.POLLIN)
+        self._link.watch(poller)
         poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
         poller.register(self._alarm.fileno(), zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)

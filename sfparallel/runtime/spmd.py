@@ -158,10 +158,14 @@ class World:
 
     def watch(self) -> int:
         """Wait until all clones are gone; the exit code of the job."""
+        poller = zmq.Poller()
+        self._link.watch(poller)
+        poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
         with SignalAlarm() as signals:
+            poller.register(signals.fileno(), zmq.POLLIN)
             while self._running:
                 try:
-                    self._step(signals)
+                    self._step(signals, poller)
                 except KeyboardInterrupt:
                     self._interrupt()
         hypervisor, number = self._ticket.hypervisor, self._ticket.number
@@ -171,11 +175,7 @@ class World:
             print(printable(f"sfrun: {self._verdict}"), file=sys.stderr)
         return self._code
 
-    def _step(self, signals: SignalAlarm) -> None:
-        poller = zmq.Poller()
-        poller.register(signals.fileno(), zmq.POLLIN)
-        poller.register(self._link.router, zmq.POLLIN)
-        poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
+    def _step(self, signals: SignalAlarm, poller: zmq.Poller) -> None:
         next_s = min((when for when, _ in self._deadlines), default=None)
         poller.poll(None if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1))
         signals.reset()
