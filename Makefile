@@ -31,6 +31,7 @@ test: lint bench-tools ## lint, type check, all tests (real VMs; about 30 minute
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(ML_IMAGE)
+	@$(BIN)/sf image build numba --pip numba
 	@$(BIN)/sf image build render $(RENDER_PACKAGES)
 	@$(BIN)/pytest
 

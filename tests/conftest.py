@@ -149,6 +149,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "image": _have_image("default"),
     "blast": _have_image("blast"),
     "ml": _have_image("ml"),
+    "numba": _have_image("numba"),
     "render": _have_image("render"),
 }
 MAY_BE_MISSING = {"kvm"}

@@ -85,6 +85,29 @@ def test_no_two_ranks_make_the_same_keys(sfrun: Sfrun) -> None:
     assert ended.out == "differ\n"
 
 
+@pytest.mark.needs("numba")
+def test_compiled_functions_draw_other_numbers_in_each_rank(sfrun: Sfrun) -> None:
+    """numba has generators of its own."""
+    ended = sfrun(
+        """
+        import random
+        import numpy as np
+        import sfparallel as sf
+        from numba import njit
+
+        @njit
+        def draw():
+            return np.random.random(), random.random()
+
+        draw()
+        drawn = sf.parallel(draw, n=3)()
+        assert len({*sum(drawn, ()), *draw()}) == 8, drawn
+        print("differ")
+        """, "--image", "numba", "--memory", "1024",
+    ).ok()  # fmt: skip
+    assert ended.out == "differ\n"
+
+
 def test_seeded_streams_repeat_and_do_not_depend_on_n(sfrun: Sfrun) -> None:
     ended = sfrun(
         """

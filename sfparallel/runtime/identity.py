@@ -37,6 +37,7 @@ class Renewal:
         self._tempfile = modules.get("tempfile")
         self._uuid = modules.get("uuid")
         self._openssls = openssl_pools()
+        self._renew_numba = _numba_renewer(modules["numba._helperlib"]) if "numba._helperlib" in modules else None
         self._asyncio = modules.get("asyncio.events")
         self._reset_sqlite = _sqlite_reset(modules["_sqlite3"]) if "_sqlite3" in modules else None
         # A forked process has none of its parent's timers (fork(2)), whose signals would strike every clone.
@@ -74,6 +75,8 @@ class Renewal:
             self._uuid._last_timestamp = None
         for add in self._openssls:
             add(os.urandom(32))
+        if self._renew_numba is not None:
+            self._renew_numba()
         if self._reset_sqlite is not None:
             self._reset_sqlite()
         for timer in self._timers:
@@ -90,6 +93,18 @@ class Renewal:
             local = getattr(self._asyncio._event_loop_policy, "_local", None)
             if local is not None:
                 vars(local).clear()  # of this thread: others go on with theirs
+
+
+def _numba_renewer(helper: Any) -> Callable[[], None]:
+    """How to renew the generators that compiled functions have for `random` and `numpy.random`, of the calling thread. numba does
+    so itself in a forked process, by pthread_atfork (numba/_random.c)."""
+    states = helper.rnd_get_np_state_ptr(), helper.rnd_get_py_state_ptr()
+
+    def renew() -> None:
+        for state in states:
+            helper.rnd_seed(state, os.urandom(ENTROPY_BYTES))
+
+    return renew
 
 
 def _sqlite_reset(module: Any) -> Callable[[], object] | None:
