@@ -193,13 +193,77 @@ def test_refusals(source: Path, client: Client) -> None:
     for number in (Opcode.GETXATTR, Opcode.LISTXATTR, Opcode.STATX, Opcode.FLUSH, 999):
         refused(errno.ENOSYS, partial(client.ask, number, file, bytes(100)))
     assert client.server.handle(TAG, request(Opcode.FORGET, file, bytes(8))) is None
-    with pytest.raises(ProtocolError, match="export 8"):
-        client.server.handle(8, request(Opcode.GETATTR, 1, bytes(16)))
+    refused(errno.ENODEV, lambda: Client(client.server, 8).ask(Opcode.GETATTR, 1, bytes(16)))
     with FileServer({1: source, 2: source / "folder"}) as server:
         node = Client(server, 1).look(1, "file")
         refused(errno.ESTALE, lambda: Client(server, 2).open(node))
     with pytest.raises(UsageError, match="cannot be shown"):
         FileServer({1: source, 2: source / "missing"})
+
+
+def test_what_is_no_request_is_answered_too(source: Path, client: Client) -> None:
+    """The agent counts it, and waits with the next fork until the answer is there."""
+    good = request(Opcode.GETATTR, 1, bytes(16), unique=34)
+    extended = good[:36] + b"\1\0" + good[38:]
+    for bad in (good[:-1], good + b"x", extended, request(Opcode.WRITE, 1, bytes(1 << 20), unique=34)):
+        assert client.server.handle(TAG, bad) == struct.pack("<IiQ", 16, -errno.EINVAL, 34)
+    with pytest.raises(ProtocolError, match="header"):
+        client.server.handle(TAG, good[:39])
+
+
+# -- bounds ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_are_bounded_and_what_was_forgotten_is_found_again(source: Path) -> None:
+    (source / "folder/below").mkdir(parents=True)
+    for number in range(300):
+        (source / f"folder/below/{number}").write_text(str(number))
+    with FileServer({TAG: source}, open_files=8, nodes=50) as server:
+        client = Client(server)
+        below = client.look(1, "folder", "below")
+        first = client.look(below, "0")
+        for number in range(300):
+            assert client.read(client.look(below, str(number))) == str(number).encode()
+        assert server.statistics().nodes == 50
+        refused(errno.ESTALE, lambda: client.read(first))
+        assert client.read(client.look(below, "0")) == b"0"  # as the kernel does after ESTALE
+        for number in range(10000):
+            client.look(below, f"missing {number}")
+        assert server.statistics().nodes == 50
+
+
+def test_folders_alone_are_bounded_too(source: Path) -> None:
+    for number in range(300):
+        (source / str(number)).mkdir()
+    with FileServer({TAG: source}, nodes=50) as server:
+        for number in range(300):
+            assert Client(server).look(1, str(number))
+        assert server.statistics().nodes == 50
+
+
+def test_listings_are_bounded_by_their_names(source: Path) -> None:
+    for folder in range(20):
+        (source / str(folder)).mkdir()
+        for number in range(100):
+            (source / f"{folder}/{number}").touch()
+    with FileServer({TAG: source}, listed=500) as server:
+        client = Client(server)
+        for folder in range(20):
+            client.read(client.look(1, str(folder)), opcode=Opcode.READDIR)
+            assert sum(map(len, server._listings.values())) <= 500
+        assert len(server._listings) == 4
+        client.read(1, opcode=Opcode.READDIR)
+        assert client.read(1, 20, opcode=Opcode.READDIR)  # the one in use stays, whatever its size
+
+
+def test_warnings_of_replaced_files_end(source: Path, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    (source / "file").write_text("old")
+    old = client.look(1, "file")
+    (source / "file").unlink()
+    (source / "file").mkdir()
+    for _ in range(1000):
+        refused(errno.ESTALE, lambda: client.open(old))
+    assert len(caplog.records) == FileServer.WARNINGS and "no more is said" in caplog.records[-1].getMessage()
 
 
 SECRET = b"never to be seen in a guest"
@@ -225,18 +289,24 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 names = st.sampled_from([b"folder", b"file", b"link", b"folder link", b"secret", b"..", b"../secret", b"fifo", b""])
 reads = st.builds(lambda *values: struct.pack("<QQIIQII", *values), *(st.integers(0, (1 << bits) - 1) for bits in
                                                                    (64, 64, 32, 32, 64, 32, 32)))
-bodies = st.one_of(st.binary(max_size=80), names.map(lambda name: name + b"\0"), reads, st.just(bytes(8)), st.just(bytes(40)))
+edges = st.builds(lambda offset, size: struct.pack("<QQIIQII", 0, offset, size, 0, 0, 0, 0),
+                  st.sampled_from([0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]), st.sampled_from([0, 1, 4096, (1 << 32) - 1]))
+bodies = st.one_of(edges, reads, st.binary(max_size=80), names.map(lambda name: name + b"\0"), st.just(bytes(8)))
 requests = st.builds(request, st.one_of(st.sampled_from(list(Opcode)).map(int), st.integers(0, (1 << 32) - 1)),
                      st.one_of(st.integers(0, 9), st.integers(0, (1 << 64) - 1)), bodies)
 
 
+damaged = st.builds(lambda data, cut, extra: data[:len(data) - cut] + extra, requests, st.integers(0, 40), st.binary(max_size=9))
+
+
 @settings(max_examples=2000, deadline=None)
-@given(st.one_of(st.binary(max_size=100), requests))
+@given(st.one_of(st.binary(max_size=100), requests, damaged))
 def test_any_bytes_are_answered_and_nothing_outside_is_read(fuzzed: Client, data: bytes) -> None:
-    try:
-        answer = fuzzed.server.handle(TAG, data)
-    except ProtocolError:
+    if len(data) < 40:
+        with pytest.raises(ProtocolError):
+            fuzzed.server.handle(TAG, data)
         return
+    answer = fuzzed.server.handle(TAG, data)
     if answer is None:
         assert int.from_bytes(data[4:8], "little") in fuzz_silent
         return

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from sfparallel.errors import ProtocolError
 from sfparallel.vmm import fuse_wire as fuse
 from sfparallel.vmm.copy_back import CopyBack
 from sfparallel.vmm.exports import BENEATH, DIRECTORY, exports_for, open_export
@@ -40,6 +39,9 @@ VALID_S = 365 * 86400
 
 # O_NONBLOCK: should a fifo take the file's place after we looked, opening it must not hang the supervisor.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | BENEATH
+
+_SECOND_CHANCES = 64
+"""Folders that are passed over in the search for a file to forget; then a folder is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +82,37 @@ class FileServer:
 
     It knows nothing of single VMs: a node is numbered once, for the parent and for every clone, and its number is also its
     file handle. So a clone goes on with the numbers that it inherited, and nothing has to be told to the server at a fork.
-    Nodes are never freed (a FORGET speaks for one VM only); there are at most as many as files that guests looked up.
+    A FORGET, which speaks for one VM only, frees no node. When there are too many, the file whose turn is longest ago is
+    forgotten: a guest that comes back to it by name looks it up anew (the kernel does so after ESTALE), and one that has it open
+    reads an error.
 
     Args:
         exports: host folders by tag (1..65535).
         open_files: descriptors kept open at most, over all exports.
+        nodes: files remembered at most; one takes about 400 bytes.
+        listed: names of folders' listings remembered at most, beside those of the one that is being read.
 
     Raises:
         UsageError: a folder cannot be opened.
     """
 
     LISTINGS = 64
+    WARNINGS = 20
 
-    def __init__(self, exports: Mapping[int, Path], *, open_files: int = 128) -> None:
+    def __init__(
+        self, exports: Mapping[int, Path], *, open_files: int = 128, nodes: int = 1 << 20, listed: int = 1 << 18
+    ) -> None:
         self._roots: dict[int, int] = {}
-        self._nodes: dict[int, _Node] = {}
+        self._node_limit = max(nodes, 8)
+        self._listed_limit = listed
+        self._warnings = 0
+        self._nodes: OrderedDict[int, _Node] = OrderedDict()
         self._numbers: dict[_Node, int] = {}
         self._next_number = count(fuse.ROOT_ID + 1)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._open_limit = max(open_files, 4)
         self._listings: OrderedDict[tuple[int, int], list[_Name]] = OrderedDict()
+        self._listed = 0
         self._requests = 0
         self._bytes_read = 0
         self._identity = (os.geteuid(), os.getegid())
@@ -133,18 +146,21 @@ class FileServer:
             request: as read from the guest's /dev/fuse.
 
         Returns:
-            The reply for /dev/fuse, or None where the kernel waits for none.
+            The reply for /dev/fuse, or None where the kernel waits for none. What has a number is answered, whatever else is
+            wrong with it: the agent counts it, and no fork of its VM ends before it is answered.
 
         Raises:
-            ProtocolError: not a FUSE request, or no such export; the guest's agent is not what we put there.
+            ProtocolError: too short for a FUSE request; the guest's agent is not what we put there.
         """
         parsed = fuse.parse(request)
-        if tag not in self._roots:
-            raise ProtocolError(f"FUSE request for export {tag}, which does not exist")
         self._requests += 1
         if parsed.opcode in fuse.NO_REPLY:
             return None
         try:
+            if parsed.fault:
+                raise OSError(errno.EINVAL, parsed.fault)
+            if tag not in self._roots:
+                raise OSError(errno.ENODEV, f"no export {tag}")
             return fuse.reply(parsed, self._answer(tag, parsed))
         except OSError as error:
             return fuse.error(parsed, error.errno or errno.EIO)
@@ -185,19 +201,45 @@ class FileServer:
         node = self._nodes.get(number)
         if node is None or node.tag != tag:
             raise OSError(errno.ESTALE, "no such node")
+        self._nodes.move_to_end(number)
         return node
 
     def _number(self, tag: int, parent: int, name: bytes, status: os.stat_result) -> int:
         node = _Node(tag, parent, name, status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode))
         number = self._numbers.get(node)
         if number is None:
+            self._forget_surplus()
             number = self._numbers[node] = next(self._next_number)
             self._nodes[number] = node
+        else:
+            self._nodes.move_to_end(number)
         return number
 
+    def _forget_surplus(self) -> None:
+        # Folders stay, as far as that goes: what is below them could not be found any more. They are few beside files.
+        for _ in range(_SECOND_CHANCES):
+            if len(self._nodes) < self._node_limit:
+                return
+            number, node = next(iter(self._nodes.items()))
+            if node.type != stat.S_IFDIR:
+                self._forget(number)
+            else:
+                self._nodes.move_to_end(number)
+        while len(self._nodes) >= self._node_limit:
+            self._forget(next(iter(self._nodes)))
+
+    def _forget(self, number: int) -> None:
+        del self._numbers[self._nodes.pop(number)]
+        descriptor = self._open.pop(number, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
     def _stale(self, node: _Node) -> OSError:
-        log.warning("%s was replaced on the host while the job runs; guests that know the old one get an error",
-                    os.fsdecode(node.name))
+        # A guest may ask for it again and again.
+        self._warnings += 1
+        if self._warnings <= self.WARNINGS:
+            log.warning("%r was replaced on the host while the job runs; guests that know the old one get an error%s",
+                        os.fsdecode(node.name), "; no more is said of others" if self._warnings == self.WARNINGS else "")
         return OSError(errno.ESTALE, "replaced on the host")
 
     def _keep_open(self, number: int, descriptor: int) -> int:
@@ -338,9 +380,10 @@ class FileServer:
                                   key=lambda name: name.name)
         finally:
             os.close(readable)
-        while len(self._listings) >= self.LISTINGS:
-            self._listings.popitem(last=False)
         self._listings[key] = listing
+        self._listed += len(listing)
+        while len(self._listings) > self.LISTINGS or (len(self._listings) > 1 and self._listed > self._listed_limit):
+            self._listed -= len(self._listings.popitem(last=False)[1])
         return listing
 
 

@@ -22,6 +22,9 @@ MAX_NAME_BYTES = 255
 MAX_READ_BYTES = 128 << 10
 """Largest READ and read-ahead. Larger ones gain nothing: the kernel's read-ahead stops at 128 KiB (VM_READAHEAD_PAGES)."""
 
+MAX_REQUEST_BYTES = 132 << 10
+"""Largest request that is looked at: a WRITE of the size that INIT allows, which is refused, and its header."""
+
 PAGE_BYTES = 4096
 
 
@@ -127,29 +130,35 @@ _U64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: its header, taken apart, and what follows it."""
+    """One request: its header, taken apart, and what follows it; `fault` says what is wrong with its form."""
 
     opcode: int
     unique: int
     nodeid: int
     body: bytes
+    fault: str = ""
 
 
 def parse(data: bytes) -> Request:
     """Take a request apart.
 
+    One that no kernel sends is taken apart all the same, and says so (`Request.fault`): whoever has sent it waits for its answer.
+
     Raises:
-        ProtocolError: not a FUSE request.
+        ProtocolError: there is not even a header, and so nothing that could be answered.
     """
     if len(data) < _IN_HEADER.size:
         raise ProtocolError(f"FUSE request of {len(data)} bytes; its header alone has {_IN_HEADER.size}")
     length, opcode, unique, nodeid, _uid, _gid, _pid, extension_words, _ = _IN_HEADER.unpack_from(data)
+    fault = ""
     if length != len(data):
-        raise ProtocolError(f"FUSE request of {len(data)} bytes says that it has {length}")
-    # Extensions (7.38, in units of 8 bytes) stand at the end; a server that negotiated 7.31 gets none.
-    if extension_words:
-        raise ProtocolError("FUSE request with extensions, which were not negotiated")
-    return Request(opcode, unique, nodeid, data[_IN_HEADER.size:])
+        fault = f"FUSE request of {len(data)} bytes says that it has {length}"
+    elif len(data) > MAX_REQUEST_BYTES:
+        fault = f"FUSE request of {len(data)} bytes"
+    elif extension_words:
+        # Extensions (7.38, in units of 8 bytes) stand at the end; a server that negotiated 7.31 gets none.
+        fault = "FUSE request with extensions, which were not negotiated"
+    return Request(opcode, unique, nodeid, b"" if fault else data[_IN_HEADER.size:], fault)
 
 
 def reply(request: Request, payload: bytes = b"") -> bytes:
