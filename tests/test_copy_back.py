@@ -21,6 +21,7 @@ from sfparallel import wire
 from sfparallel.errors import GuestError
 from sfparallel.runtime import copyback
 from sfparallel.vmm.copy_back import CopyBack
+from sfparallel.vmm.rank_files import RankFiles
 from tests.host_folders import TAG, make_tree, mounted, needs_kernel, snapshot
 from tests.host_folders import source_fixture as source_fixture
 
@@ -252,10 +253,15 @@ values = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) -
                    st.lists(st.integers(), max_size=2))
 changes = st.fixed_dictionaries({
     "id": st.one_of(st.just(1), values), "tag": st.one_of(st.just(TAG), values),
-    "path": st.one_of(st.sampled_from(["a", "a/b", "a/b/c", "l", "l/x", "../x", "/x"]), values),
+    "path": st.one_of(st.sampled_from(["a", "a/b", b"a", b"a/b/c", b"l", "l/x", "../x", "/x", "x/" * 40000, b"y" * 300]), values),
     "kind": st.one_of(st.sampled_from(["begin", "data", "commit", "symlink", "mkdir", "delete"]), values)},
     optional={"data": st.one_of(st.just(b".."), values), "offset": st.one_of(st.integers(0, 100), values),
               "size": st.one_of(st.integers(0, 100), values), "mode": values, "mtime_ns": values})
+
+
+def _check_answer(answer: dict[str, Any]) -> None:
+    assert wire.unpack(wire.pack(answer)) == answer
+    assert answer.get("ok") or (isinstance(answer["message"], str) and len(answer["message"]) < 5000)
 
 
 @settings(max_examples=150, deadline=None)
@@ -267,10 +273,79 @@ def test_any_request_is_answered_and_nothing_outside_is_touched(tmp_path_factory
     before = len(os.listdir("/proc/self/fd"))
     with CopyBack({TAG: top / "inside"}) as target:
         for change in requests:
-            answer = target.handle(change)
-            assert wire.unpack(wire.pack(answer)) == answer
-            assert answer.get("ok") or isinstance(answer["message"], str)
+            _check_answer(target.handle(change))
+    _check_nothing_outside(top, before)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), changes), max_size=40))
+def test_any_request_of_ranks_is_answered_too(tmp_path_factory: pytest.TempPathFactory,
+                                              requests: list[tuple[int, dict[str, Any]]]) -> None:
+    top = tmp_path_factory.mktemp("fuzz")
+    (top / "inside").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    target = RankFiles({TAG: top / "inside"})
+    for rank, change in requests:
+        _check_answer(target.handle(rank, change))
+        for other, (tag, path) in target._written:
+            assert (tag, other >= 0) == (TAG, True) and os.path.lexists(os.path.join(os.fsencode(top / "inside"), path))
+    assert len(target._digests) <= 3 * CopyBack.TRANSFERS
+    target.close()
+    _check_nothing_outside(top, before)
+
+
+def _check_nothing_outside(top: Path, descriptors_before: int) -> None:
     assert os.listdir(top) == ["inside"]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors_before
     assert not [name for _, _, files in os.walk(top) for name in files if name.endswith(".sf-part")]
     shutil.rmtree(top)
+
+
+# -- bounds ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_transfers_and_problems_are_bounded(source: Path) -> None:
+    with CopyBack({TAG: source}) as target:
+        answers = [send(target, f"file {number}", "begin") for number in range(100)]
+        assert answers.count(OK) == CopyBack.TRANSFERS == len(os.listdir(source))
+        assert answers[-1]["error"] == "invalid" and "at a time" in answers[-1]["message"]
+        for number in range(2 * CopyBack.PROBLEMS):
+            assert send(target, f"none/{number}/" + "x/" * 10000 + "x", "mkdir", mode=0o755)["error"] == "io"
+        assert len(target.problems) == CopyBack.PROBLEMS and max(map(len, target.problems)) < 2000
+
+
+def test_what_ranks_could_not_write_is_not_remembered(source: Path) -> None:
+    files = RankFiles({TAG: source})
+    try:
+        for number in range(1000):
+            request = {"id": 1, "tag": TAG, "path": f"missing/{number}".encode(), "kind": "begin"}
+            assert files.handle(1, request)["error"] == "io"
+            assert files.handle(1, request | {"kind": "symlink", "data": b"x", "mtime_ns": 0})["error"] == "io"
+            ok = {"id": 1, "tag": TAG, "path": f"{number}".encode()}
+            assert files.handle(2, ok | {"kind": "begin"}) == {"id": 1, "ok": True}
+            assert files.handle(2, ok | {"kind": "data", "data": None, "offset": 0})["error"] == "invalid"
+        assert (len(files._written), len(files._digests), os.listdir(source)) == (0, 0, [])
+        # Another rank's good file is no conflict with one that was never written.
+        (source / "missing").mkdir()
+        good = {"id": 1, "tag": TAG, "path": b"missing/1", "kind": "mkdir", "mode": 0o755}
+        assert files.handle(0, good) == {"id": 1, "ok": True}
+    finally:
+        files.close()
+
+
+def test_files_of_ranks_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankFiles, "FILES", 10)
+    files = RankFiles({TAG: source})
+    folder = {"id": 1, "tag": TAG, "kind": "mkdir", "mode": 0o755}
+    answers = [files.handle(0, folder | {"path": b"%d" % number}) for number in range(20)]
+    files.close()
+    assert [answer.get("ok", answer.get("error")) for answer in answers] == [True] * 10 + ["io"] * 10
+
+
+def test_a_path_is_one_file_however_it_was_sent(source: Path) -> None:
+    files = RankFiles({TAG: source})
+    link = {"id": 1, "tag": TAG, "kind": "symlink", "mtime_ns": 0}
+    assert files.handle(0, link | {"path": b"link", "data": b"a"}) == {"id": 1, "ok": True}
+    assert files.handle(1, link | {"path": "link", "data": b"b"})["error"] == "conflict"
+    files.close()
+    assert os.readlink(source / "link") == "a"

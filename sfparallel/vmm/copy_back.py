@@ -6,6 +6,7 @@ time without following links. The guest may be hostile; what it may change is wh
 
 from __future__ import annotations
 
+import enum
 import os
 import secrets
 import shutil
@@ -19,6 +20,109 @@ from typing import Any, Self
 
 from sfparallel.errors import ProtocolError
 from sfparallel.vmm.exports import BENEATH, DIRECTORY, open_export
+
+_PATH_BYTES = 64 << 10
+_SHOWN_CHARS = 1000
+"""Of a path, in a message: names of thousands of folders come from a guest, and messages are kept."""
+
+
+class ChangeKind(enum.Enum):
+    """What happened to a file, or the next step of it."""
+
+    BEGIN = "begin"
+    DATA = "data"
+    COMMIT = "commit"
+    SYMLINK = "symlink"
+    MKDIR = "mkdir"
+    DELETE = "delete"
+
+
+_FIELDS = {
+    ChangeKind.BEGIN: (), ChangeKind.DATA: ("data", "offset"), ChangeKind.COMMIT: ("size", "mode", "mtime_ns"),
+    ChangeKind.SYMLINK: ("data", "mtime_ns"), ChangeKind.MKDIR: ("mode",), ChangeKind.DELETE: (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """A request of `sfparallel.runtime.copyback` as it was read: the path is relative and without dots, numbers are in range.
+
+    Which of the last five fields count depends on the kind.
+    """
+
+    tag: int
+    path: bytes
+    kind: ChangeKind
+    data: bytes = b""
+    offset: int = 0
+    size: int = 0
+    mode: int = 0
+    mtime_ns: int | None = None
+
+    @property
+    def key(self) -> tuple[int, bytes]:
+        """What names the file in its job."""
+        return self.tag, self.path
+
+    @classmethod
+    def decode(cls, request: Mapping[Any, Any]) -> Self:
+        """Read a request; it comes from a guest and may be anything.
+
+        Raises:
+            ProtocolError: no guest of ours sends this.
+        """
+        tag, path = _target(request)
+        try:
+            kind = ChangeKind(request.get("kind"))
+        except ValueError:
+            raise ProtocolError(f"no such kind of change: {request.get('kind')!r:.40}") from None
+        values: dict[str, Any] = {name: _bytes(request, name) if name == "data" else _number(request, name)
+                                  for name in _FIELDS[kind]}  # fmt: skip
+        if kind is ChangeKind.MKDIR and request.get("mtime_ns") is not None:
+            values["mtime_ns"] = _number(request, "mtime_ns")
+        return cls(tag, path, kind, **values)
+
+
+def request_id(request: Mapping[Any, Any]) -> int | None:
+    """The number under which an answer is awaited."""
+    number = request.get("id")
+    return number if isinstance(number, int) else None
+
+
+def _target(request: Mapping[Any, Any]) -> tuple[int, bytes]:
+    tag, path = request.get("tag"), request.get("path")
+    if not isinstance(tag, int):
+        raise ProtocolError(f"no export {tag!r:.40}")
+    try:
+        raw = os.fsencode(path) if isinstance(path, str) else path
+    except UnicodeEncodeError:
+        raw = None
+    if not isinstance(raw, bytes) or b"\0" in raw or any(part in (b"", b".", b"..") for part in raw.split(b"/")):
+        raise ProtocolError("the path of a file must be relative and without dots")
+    if len(raw) > _PATH_BYTES:
+        raise ProtocolError(f"a path of {len(raw)} bytes; {_PATH_BYTES} are allowed")
+    return tag, raw
+
+
+def _bytes(request: Mapping[Any, Any], key: str) -> bytes:
+    value = request.get(key)
+    if not isinstance(value, bytes):
+        raise ProtocolError(f"{key} must be bytes, not {type(value).__name__}")
+    return value
+
+
+def _number(request: Mapping[Any, Any], key: str) -> int:
+    value = request.get(key)
+    # Anything below 2**63 is a valid off_t, and a valid time in nanoseconds.
+    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63 or (value < 0 and key != "mtime_ns"):
+        raise ProtocolError(f"{key} must be a number of at most 63 bits, not {value!r:.40}")
+    return value
+
+
+def shown(folder: Path, path: bytes) -> str:
+    """A file in a message: UTF-8, which names need not be, and not too long."""
+    text = os.path.join(os.fsencode(folder), path).decode("utf-8", "backslashreplace")
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 @dataclass(slots=True)
@@ -99,8 +203,8 @@ class CopyBack:
         while self._roots:
             os.close(self._roots.popitem()[1])
 
-    def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Apply one request.
+    def handle(self, request: Mapping[Any, Any]) -> dict[str, Any]:
+        """Read and apply one request.
 
         Args:
             request: `{"op": "file", "id", "tag", "path", "kind", ...}`; see `sfparallel.runtime.copyback`.
@@ -109,103 +213,98 @@ class CopyBack:
             `{"id", "ok": True}`, or `{"id", "error": "invalid" | "io", "message"}`, with "errno" where the kernel refused; then
             nothing of the file is left.
         """
-        self.used = True
-        number = request.get("id")
-        answer: dict[str, Any] = {"id": number if isinstance(number, int) else None}
+        answer = {"id": request_id(request)}
         try:
-            tag, path = self._target(request)
+            return answer | self.apply(FileChange.decode(request))
         except ProtocolError as error:
+            self.used = True
+            with suppress(ProtocolError):
+                self.discard(_target(request))
             return answer | {"error": "invalid", "message": str(error)}
-        # The message travels as UTF-8, which names need not be.
-        where = os.path.join(os.fsencode(self._folders[tag]), path).decode("utf-8", "backslashreplace")
+
+    def apply(self, change: FileChange) -> dict[str, Any]:
+        """Apply one change; returns what `handle` does, without the "id"."""
+        self.used = True
+        if change.tag not in self._roots:
+            return {"error": "invalid", "message": f"no export {change.tag}"}
+        where = shown(self._folders[change.tag], change.path)
         try:
-            self._apply(tag, path, request)
+            self._apply(change)
         except ProtocolError as error:
-            self._drop(tag, path)
-            return answer | {"error": "invalid", "message": f"{where}: {error}"}
+            self.discard(change.key)
+            return {"error": "invalid", "message": f"{where}: {error}"}
         except (OSError, RecursionError) as error:  # RecursionError: a tree too deep for shutil.rmtree
-            self._drop(tag, path)
+            self.discard(change.key)
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else "too many levels of folders"
             message = f"{where}: {reason}"
             if len(self.problems) < self.PROBLEMS:
                 self.problems.append(message)
             code = error.errno if isinstance(error, OSError) else None
-            return answer | {"error": "io", "message": message} | ({"errno": code} if code else {})
-        return answer | {"ok": True}
+            return {"error": "io", "message": message} | ({"errno": code} if code else {})
+        return {"ok": True}
 
-    def _target(self, request: Mapping[str, Any]) -> tuple[int, bytes]:
-        tag, path = request.get("tag"), request.get("path")
-        if not isinstance(tag, int) or tag not in self._roots:
-            raise ProtocolError(f"no export {tag!r:.40}")
-        try:
-            raw = os.fsencode(path) if isinstance(path, str) else path
-        except UnicodeEncodeError:
-            raw = None
-        if not isinstance(raw, bytes) or b"\0" in raw or any(part in (b"", b".", b"..") for part in raw.split(b"/")):
-            raise ProtocolError("the path of a file must be relative and without dots")
-        return tag, raw
-
-    def _apply(self, tag: int, path: bytes, request: Mapping[str, Any]) -> None:
-        match request.get("kind"):
-            case "begin":
-                self._begin(tag, path)
-            case "data":
-                self._data(self._transfer(tag, path), _bytes(request, "data"), _number(request, "offset"))
-            case "commit":
-                self._commit(self._transfer(tag, path), size=_number(request, "size"), mode=_number(request, "mode"),
-                             mtime_ns=_number(request, "mtime_ns"))
-                del self._transfers[tag, path]
-            case "symlink":
-                with _Parent(self._roots[tag], path) as (directory, name):
-                    _replace_link(directory, name, _bytes(request, "data"), _number(request, "mtime_ns"))
-            case "mkdir":
-                with _Parent(self._roots[tag], path) as (directory, name):
-                    mtime_ns = _number(request, "mtime_ns") if request.get("mtime_ns") is not None else None
-                    _make_directory(directory, name, mode=_number(request, "mode"), mtime_ns=mtime_ns)
-            case "delete":
+    def _apply(self, change: FileChange) -> None:
+        root = self._roots[change.tag]
+        match change.kind:
+            case ChangeKind.BEGIN:
+                self._begin(change)
+            case ChangeKind.DATA:
+                _write(self._transfer(change), change.data, change.offset)
+            case ChangeKind.COMMIT:
+                _finish(self._transfer(change), change)
+                del self._transfers[change.key]
+            case ChangeKind.SYMLINK:
+                with _Parent(root, change.path) as (directory, name):
+                    _replace_link(directory, name, change)
+            case ChangeKind.MKDIR:
+                with _Parent(root, change.path) as (directory, name):
+                    _make_directory(directory, name, mode=change.mode, mtime_ns=change.mtime_ns)
+            case ChangeKind.DELETE:
                 # Deleted by somebody else meanwhile: then all is as the guest wants it.
-                with suppress(FileNotFoundError), _Parent(self._roots[tag], path) as (directory, name):
+                with suppress(FileNotFoundError), _Parent(root, change.path) as (directory, name):
                     _delete(directory, name)
-            case kind:
-                raise ProtocolError(f"no such kind of change: {kind!r:.40}")
 
-    def _transfer(self, tag: int, path: bytes) -> _Transfer:
-        transfer = self._transfers.get((tag, path))
+    def _transfer(self, change: FileChange) -> _Transfer:
+        transfer = self._transfers.get(change.key)
         if transfer is None:
             raise ProtocolError("no transfer of this file was begun, or it failed")
         return transfer
 
-    def _drop(self, tag: int, path: bytes) -> None:
-        transfer = self._transfers.pop((tag, path), None)
+    def discard(self, key: tuple[int, bytes]) -> None:
+        """Give up the transfer of a file (`FileChange.key`), if there is one."""
+        transfer = self._transfers.pop(key, None)
         if transfer is not None:
             transfer.discard()
 
-    def discard(self, tag: int, path: bytes) -> None:
-        """Give up the transfer of a file, if there is one."""
-        self._drop(tag, path)
+    def is_under_way(self, key: tuple[int, bytes]) -> bool:
+        """Whether a transfer of this file was begun, and neither ended nor failed."""
+        return key in self._transfers
 
-    def _begin(self, tag: int, path: bytes) -> None:
-        self._drop(tag, path)
+    def _begin(self, change: FileChange) -> None:
+        self.discard(change.key)
         if len(self._transfers) >= self.TRANSFERS:
             raise ProtocolError(f"more than {self.TRANSFERS} files at a time")
-        with _Parent(self._roots[tag], path) as (parent, name), ExitStack() as undo:
+        with _Parent(self._roots[change.tag], change.path) as (parent, name), ExitStack() as undo:
             directory = os.dup(parent)
             undo.callback(os.close, directory)
             temporary = _temporary_name()
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BENEATH, 0o600, dir_fd=directory)
-            self._transfers[tag, path] = _Transfer(directory, name, temporary, descriptor)
+            self._transfers[change.key] = _Transfer(directory, name, temporary, descriptor)
             undo.pop_all()
 
-    def _data(self, transfer: _Transfer, data: bytes, offset: int) -> None:
-        while data:
-            written = os.pwrite(transfer.descriptor, data, offset)
-            data, offset = data[written:], offset + written
 
-    def _commit(self, transfer: _Transfer, *, size: int, mode: int, mtime_ns: int) -> None:
-        os.ftruncate(transfer.descriptor, size)
-        os.fchmod(transfer.descriptor, mode & 0o777)
-        os.utime(transfer.descriptor, ns=(mtime_ns, mtime_ns))
-        transfer.finish()
+def _write(transfer: _Transfer, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(transfer.descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _finish(transfer: _Transfer, change: FileChange) -> None:
+    assert change.mtime_ns is not None
+    os.ftruncate(transfer.descriptor, change.size)
+    os.fchmod(transfer.descriptor, change.mode & 0o777)
+    os.utime(transfer.descriptor, ns=(change.mtime_ns, change.mtime_ns))
+    transfer.finish()
 
 
 class _Parent:
@@ -230,32 +329,18 @@ class _Parent:
         os.close(self._descriptor)
 
 
-def _bytes(request: Mapping[str, Any], key: str) -> bytes:
-    value = request.get(key)
-    if not isinstance(value, bytes):
-        raise ProtocolError(f"{key} must be bytes, not {type(value).__name__}")
-    return value
-
-
-def _number(request: Mapping[str, Any], key: str) -> int:
-    value = request.get(key)
-    # Anything below 2**63 is a valid off_t, and a valid time in nanoseconds.
-    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63 or (value < 0 and key != "mtime_ns"):
-        raise ProtocolError(f"{key} must be a number of at most 63 bits, not {value!r:.40}")
-    return value
-
-
 def _temporary_name() -> bytes:
     return f".{secrets.token_hex(8)}.sf-part".encode()
 
 
-def _replace_link(directory: int, name: bytes, target: bytes, mtime_ns: int) -> None:
-    if b"\0" in target:
+def _replace_link(directory: int, name: bytes, change: FileChange) -> None:
+    assert change.mtime_ns is not None
+    if b"\0" in change.data:
         raise ProtocolError("a link's target cannot hold a zero byte")
     temporary = _temporary_name()
-    os.symlink(target, temporary, dir_fd=directory)
+    os.symlink(change.data, temporary, dir_fd=directory)
     try:
-        os.utime(temporary, ns=(mtime_ns, mtime_ns), dir_fd=directory, follow_symlinks=False)
+        os.utime(temporary, ns=(change.mtime_ns, change.mtime_ns), dir_fd=directory, follow_symlinks=False)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         os.unlink(temporary, dir_fd=directory)

@@ -9,12 +9,12 @@ which makes the job fail: nothing is lost in silence.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sfparallel.vmm.copy_back import CopyBack
+from sfparallel.errors import ProtocolError
+from sfparallel.vmm.copy_back import ChangeKind, CopyBack, FileChange, request_id, shown
 
 Key = tuple[int, bytes]
 """An export's tag, and a path below it."""
@@ -27,10 +27,14 @@ class RankFiles:
         exports: host folders by tag, as given to the file server.
     """
 
+    FILES = 1 << 20
+    """Files that ranks can have written in all: each is remembered."""
+
     def __init__(self, exports: Mapping[int, Path]) -> None:
         self._exports = dict(exports)
         self._copies: dict[int, CopyBack] = {}
         self._digests: dict[tuple[int, Key], Any] = {}
+        """Of files in transfer, so that there are no more than `CopyBack.TRANSFERS` for each rank."""
         self._written: dict[Key, tuple[int, bytes]] = {}
         """By whom, and a fingerprint of what: its first byte is the kind."""
 
@@ -44,67 +48,82 @@ class RankFiles:
         """Whether a rank has begun to bring changes back."""
         return bool(self._copies)
 
-    def handle(self, rank: int, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Apply one request of a rank; see `CopyBack.handle`."""
+    def handle(self, rank: int, request: Mapping[Any, Any]) -> dict[str, Any]:
+        """Read and apply one request of a rank; see `CopyBack.handle`."""
         # Ranks send at the same time, and a transfer is known by its path.
         copy = self._copies.get(rank)
         if copy is None:
             copy = self._copies[rank] = CopyBack(self._exports)
-        tag, path = request.get("tag"), request.get("path")
-        if not isinstance(tag, int) or not isinstance(path, bytes):
-            return copy.handle(request)  # which refuses it
-        key = tag, path
-        match request.get("kind"):
-            case "begin":
-                self._digests[rank, key] = hashlib.sha256()
-                return copy.handle(request)
-            case "data":
-                self._add(rank, key, request)
-                return copy.handle(request)
-            case "commit":
-                digest = self._digests.pop((rank, key), None)
-                content = b"f" + (digest.digest() if digest else b"") + str(request.get("size")).encode()
-            case "symlink":
-                content = b"l" + repr(request.get("data")).encode()
-            case "mkdir":
+        try:
+            change = FileChange.decode(request)
+        except ProtocolError:
+            answer = copy.handle(request)  # which refuses it
+        else:
+            answer = {"id": request_id(request), **self._apply(rank, copy, change)}
+        if "ok" not in answer:
+            for other, key in [known for known in self._digests if known[0] == rank and not copy.is_under_way(known[1])]:
+                del self._digests[other, key]
+        return answer
+
+    def _apply(self, rank: int, copy: CopyBack, change: FileChange) -> dict[str, Any]:
+        match change.kind:
+            case ChangeKind.BEGIN:
+                answer = copy.apply(change)
+                self._digests[rank, change.key] = hashlib.sha256()
+                return answer
+            case ChangeKind.DATA:
+                self._add(rank, change)
+                return copy.apply(change)
+            case ChangeKind.COMMIT:
+                digest = self._digests.pop((rank, change.key), None)
+                content = b"f" + (digest.digest() if digest else b"") + str(change.size).encode()
+            case ChangeKind.SYMLINK:
+                content = b"l" + hashlib.sha256(change.data).digest()
+            case ChangeKind.MKDIR:
                 content = b"d"
-            case "delete":
+            case ChangeKind.DELETE:
                 # What another rank has written it cannot have meant.
-                return {"id": request.get("id"), "ok": True} if key in self._written else copy.handle(request)
-            case _:
-                return copy.handle(request)
-        return self._settle(rank, copy, key, content, request)
+                return {"ok": True} if change.key in self._written else copy.apply(change)
+        return self._settle(rank, copy, change, content)
 
     def close(self) -> None:
         """Remove what is not whole, and close every descriptor."""
         for copy in self._copies.values():
             copy.close()
 
-    def _add(self, rank: int, key: Key, request: Mapping[str, Any]) -> None:
-        digest, data, offset = self._digests.get((rank, key)), request.get("data"), request.get("offset")
+    def _add(self, rank: int, change: FileChange) -> None:
+        digest = self._digests.get((rank, change.key))
         # A hole may be sent as zeros or not at all.
-        if digest is not None and isinstance(data, bytes) and isinstance(offset, int) and data.strip(b"\0"):
-            digest.update(f"{offset}:{len(data)}:".encode())
-            digest.update(data)
+        if digest is not None and change.data.strip(b"\0"):
+            digest.update(f"{change.offset}:{len(change.data)}:".encode())
+            digest.update(change.data)
 
-    def _settle(self, rank: int, copy: CopyBack, key: Key, content: bytes, request: Mapping[str, Any]) -> dict[str, Any]:
-        owner, known = self._written.get(key, (rank, b""))
+    def _settle(self, rank: int, copy: CopyBack, change: FileChange, content: bytes) -> dict[str, Any]:
+        owner, known = self._written.get(change.key, (rank, b""))
         if not known or (known == content and content == b"d"):
-            self._written[key] = owner, content
-            return copy.handle(request)
+            return self._write(owner, copy, change, content)
         if known == content:
-            copy.discard(*key)
-            return {"id": request.get("id"), "ok": True}
-        answer: dict[str, Any] = {"id": request.get("id"), "ok": True}
+            copy.discard(change.key)
+            return {"ok": True}
+        answer: dict[str, Any] = {"ok": True}
         if rank < owner and known[:1] == content[:1]:
-            self._written[key] = rank, content
-            answer = copy.handle(request)
+            answer = self._write(rank, copy, change, content)
         else:
-            copy.discard(*key)
+            copy.discard(change.key)
         if "ok" not in answer:
             return answer
         first, second = sorted((rank, owner))
-        where = os.path.join(os.fsencode(self._exports[key[0]]), key[1]).decode("utf-8", "backslashreplace")
+        where = shown(self._exports[change.tag], change.path)
         message = (f"ranks {first} and {second} both wrote {where!r}, with different content; that of rank "
-                   f"{self._written[key][0]} was kept (put the rank into the file's name, or let one rank write it)")
-        return {"id": request.get("id"), "error": "conflict", "message": message}
+                   f"{self._written[change.key][0]} was kept (put the rank into the file's name, or let one rank write it)")
+        return {"error": "conflict", "message": message}
+
+    def _write(self, rank: int, copy: CopyBack, change: FileChange, content: bytes) -> dict[str, Any]:
+        if change.key not in self._written and len(self._written) >= self.FILES:
+            copy.discard(change.key)
+            return {"error": "io", "message": f"the ranks have written {self.FILES} files; no more are taken"}
+        answer = copy.apply(change)
+        # What could not be written is nothing that another rank's file could contradict.
+        if "ok" in answer:
+            self._written[change.key] = rank, content
+        return answer
