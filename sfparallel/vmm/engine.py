@@ -266,7 +266,7 @@ async def launch(
             woken = await asyncio.wait_for(asyncio.shield(shell.woken), WAKE_TIMEOUT_S)
             # Not now: frames that came with WOKEN may have been dealt with before this task went on.
             report.note(shell.name, Phase.WAKE, resumed, shell.woken_at,
-                        guest_cpu_ms=woken.get("cpu_ns", 0) / 1e6, guest_wall_ms=woken.get("wall_ns", 0) / 1e6)  # fmt: skip
+                        guest_cpu_ms=woken.cpu_ns / 1e6, guest_wall_ms=woken.wall_ns / 1e6)  # fmt: skip
         except TimeoutError:
             lost(shell, f"its agent did not wake up within {WAKE_TIMEOUT_S:.0f} s")
             shell.kill()

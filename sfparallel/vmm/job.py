@@ -29,7 +29,9 @@ from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_PARENT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.exports import exports_for
+from sfparallel.vmm.file_service import FileService
 from sfparallel.vmm.files import CopyBack, FileServer
+from sfparallel.vmm.guest_frames import Exited
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
@@ -80,6 +82,7 @@ class Job:
         self._places = places
         self._exports = exports_for(options.program.cwd, options.program.folder)
         self._files = FileServer(dict(self._exports))
+        self._file_service = FileService(self._files)
         self._copy_back = CopyBack(dict(self._exports))
         self._rank_files = RankFiles(dict(self._exports))
         self._parent: Vm | None = None
@@ -305,6 +308,8 @@ class Job:
     def _watch(self, vm: Vm) -> None:
         self._vms.add(vm)
         vm.events.on_frame = self._frame
+        vm.events.on_exited = self._exited
+        vm.events.on_room = self._file_service.go_on
         vm.events.on_gone = self._gone
 
     def _clone_starts(self, vm: Vm, label: str) -> None:
@@ -343,6 +348,7 @@ class Job:
 
     def _gone(self, vm: Vm, cause: str) -> None:
         self._vms.discard(vm)
+        self._file_service.forget(vm)
         self._closed -= {(vm, STDOUT), (vm, STDERR)}
         output = self._outputs.pop(vm, None)
         if output:
@@ -360,13 +366,10 @@ class Job:
 
     def _frame(self, vm: Vm, frame: Frame) -> None:
         match frame.type:
-            case FrameType.OUTPUT if frame.channel not in (STDOUT, STDERR):
-                # The channel is a descriptor of ours, and what runs in a guest may send anything.
-                vm.end(f"it sent output for channel {frame.channel}")
             case FrameType.OUTPUT:
                 self._print(vm, frame.channel, frame.payload)
             case FrameType.FUSE:
-                self._serve_files(vm, frame.channel, frame.payload)
+                self._file_service.request(vm, frame.channel, frame.payload)
             case FrameType.REQUEST:
                 self._request(vm, frame)
             case FrameType.GONE if self._regions:
@@ -377,10 +380,8 @@ class Job:
             case FrameType.MODES:
                 if vm is self._reader:  # a clone's terminal is a copy of it, which nobody sees
                     self._modes.change(frame.payload)
-            case FrameType.EXITED:
-                self._exited(vm, frame)
-            case _:
-                log.warning("%s sent an unexpected frame %s", vm.name, frame.type.name)
+            case kind:
+                raise ProtocolError(f"unexpected frame {kind.name}")
 
     def _request(self, vm: Vm, frame: Frame) -> None:
         assert self._regions is not None
@@ -393,27 +394,16 @@ class Job:
             return
         self._regions.request(vm, frame.channel, frame.payload)
 
-    def _serve_files(self, vm: Vm, tag: int, request: bytes) -> None:
-        try:
-            answer = self._files.handle(tag, request)
-        except ProtocolError as error:
-            log.warning("%s: %s", vm.name, error)
-            return
-        if answer is not None:
-            vm.send(FrameType.FUSE_REPLY, answer, tag)
-
-    def _exited(self, vm: Vm, frame: Frame) -> None:
-        report = unpack(frame.payload)
-        status = int(report["status"])
+    def _exited(self, vm: Vm, report: Exited) -> None:
         if vm is not self._parent:
             assert self._regions is not None
-            self._regions.clone_exited(vm, status, int(report.get("oom_kills", 0)))
+            self._regions.clone_exited(vm, report.status, report.oom_kills)
             return
         self._guest_told = True
         if not self._done.done():
-            if os.WIFSIGNALED(status) and report.get("oom_kills"):
+            if os.WIFSIGNALED(report.status) and report.oom_kills:
                 self._say("sfrun: the parent ran out of memory and its kernel killed the program; give it more with --memory")
-            self._done.set_result(exit_code(status))
+            self._done.set_result(exit_code(report.status))
 
     def _report(self, report: ForkReport) -> None:
         self._forks += 1
@@ -478,6 +468,7 @@ class Job:
             self._stdin_taken.clear()
             reader.send(FrameType.STDIN, data)
             await self._stdin_taken.wait()
+            await reader.room()  # also of a guest that says so and does not read
 
         def read() -> None:
             last = False

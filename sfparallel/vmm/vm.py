@@ -21,23 +21,30 @@ from pathlib import Path
 from typing import Any
 
 from sfparallel.errors import GuestError, ProtocolError, QmpError, StateError, VMError
-from sfparallel.text import printable
+from sfparallel.vmm import guest_frames
+from sfparallel.vmm.agent_port import HIGH_WATER_BYTES, MOST_UNREAD_BYTES, AgentPort
+from sfparallel.vmm.console import PERIOD_S, Console
+from sfparallel.vmm.guest_events import EVENTS_PER_S, EventBudget
+from sfparallel.vmm.guest_frames import Exited, Frozen, Woken
 from sfparallel.vmm.layers import MemoryMap
 from sfparallel.vmm.paging import PagingLayer, PagingRefused
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.processes import address_space_hint
 from sfparallel.vmm.qmp import Event, Qmp, reopened
 from sfparallel.vmm.waiting import step_limit_s, within
-from sfparallel.wire import Frame, FrameParser, FrameType, pack_names, unpack
+from sfparallel.wire import Frame, FrameType, pack_names
 
 log = logging.getLogger(__name__)
 
 FREEZE_TIMEOUT_S = 30.0
 """A guest that has not stopped its programs within this time goes on, and the fork fails (a busy one needs milliseconds)."""
 
-_CONSOLE_TAIL_BYTES = 4096
-_FAILURE_BYTES = 1000
+MOST_WHILE_FREEZING_BYTES = 64 << 20
+"""What a guest may send from FREEZE to FROZEN. Its output is not held meanwhile, and one that prints on for ever would fill the
+host's memory; an agent of ours empties two pipes, and passes on what its programs had asked for."""
+
 _PORT_GRACE_S = 1.0
+_FRAME_COST_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -77,35 +84,12 @@ class Sockets:
 
 @dataclass
 class VmEvents:
-    """What a VM reports; the owner sets these before the guest runs."""
+    """What a VM reports; the owner sets these before the guest runs. Frames have passed `guest_frames.check`."""
 
     on_frame: Callable[[Vm, Frame], None] = lambda vm, frame: None
+    on_exited: Callable[[Vm, Exited], None] = lambda vm, report: None
+    on_room: Callable[[Vm], None] = lambda vm: None
     on_gone: Callable[[Vm, str], None] = lambda vm, cause: None
-
-
-class _AgentPort(asyncio.Protocol):
-    """The agent port's byte stream as frames."""
-
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-        self._parser = FrameParser()
-        self.transport: asyncio.Transport | None = None
-
-    def connection_lost(self, error: Exception | None) -> None:
-        # A QEMU that ends closes its files first. How it ended says more than that it did: leave it the time to do so.
-        self._vm.end_later("its agent port closed", _PORT_GRACE_S)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for frame in self._parser.feed(data):
-                self._vm.frame_received(frame)
-        except (ProtocolError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-            # Whatever is in there can send anything; only the agent sends what makes sense.
-            self._vm.end(f"it broke the protocol of the agent port: {error!r}")
 
 
 class Vm:
@@ -127,10 +111,9 @@ class Vm:
         self.disks: tuple[Path, ...] = ()
         self.ram_address = 0
         self.ram_bytes = 0
-        self.woken: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.woken: asyncio.Future[Woken] = asyncio.get_running_loop().create_future()
         self.save_lock = asyncio.Lock()
         """Held by who saves it, from before it freezes until it is thawed."""
-        self.exit_report: dict[str, Any] | None = None
         self.closing = contextlib.ExitStack()
         self.started = self.ready = time.monotonic()
         self.woken_at: float | None = None
@@ -140,17 +123,22 @@ class Vm:
         """What its agent said when it gave up."""
         self._child = child
         self._loop = asyncio.get_running_loop()
-        self._console = sockets.console
+        self._console = Console(sockets.console)
         self._agent_socket = sockets.agent
-        self._port = _AgentPort(self)
-        self._frozen: asyncio.Future[dict[str, Any]] | None = None
+        self._port = AgentPort(self.frame_received, self.end, self._port_closed, self._port_has_room)
+        self._frozen: asyncio.Future[Frozen] | None = None
         self._freeze_abandoned = False
         self._held: list[Frame] = []
+        self._held_bytes = 0
+        self._while_freezing = 0
+        self._room: asyncio.Future[None] | None = None
+        self._budget = EventBudget(self.started)
         self._pidfd = os.pidfd_open(pid) if pid else None
         if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._exited)
         self.qmp = Qmp(sockets.qmp, name, on_event=self._event, on_close=self._monitor_closed)
         self.paging = PagingLayer(sockets.paging, name=name)
+        self._trimming = self._loop.call_later(PERIOD_S, self._trim_console)
 
     # -- start and end ---------------------------------------------------------------------------------------------
 
@@ -166,7 +154,7 @@ class Vm:
             self.ram_bytes = ram_bytes
             async with within(step_limit_s(), "its paging layer"):
                 await self.paging.hello()
-            await self._loop.create_unix_connection(lambda: self._port, sock=self._agent_socket)
+            await self.connect_port()
             self.ready = time.monotonic()
         except VMError as error:
             output = self.console_tail()
@@ -184,6 +172,10 @@ class Vm:
         if not address:
             raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found!r}")
         self.ram_address = int(address[1], 16)
+
+    async def connect_port(self) -> None:
+        """Begin to take frames from the agent."""
+        await self._loop.create_unix_connection(lambda: self._port, sock=self._agent_socket)
 
     def kill(self) -> None:
         """End the VM at once. `on_gone` follows when the kernel has reaped it."""
@@ -203,6 +195,10 @@ class Vm:
     def end_later(self, cause: str, delay_s: float) -> None:
         """End the VM if it has not ended by itself by then."""
         self._loop.call_later(delay_s, self.end, cause)
+
+    def _port_closed(self) -> None:
+        # A QEMU that ends closes its files first. How it ended says more than that it did: leave it the time to do so.
+        self.end_later("its agent port closed", _PORT_GRACE_S)
 
     def _monitor_closed(self) -> None:
         if self._pidfd is None and self.state is not VmState.GONE:
@@ -226,38 +222,30 @@ class Vm:
         self.qmp.close()
         self.paging.close()
         # Frames that the guest sent before it died are still in the socket, and may say why it did.
-        self._drain_port()
-        if self._port.transport:
-            self._port.transport.abort()
-        else:
+        self._port.drain(self._agent_socket.fileno())
+        if not self._port.close():
             self._agent_socket.close()
+        self._trimming.cancel()
         error = VMError(f"{self.name}: {cause}")
         for future in (self._frozen, self.woken):
             if future and not future.done():
                 future.set_exception(error)
                 future.exception()
+        self._let_go_on()
         self.closing.close()
         self.cause = self.cause or cause
         self.events.on_gone(self, self.cause)
         # The VM, its monitor and its port refer to each other, until the collector comes; its map is as large as half a MiB.
         self.memory = None
-        os.close(self._console)
-
-    def _drain_port(self) -> None:
-        if not self._port.transport:
-            return
-        with contextlib.suppress(OSError):
-            while data := os.read(self._agent_socket.fileno(), 65536):
-                self._port.data_received(data)
+        self._console.close()
 
     def console_tail(self) -> str:
         """The end of what the guest's console printed."""
-        try:
-            size = os.fstat(self._console).st_size
-            tail = os.pread(self._console, _CONSOLE_TAIL_BYTES, max(0, size - _CONSOLE_TAIL_BYTES))
-        except OSError:
-            return ""
-        return printable(tail.decode(errors="replace").replace("\r", "")).strip()
+        return self._console.tail()
+
+    def _trim_console(self) -> None:
+        self._console.trim()
+        self._trimming = self._loop.call_later(PERIOD_S, self._trim_console)
 
     # -- the guest -------------------------------------------------------------------------------------------------
 
@@ -330,12 +318,43 @@ class Vm:
         answers_file = self.state is VmState.FREEZING and kind is FrameType.FUSE_REPLY
         if self.state in (VmState.FREEZING, VmState.FROZEN, VmState.STOPPED) and not answers_file:
             self._held.append(frame)
+            self._held_bytes += len(frame.payload) + _FRAME_COST_BYTES
+            if self._held_bytes > MOST_UNREAD_BYTES:
+                self._port.overflow()
         else:
             self._write(frame)
 
     def _write(self, frame: Frame) -> None:
-        if self._port.transport and not self._port.transport.is_closing():
-            self._port.transport.write(frame.encode())
+        self._port.write(frame)
+
+    @property
+    def congested(self) -> bool:
+        """So much waits for this VM to read that the files it asks for are better sent later; `on_room` tells when.
+
+        What is held for a VM that freezes does not count: it freezes only when it has its files.
+        """
+        return self._port.congested
+
+    def _is_full(self) -> bool:
+        return self._port.congested or self._held_bytes > HIGH_WATER_BYTES
+
+    async def room(self) -> None:
+        """Wait until little waits for this VM, or it is gone."""
+        while self._is_full() and self.state is not VmState.GONE:
+            if not self._room:
+                self._room = self._loop.create_future()
+            await asyncio.shield(self._room)
+
+    def _port_has_room(self) -> None:
+        if not self._is_full():
+            self._let_go_on()
+        if not self.congested:
+            self.events.on_room(self)
+
+    def _let_go_on(self) -> None:
+        room, self._room = self._room, None
+        if room:
+            room.set_result(None)
 
     def thaw(self, message: dict[str, Any]) -> None:
         """Let a frozen guest go on, or one that does not come to rest; `message` is the THAW map of the agent protocol."""
@@ -346,24 +365,25 @@ class Vm:
         self.state = VmState.RUNNING
         # A parent's clock has stood still while it was saved. A clone finds the time in its identity.
         self._write(Frame(FrameType.THAW, pack_names({"time_ns": time.time_ns(), **message})))
-        held, self._held = self._held, []
+        held, self._held, self._held_bytes = self._held, [], 0
         for frame in held:
             self._write(frame)
+        if held:
+            self._loop.call_soon(self._port_has_room)
 
     def hold(self) -> None:
         """Take nothing from the agent port until `release`: its programs' prints block, and all else that it asks for waits.
 
         Not while it freezes: FREEZE must come through, and what its programs can print until they stand still is little.
         """
-        if self._port.transport and not self._port.transport.is_closing() and self.state is not VmState.FREEZING:
-            self._port.transport.pause_reading()
+        if self.state is not VmState.FREEZING:
+            self._port.pause_reading()
 
     def release(self) -> None:
         """Take what comes from the agent port again."""
-        if self._port.transport and not self._port.transport.is_closing():
-            self._port.transport.resume_reading()
+        self._port.resume_reading()
 
-    async def wait_frozen(self, timeout_s: float) -> dict[str, Any]:
+    async def wait_frozen(self, timeout_s: float) -> Frozen:
         """Wait for the agent's FROZEN frame (a boot ends with one)."""
         self._frozen = self._loop.create_future()
         try:
@@ -384,6 +404,7 @@ class Vm:
         """
         self.require(VmState.RUNNING)
         self.state = VmState.FREEZING
+        self._while_freezing = 0
         self.release()
         self._write(Frame(FrameType.FREEZE))
         await self.wait_frozen(FREEZE_TIMEOUT_S)
@@ -441,31 +462,50 @@ class Vm:
     # -- what QEMU and the agent say ---------------------------------------------------------------------------------
 
     def frame_received(self, frame: Frame) -> None:
+        """Deal with a frame.
+
+        Raises:
+            ProtocolError: no agent sends this, or not now.
+        """
+        guest_frames.check(frame)
+        if self.state in (VmState.FROZEN, VmState.STOPPED):
+            # What is sent now would be lost in every clone, and answers to it would find the guest asleep.
+            raise ProtocolError(f"it sent {frame.type.name} while it stands still")
+        if self.state is VmState.FREEZING:
+            self._while_freezing += len(frame.payload) + _FRAME_COST_BYTES
+            if self._while_freezing > MOST_WHILE_FREEZING_BYTES:
+                raise ProtocolError(f"it was to stand still, and has sent {MOST_WHILE_FREEZING_BYTES >> 20} MiB since")
         match frame.type:
             case FrameType.FROZEN:
+                report = guest_frames.frozen(frame)
                 if self._freeze_abandoned:
                     return
                 if self.state is VmState.FREEZING:
                     self.state = VmState.FROZEN
                 if self._frozen and not self._frozen.done():
-                    self._frozen.set_result(unpack(frame.payload))
+                    self._frozen.set_result(report)
                 self._frozen = None
             case FrameType.WOKEN:
+                report_of_wake = guest_frames.woken(frame)
                 self._freeze_abandoned = False
                 if not self.woken.done():
                     self.woken_at = time.monotonic()
-                    self.woken.set_result(unpack(frame.payload))
+                    self.woken.set_result(report_of_wake)
             case FrameType.FAILED:
-                self.failure = frame.payload[:_FAILURE_BYTES].decode(errors="replace").strip()
+                self.failure = guest_frames.failed(frame)
                 self.end(f"its agent gave up: {self.failure}")
+            case FrameType.EXITED:
+                self.events.on_exited(self, guest_frames.exited(frame))
             case _:
-                if frame.type is FrameType.EXITED:
-                    self.exit_report = unpack(frame.payload)
                 self.events.on_frame(self, frame)
 
     def _event(self, event: Event) -> None:
+        if not self._budget.allows(event["event"], time.monotonic()):
+            self.end(f"its QEMU reports more than {EVENTS_PER_S:.0f} events a second; the last one was {event['event']}")
+            return
         match event["event"]:
-            case "GUEST_PANICKED":
+            # CRASHLOADED is a panic, too: of a kernel that has another one loaded to look into it, which ours has not.
+            case "GUEST_PANICKED" | "GUEST_CRASHLOADED":
                 self.end("guest kernel panic")
             case "SHUTDOWN":
                 reason = event.get("data", {}).get("reason", "")
