@@ -252,6 +252,58 @@ os._exit(0)
 """
 
 
+LEAVE = """
+import ctypes, os
+os.makedirs("/tmp/cg", exist_ok=True)
+assert ctypes.CDLL(None, use_errno=True).mount(b"x", b"/tmp/cg", b"cgroup2", 0, None) == 0
+os.mkdir("/sys/fs/cgroup/user/below")
+def attempt(path, text):
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+        return "done"
+    except OSError as error:
+        return error.strerror
+for path in ("/sys/fs/cgroup/cgroup.procs", "/proc/1/root/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/user/cgroup.freeze",
+             "/tmp/cg/cgroup.freeze", "/tmp/cg/below/cgroup.procs", "/tmp/cg/cgroup.procs"):
+    print(attempt(path, "0"))
+print(open("/proc/1/cgroup").read().strip(), *[open(f"/proc/{pid}/cgroup").read().strip() for pid in (os.getpid(), os.getppid())])
+print("there", flush=True)
+while True:
+    print(".", end="", flush=True)
+"""
+
+
+def test_root_cannot_leave_what_is_frozen(guest: Guest) -> None:
+    """What runs on while the VM is saved would write into the copy, and run in clones that are not themselves yet."""
+    guest.run(LEAVE)
+    told = guest.output_until("there\n").splitlines()
+    assert told[:6] == ["No such file or directory"] * 2 + ["Operation not permitted"] * 2 + ["done", "done"]
+    assert told[6] == "0::/.. 0::/ 0::/../keeper"  # the agent, the program and the keeper, as the program sees them
+    guest.freeze()
+    guest.assert_silent()
+    guest.thaw()
+    assert guest.output_until(".")
+    guest.signal(signal.SIGKILL)
+    while guest.frame().type is not FrameType.EXITED:
+        pass
+    assert guest.execute("print(open('/proc/self/cgroup').read())").out.strip() == "0::/"  # the next program is inside, too
+
+
+def test_halt_fails(guest: Guest) -> None:
+    """A halted guest would look like one that computes. Nothing else of a guest's end needs this capability."""
+    code = ("import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            "for how in (0xcdef0123, 0x4321fedc, 0x01234567): print(libc.reboot(ctypes.c_int(how)), ctypes.get_errno())\n"
+            "print(int(open('/proc/self/status').read().split('CapEff:')[1].split()[0], 16) >> 22 & 1)")
+    assert guest.execute(code).out == "-1 1\n" * 3 + "0\n"
+
+
+@pytest.mark.parametrize(("key", "reason"), [("o", "guest-shutdown"), ("b", "guest-reset")])
+def test_the_end_of_a_guest_is_seen(guest: Guest, key: str, reason: str) -> None:
+    guest.run(f"open('/proc/sysrq-trigger', 'w').write({key!r})\nwhile True: pass")
+    guest.monitor.event("SHUTDOWN", reason=reason)
+
+
 def test_clone_takes_its_own_identity(guest: Guest) -> None:
     guest.run(CLONE)
     guest.send(FrameType.STDIN, b"what the parent's user typed")

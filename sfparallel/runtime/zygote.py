@@ -25,7 +25,6 @@ from sfparallel.runtime.data_disks import mount_data_disks
 from sfparallel.runtime.identity import ENTROPY_BYTES, refresh
 from sfparallel.runtime.program import Program
 
-USER_CGROUP = "/sys/fs/cgroup/user/cgroup.procs"
 MAX_RUN_BYTES = 1 << 20
 READY = b"ready"
 
@@ -77,8 +76,6 @@ def _become(payload: bytes, fds: list[int]) -> Program:
     for fd in fds:
         if fd > 2:
             os.close(fd)
-    with open(USER_CGROUP, "w", encoding="ascii") as file:
-        file.write("0")
     with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("0")
     program = Program.decode(payload)

@@ -116,6 +116,7 @@ bool terminal_end_input(const struct terminal *terminal);               /* false
 struct program {
     int keeper;              /* SEQPACKET socket to it */
     pid_t keeper_pid;
+    bool keeper_outside;     /* of the control group that is frozen */
     pid_t pid;               /* the user program's, leader of its process group; 0: none (yet) */
     bool started;            /* RUN was forwarded and EXITED not yet sent */
     int signal;              /* to be sent as soon as pid is known; 0: none */
@@ -140,7 +141,7 @@ int program_output_event(int *fd, struct port *port, uint16_t channel); /* one p
 int program_drain(struct program *program, struct port *port);          /* all that is in the pipes now */
 int program_discard(struct program *program, uint8_t *scratch, size_t size);
 
-/* ---- cgroup.c: the user program's control group ---- */
+/* ---- cgroup.c: the control group of all that a user's program can be ---- */
 
 struct cgroup {
     int freeze, events;      /* cgroup.freeze and cgroup.events, kept open */
@@ -148,6 +149,10 @@ struct cgroup {
 };
 
 int cgroup_open(struct cgroup *cgroup);
+/* The calling process enters the group, for good: neither it nor what it starts can leave. 0 or -errno. */
+int cgroup_enter(void);
+/* The keeper starts programs from inside, and waits outside: a clone need not wake it up. 0 or -errno. */
+int cgroup_put_keeper(pid_t keeper, bool inside);
 int cgroup_set(struct cgroup *cgroup, bool frozen);
 bool cgroup_is_frozen(const struct cgroup *cgroup);      /* all of its processes have stopped */
 int64_t oom_kills(int vmstat);                           /* since boot; -errno */

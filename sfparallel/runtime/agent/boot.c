@@ -183,7 +183,7 @@ static void mount_rest(void)
     must_mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=1777");
     must_mount("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=755");
     must_mount("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=60%,mode=1777");
-    must_mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+    must_mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, "nsdelegate");
     static const char *const links[][2] = {
         { "/proc/self/fd", "/dev/fd" }, { "fd/0", "/dev/stdin" }, { "fd/1", "/dev/stdout" }, { "fd/2", "/dev/stderr" },
     };

@@ -2,20 +2,42 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define USER_GROUP "/sys/fs/cgroup/user"
+#define KEEPER_GROUP "/sys/fs/cgroup/keeper"
 
 int cgroup_open(struct cgroup *cgroup)
 {
     int result = make_folders(USER_GROUP);
+    if (result == 0)
+        result = make_folders(KEEPER_GROUP);
     if (result < 0)
         return result;
     cgroup->freeze = open(USER_GROUP "/cgroup.freeze", O_RDWR | O_CLOEXEC);
     cgroup->events = open(USER_GROUP "/cgroup.events", O_RDONLY | O_CLOEXEC);
     return cgroup->freeze < 0 || cgroup->events < 0 ? -errno : 0;
+}
+
+/* The mount option nsdelegate (boot.c) makes the namespace a boundary: whoever is in it, root too, can move nothing out of its
+   root, by whatever mount it reaches the files (kernel/cgroup/cgroup.c, cgroup_procs_write_permission), nor thaw it. */
+int cgroup_enter(void)
+{
+    int result = write_file(USER_GROUP "/cgroup.procs", "0");
+    if (result < 0)
+        return result;
+    return unshare(CLONE_NEWCGROUP) < 0 ? -errno : 0;
+}
+
+int cgroup_put_keeper(pid_t keeper, bool inside)
+{
+    char text[16];
+    snprintf(text, sizeof text, "%d", (int)keeper);
+    return write_file(inside ? USER_GROUP "/cgroup.procs" : KEEPER_GROUP "/cgroup.procs", text);
 }
 
 int cgroup_set(struct cgroup *cgroup, bool frozen)

@@ -3,17 +3,27 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 /* A piece of output and its frame header fill exactly one buffer of the port's driver. */
 #define PIECE_SIZE ((32u << 10) - FRAME_HEADER_SIZE)
 enum { CHANNEL_STDOUT = 1, CHANNEL_STDERR = 2 };
+
+/* A halted guest (RB_HALT_SYSTEM) looks to the host like one that computes: its processors stand still, QEMU runs on and says
+   nothing, and its region waits for ever. So nobody but the agent may, and `halt` fails with EPERM. The same goes for
+   kexec_load(2). Other ends (power-off and reset by sysrq, a panic) QEMU reports. */
+static int forbid_halting(void)
+{
+    return prctl(PR_CAPBSET_DROP, CAP_SYS_BOOT, 0, 0, 0) < 0 ? -errno : 0;
+}
 
 static void become_keeper(int socket)
 {
@@ -26,6 +36,8 @@ static void become_keeper(int socket)
     if (input < 0 || dup2(input, 0) < 0 || fcntl(socket, F_SETFD, 0) < 0)
         _exit(126);
     close(input);
+    if (cgroup_enter() < 0 || forbid_halting() < 0)
+        _exit(126);
     snprintf(number, sizeof number, "%d", socket);
     snprintf(variable, sizeof variable, "SF_KEEPER_FD=%s", number);
     sigemptyset(&none);
@@ -97,6 +109,12 @@ int program_run(struct program *program, const uint8_t *payload, size_t size)
     int theirs[3], *ours[3] = { &program->input, &program->output, &program->error };
     if (program->started)
         return -EBUSY;
+    if (program->keeper_outside) {
+        int moved = cgroup_put_keeper(program->keeper_pid, true);
+        if (moved < 0)
+            return moved;
+        program->keeper_outside = false;
+    }
     for (unsigned i = 0; i < 3; i++) {
         int opened = open_stream(program, i, ours[i], &theirs[i]);
         if (opened < 0)
@@ -273,6 +291,10 @@ int program_keeper_event(struct program *program, struct port *port, int vmstat)
     if (report.kind == REPORT_EXITED)
         return program->started ? send_exited(program, port, report.status, oom_kills(vmstat)) : 0;
     program->pid = (pid_t)report.pid;
+    result = cgroup_put_keeper(program->keeper_pid, false);
+    if (result < 0)
+        return result;
+    program->keeper_outside = true;
     if (program->signal)
         send_signal(program, program->signal);
     program->signal = 0;
