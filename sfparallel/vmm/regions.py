@@ -25,6 +25,7 @@ from sfparallel.vmm.engine import Birth
 from sfparallel.vmm.machine import MachineSpec
 from sfparallel.vmm.pool import Pool
 from sfparallel.vmm.processes import cpu_seconds, private_memory
+from sfparallel.vmm.quotas import Pending, check_checkpoints, check_tickets, too_many_requests
 from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.requests import ANSWER_BYTES, REQUESTS, BadRequest, Caller, decode, shortened
 from sfparallel.vmm.saved import Saved, SavedStates
@@ -92,6 +93,7 @@ class Regions:
         self._keeping: set[tuple[Vm, int]] = set()
         """VMs, and the channels of their programs, that a checkpoint is just being made for."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pending = Pending()
         self._next_ticket = 1
         self._forks = 0
         self._handlers: dict[str, Handler] = {
@@ -105,9 +107,24 @@ class Regions:
 
     def request(self, vm: Vm, channel: int, payload: bytes) -> None:
         """Take a request from a program; the answer goes back when there is one."""
+        if not self._pending.begin(vm, len(payload)):
+            self._refuse(vm, channel, payload)
+            return
         task = asyncio.get_running_loop().create_task(self._serve(vm, channel, payload))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def done(task: asyncio.Task[None], size: int = len(payload)) -> None:
+            self._tasks.discard(task)
+            self._pending.end(vm, size)
+
+        task.add_done_callback(done)
+
+    def _refuse(self, vm: Vm, channel: int, payload: bytes) -> None:
+        try:
+            number = decode(payload).id
+        except BadRequest as error:
+            number = error.id
+        vm.send(FrameType.REPLY, pack({"id": number, **failure(too_many_requests())}), channel)
 
     async def _serve(self, vm: Vm, channel: int, payload: bytes) -> None:
         number: int | None = None
@@ -166,6 +183,7 @@ class Regions:
 
     async def _ticket(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
         n = message["n"]
+        check_tickets(sum(1 for ticket in self._tickets.values() if ticket.owner is vm))
         running = sum(1 for _, member in self._members.values() if not member.gone)
         granted = self._capacity.grant(n, running=running, warm=len(self._pool))
         ticket = Ticket(self._next_ticket, vm, channel, granted)
@@ -178,6 +196,11 @@ class Regions:
         if member.leaving is not None:
             return  # it has said so before
         member.status = message["status"]
+        member.leaving = time.monotonic()
+        if message["answer"]:
+            await ticket.owner.room()  # the answer waits here, not with the parent's other mail
+            if member.discarded:
+                return
         if ticket.report:
             _note_user_code(ticket.report, vm, message["ran_ns"])
             if message["answer"]:
@@ -187,14 +210,16 @@ class Regions:
         elif not ticket.joining:
             # Nobody is told who only waits for the end. But a region would wait for the answer.
             self._tell_end(ticket, member, f"it ended by exit({member.status}) before it answered", "quit", member.status)
-        self._sample(ticket, member)
-        vm.kill()
+        if not member.gone:
+            self._sample(ticket, member)
+            vm.kill()
 
     async def _join(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
         ticket = self._find(vm, channel, message)
         ticket.require(TicketState.RUNNING, TicketState.ENDED)
         ticket.joining = True
-        await ticket.wait_ended()
+        if not await ticket.join():
+            raise StateError(f"ticket {ticket.number} is waited for by a later request", hint="wait for the answer to that one")
         self._finish(ticket)
         return {"status": ticket.statuses()}
 
@@ -223,7 +248,7 @@ class Regions:
 
     async def _stats(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
         report = self._find(vm, channel, message).report
-        if report:
+        if report and not any(report.of(Phase.LAST_ANSWER)):
             # The program tells it at once when it has the last answer; its clock is not ours, so only the difference counts.
             now = time.monotonic()
             first = now - message["last_s"] + message["first_s"]
@@ -339,6 +364,8 @@ class Regions:
         asker = (vm, channel)
         try:
             async with vm.save_lock:
+                check_checkpoints(self._saved.count(vm))
+                self._capacity.grant(1, running=0, warm=0)  # it takes memory as a clone does
                 self._keeping.add(asker)
                 report = self._new_report(0, vm)
                 checkpoint = await engine.save(vm, self._store, report)

@@ -57,6 +57,10 @@ class SavedStates:
             raise StateError(f"there is no checkpoint {number} here", hint="make one with checkpoint_parent")
         return saved
 
+    def count(self, owner: Vm) -> int:
+        """How many a VM has."""
+        return sum(1 for saved in self._saved.values() if saved.owner is owner)
+
     def drop(self, saved: Saved) -> None:
         """Forget one."""
         if self._saved.pop(saved.number, None):

@@ -69,6 +69,7 @@ class Ticket:
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _joiner: asyncio.Future[bool] | None = None
 
     def require(self, *states: TicketState) -> None:
         if self.state not in states:
@@ -85,13 +86,17 @@ class Ticket:
     def check(self) -> None:
         """End the ticket when its last clone is gone."""
         if self.state is TicketState.RUNNING and all(member.gone for member in self.members.values()):
-            self.state = TicketState.ENDED
-            self._ended.set()
+            self._end()
 
     def give_up(self) -> None:
         """Cloning failed: there are no clones."""
+        self._end()
+
+    def _end(self) -> None:
         self.state = TicketState.ENDED
         self._ended.set()
+        if self._joiner and not self._joiner.done():
+            self._joiner.set_result(True)
 
     def discard(self, ranks: Collection[int] | None = None) -> None:
         """End clones now; their death is no loss."""
@@ -102,6 +107,15 @@ class Ticket:
 
     async def wait_ended(self) -> None:
         await self._ended.wait()
+
+    async def join(self) -> bool:
+        """Wait for the end; False as soon as somebody else does: who asks again and again, each time not for long, is one."""
+        if self._ended.is_set():
+            return True
+        if self._joiner and not self._joiner.done():
+            self._joiner.set_result(False)
+        self._joiner = asyncio.get_running_loop().create_future()
+        return await self._joiner
 
     def statuses(self) -> dict[int, int | None]:
         """Exit status by rank; None for a clone that was lost or discarded."""
