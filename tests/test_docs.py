@@ -19,8 +19,8 @@ import sfparallel
 from sfparallel import cli, config, errors
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"),
-                    *ROOT.glob("examples/*/README.md")])  # fmt: skip
+DOCUMENTS = sorted([*(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CHANGELOG", "SECURITY")),
+                    *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])  # fmt: skip
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
@@ -214,6 +214,13 @@ def test_links_lead_somewhere(name: str) -> None:
         if not target.exists() or not target.is_relative_to(ROOT) or (anchor and anchor not in _anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_tests_named_as_proof_exist() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8")))
+    assert len(named) > 20
+    assert not {name for name in named if f"def {name}(" not in tests}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.svg")), ids=lambda path: path.name)

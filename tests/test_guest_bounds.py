@@ -19,6 +19,7 @@ from sfparallel.vmm.file_service import MOST_WAITING_BYTES, FileService
 from sfparallel.vmm.files import FileServer
 from sfparallel.vmm.fuse_wire import MAX_READ_BYTES, Opcode
 from sfparallel.vmm.guest_events import EVENTS_AT_ONCE
+from sfparallel.vmm.output import LabelledOutput
 from sfparallel.vmm.vm import VmState
 from sfparallel.wire import HEADER, Frame, FrameType, pack
 from tests.hostile_guest import HostileGuest, hostile_guest
@@ -194,8 +195,9 @@ async def test_files_are_served_while_much_is_held_for_a_vm_that_freezes(served:
 
 
 @alone
-async def test_output_without_end_while_it_is_to_freeze() -> None:
+async def test_output_without_end_while_it_is_to_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not held then, as FREEZE must come through."""
+    monkeypatch.setattr(vms, "MOST_WHILE_FREEZING_BYTES", 32 << 20)
     async with hostile_guest() as guest:
         freezing = asyncio.ensure_future(guest.vm.freeze())
         await asyncio.sleep(0)
@@ -206,6 +208,15 @@ async def test_output_without_end_while_it_is_to_freeze() -> None:
         assert "was to stand still" in await guest.end()
         assert sent <= 2 * vms.MOST_WHILE_FREEZING_BYTES
         assert isinstance((await asyncio.gather(freezing, return_exceptions=True))[0], vms.VMError)
+
+
+def test_a_line_without_end_is_written_in_pieces() -> None:
+    written = []
+    output = LabelledOutput("[1] ", lambda stream, data: written.append(len(data)))
+    for _ in range(64):
+        output.feed(1, bytes(1 << 20))
+        assert sum(map(len, output._partial.values())) <= 64 << 10
+    assert len(written) == 64
 
 
 @alone

@@ -12,6 +12,7 @@ import pytest
 
 from sfparallel.vmm import quotas
 from sfparallel.vmm.agent_port import HIGH_WATER_BYTES
+from sfparallel.vmm.capacity import available_bytes
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.machine import Accelerator, MachineSpec
 from sfparallel.vmm.pool import ImageAhead, Pool
@@ -129,6 +130,19 @@ async def test_tickets_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
         await ask(guest, 100, "kill", ticket=1)
         await ask(guest, 101, "ticket", n=1)
         assert "ticket" in (await answers(guest, 2))[101]
+
+
+@alone
+async def test_a_ticket_for_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    regions = regions_of_a_job()
+    async with hostile_guest("parent") as guest:
+        attach(regions, guest)
+        monkeypatch.setattr(regions._capacity, "_clone_bytes", available_bytes() // 4)
+        await ask(guest, 1, "ticket", n=100)
+        assert 1 <= (await answers(guest, 1))[1]["granted"] <= 8
+        monkeypatch.setattr(regions._capacity, "_clone_bytes", 1 << 60)
+        await ask(guest, 2, "ticket", n=1)
+        assert (await answers(guest, 1))[2]["error"] == "capacity"
 
 
 @alone

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 FREEZE_TIMEOUT_S = 30.0
 """A guest that has not stopped its programs within this time goes on, and the fork fails (a busy one needs milliseconds)."""
 
-MOST_WHILE_FREEZING_BYTES = 64 << 20
+MOST_WHILE_FREEZING_BYTES = 256 << 20
 """What a guest may send from FREEZE to FROZEN. Its output is not held meanwhile, and one that prints on for ever would fill the
 host's memory; an agent of ours empties two pipes, and passes on what its programs had asked for."""
 
