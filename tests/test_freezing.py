@@ -193,3 +193,54 @@ def test_forks_beside_a_process_that_prints_without_end(sfrun: Sfrun) -> None:
     ).ok()  # fmt: skip
     assert set(ended.out.splitlines()) <= {"y", "[0] y", "[1] y", "[0] ", "[1] ", "end"}
     assert ended.out.endswith("end\n")
+
+
+def test_a_time_limit_holds_while_the_fork_waits_for_qemu(sfrun: Sfrun) -> None:
+    """The launcher of shells stands still: the region ends in its time, and no clone of it comes later."""
+    process = sfrun.start(
+        """
+        import sys, time
+        import sfparallel as sf
+
+        def number():
+            return sf.comm().rank
+
+        assert sf.parallel(number, n=1)() == [0]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        try:
+            sf.parallel(number, n=2, timeout=2)()
+        except sf.RegionTimeout as error:
+            print("missing", error.missing, flush=True)
+        sys.stdin.readline()
+        print(sf.parallel(number, n=2)())
+        """,
+        "--pool", "0", stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == "ready\n"
+    (launcher,) = (pid for pid in descendants(process.pid) if command_of(pid).startswith("sf-launcher"))
+    os.kill(launcher, signal.SIGSTOP)
+    process.stdin.write("fork\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "missing [0, 1]\n"
+    os.kill(launcher, signal.SIGCONT)
+    out, err = process.communicate("go on\n", timeout=100)
+    assert (process.returncode, out) == (0, "[0, 1]\n"), err
+
+
+def test_a_time_limit_holds_while_the_guest_comes_to_rest(sfrun: Sfrun) -> None:
+    ended = sfrun(
+        STUCK + """
+try:
+    sf.parallel(lambda: None, n=2, timeout=3)()
+except sf.RegionTimeout as error:
+    print("missing", error.missing)
+stuck.kill()
+os.close(server)
+stuck.wait()
+print(sf.parallel(lambda: sf.comm().rank, n=2)())
+""",
+        timeout=280,
+    ).ok()  # fmt: skip
+    assert ended.out.splitlines() == ["missing [0, 1]", "[0, 1]"]

@@ -261,7 +261,7 @@ def test_ctrl_c_during_the_fork_is_for_the_parent_only(double: Doubles) -> None:
     HERE.give_back(line)
     fork = line.clone
 
-    def interrupted(ticket: int, clones: int, context: bytes) -> Any:
+    def interrupted(ticket: int, clones: int, context: bytes, within_s: float | None = None) -> Any:
         signal.raise_signal(signal.SIGINT)  # as if the key was pressed just before the snapshot: every VM has it pending
         return fork(ticket, clones, context)
 

@@ -21,6 +21,7 @@ from sfparallel.errors import (
     GuestError,
     OutsideVMError,
     ProtocolError,
+    RegionTimeout,
     SfError,
     StateError,
     UsageError,
@@ -74,8 +75,9 @@ class Connection:
         reply = self._request("ticket", n=n)
         return Grant(number=reply["ticket"], granted=reply["granted"])
 
-    def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
-        return _fork(self._request("clone", ticket=ticket, context=context))
+    def clone(self, ticket: int, clones: int, context: bytes, within_s: float | None = None) -> Fork:
+        limit: dict[str, Any] = {} if within_s is None else {"within_s": within_s}
+        return _fork(self._request("clone", ticket=ticket, context=context, **limit))
 
     def checkpoint(self) -> Moment:
         reply = self._request("checkpoint")
@@ -203,6 +205,8 @@ def _error(op: str, reply: dict[str, Any]) -> SfError:
             return StateError(message, hint=hint)
         case "invalid":
             return UsageError(message, hint=hint)
+        case "timeout":
+            return RegionTimeout(message, missing=[], hint=hint)
         case "clone_failed":
             return VMError(message, hint=hint)
         case _:

@@ -148,8 +148,15 @@ class Hypervisor(Protocol):
     def request_ticket(self, n: int) -> Grant:
         """Reserve room for up to n clones."""
 
-    def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
-        """Fork; returns in the parent and in every clone."""
+    def clone(self, ticket: int, clones: int, context: bytes, within_s: float | None = None) -> Fork:
+        """Fork; returns in the parent and in every clone.
+
+        Args:
+            within_s: the time after which there shall be no fork any more.
+
+        Raises:
+            RegionTimeout: it was not made in time, and will not be.
+        """
 
     def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
         """End this clone, with an answer for the parent if there is one (of at most `Hello.answer_bytes`).

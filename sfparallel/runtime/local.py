@@ -211,7 +211,7 @@ class LocalLine:
         """The host that runs a clone; there is only one."""
         return ""
 
-    def clone(self, ticket: int, clones: int, context: bytes) -> Fork:
+    def clone(self, ticket: int, clones: int, context: bytes, within_s: float | None = None) -> Fork:
         cradle, parent = _Cradle(clones), os.getpid()
         born: list[_Child] = []
         for rank in range(1, clones + 1):

@@ -103,12 +103,16 @@ def request_ticket(n: int) -> Ticket:
     return Ticket(hypervisor, grant.number, grant.granted)
 
 
-def fork(ticket: Ticket, context: str = "") -> Fork:
+def fork(ticket: Ticket, context: str = "", within_s: float | None = None) -> Fork:
     """Fork, without renewing the Python-level identity in the clones: the caller does, before anything else.
 
     Args:
         ticket: a ticket that was not used yet.
         context: what the fork is for, for people who look at the running job.
+        within_s: the time after which there shall be no fork any more.
+
+    Raises:
+        RegionTimeout: it was not made in time, and will not be.
     """
     ticket.require(TicketState.GRANTED)
     ticket.renewal = Renewal()
@@ -116,7 +120,7 @@ def fork(ticket: Ticket, context: str = "") -> Fork:
         # What is still buffered would otherwise be printed by the parent and by every clone.
         flush_output()
         HERE.about_to_fork()
-        result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode())
+        result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode(), within_s)
         ticket.state = TicketState.CLONED
         if result.rank:
             HERE.became_clone(result, ticket.hypervisor)

@@ -124,6 +124,7 @@ class Region:
         Raises:
             CapacityError: the host cannot hold so many clones.
             OutsideVMError: this is not a VM of sfparallel.
+            RegionTimeout: there was not enough time to make them.
         """
         self._require(State.PLANNED)
         HERE.park_if_ghost()
@@ -141,7 +142,9 @@ class Region:
                 self._alarm = stack.enter_context(Alarm())
                 stack.enter_context(HERE.wakes(self))
                 try:
-                    fork = lowlevel.fork(self._ticket, self._work.name)
+                    fork = lowlevel.fork(self._ticket, self._work.name, self._left_s())
+                except RegionTimeout as error:
+                    raise self._timed_out() from error
                 except BaseException:
                     if HERE.generation != self._generation:
                         die()
@@ -154,6 +157,10 @@ class Region:
             self._link.expect([clone.address for clone in fork.clones])
             self._state = State.FORKED
             self._resources = stack.pop_all()
+
+    def _left_s(self) -> float | None:
+        """What is left of the time limit of the call, if it has one."""
+        return None if self._work.timeout_s is None else max(0.0, self._started + self._work.timeout_s - time.monotonic())
 
     def gather(self) -> list[Any]:
         """Wait for the answers, in the order of the keys. However it ends, the clones are gone.

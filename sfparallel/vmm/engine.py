@@ -23,7 +23,7 @@ from sfparallel.vmm.paging import CommitResult, PagingRefused
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
-from sfparallel.vmm.vm import Vm, VmState
+from sfparallel.vmm.vm import FREEZE_TIMEOUT_S, Vm, VmState
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +102,14 @@ async def _flatten(vm: Vm, store: LayerStore, only: Sequence[int] | None) -> Non
         raise PagingError(f"{vm.name}: its memory layers could not be merged: {error}") from error
 
 
-async def save(vm: Vm, store: LayerStore, report: ForkReport) -> Checkpoint:
+async def save(vm: Vm, store: LayerStore, report: ForkReport, *, freeze_limit_s: float = FREEZE_TIMEOUT_S) -> Checkpoint:
     """Make a checkpoint of a running VM and let its virtual CPUs go on; its programs stay frozen until `thaw`.
 
     Everything that can be done before the CPUs stop, or after they run again, is done then.
 
     Args:
         report: told of each phase, and of what was committed.
+        freeze_limit_s: how long its programs may take to come to rest.
 
     Raises:
         StateError: it does not run.
@@ -119,7 +120,7 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport) -> Checkpoint:
         with _plan_commit(vm, store) as plan:
             try:
                 await _prepare(vm, plan, report)
-                return await _freeze_and_save(vm, store, plan, report)
+                return await _freeze_and_save(vm, store, plan, report, freeze_limit_s)
             finally:
                 with contextlib.suppress(PagingError, Closed):
                     await vm.paging.settle()
@@ -138,10 +139,12 @@ async def _prepare(vm: Vm, plan: CommitPlan, report: ForkReport) -> None:
     report.note(vm.name, Phase.PREPARE, begun, prepared_pages=pages)
 
 
-async def _freeze_and_save(vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport) -> Checkpoint:
+async def _freeze_and_save(
+    vm: Vm, store: LayerStore, plan: CommitPlan, report: ForkReport, freeze_limit_s: float
+) -> Checkpoint:
     assert vm.memory is not None
     begun = time.monotonic()
-    await vm.freeze()
+    await vm.freeze(freeze_limit_s)
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
         async with vm.devices_to(device_state) as devices:

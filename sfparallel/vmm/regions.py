@@ -30,7 +30,7 @@ from sfparallel.vmm.record import SUPERVISOR, ForkReport, Phase
 from sfparallel.vmm.requests import ANSWER_BYTES, REQUESTS, BadRequest, Caller, decode, shortened
 from sfparallel.vmm.saved import Saved, SavedStates
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
-from sfparallel.vmm.vm import Vm, VmState
+from sfparallel.vmm.vm import FREEZE_TIMEOUT_S, Vm, VmState
 from sfparallel.wire import FrameType, pack
 
 log = logging.getLogger("sfparallel")
@@ -264,18 +264,25 @@ class Regions:
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
         ticket.label_base = 0 if message["context"] else 1
         ticket.world = self._settings.world and vm not in self._members
+        now = asyncio.get_running_loop().time
+        until = None if message["within_s"] is None else now() + message["within_s"]
+        limit = asyncio.timeout_at(until)
         with contextlib.ExitStack() as stack:
             try:
                 # Two programs of one VM may fork it one after the other. Other VMs go their own way meanwhile.
-                async with vm.save_lock:
+                async with limit, vm.save_lock:
                     self._require_asker(ticket)
                     stack.enter_context(self._pool.held())
-                    saved, clones, report = await self._fork(vm, ticket, message)
-            except (SfError, OSError) as error:
+                    saved, clones, report = await self._fork(vm, ticket, message, limit)
+            except (SfError, OSError) as error:  # TimeoutError is an OSError
                 ticket.give_up()
+                if until is not None and now() >= until:
+                    answer = {"error": "timeout", "message": f"there was not enough time to fork: {error}"}
+                else:
+                    answer = failure(error)
                 if vm.state not in (VmState.FROZEN, VmState.FREEZING):
-                    raise
-                vm.thaw(_thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
+                    return answer
+                vm.thaw(_thaw(channel, {"id": message["id"], **answer}))
                 return None
             try:
                 await self._launch(ticket, clones, saved, report)
@@ -306,13 +313,15 @@ class Regions:
         report.note(SUPERVISOR, Phase.SHELLS, report.started)
         return shells
 
-    async def _fork(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> tuple[Saved, list[dict[str, Any]], ForkReport]:
+    async def _fork(
+        self, vm: Vm, ticket: Ticket, message: dict[str, Any], limit: asyncio.Timeout
+    ) -> tuple[Saved, list[dict[str, Any]], ForkReport]:
         """Save the VM and thaw it with its answer; what is returned is for `_launch`."""
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
             self._require_asker(ticket)
-            checkpoint = await engine.save(vm, self._store, report)
+            checkpoint = await engine.save(vm, self._store, report, freeze_limit_s=_end_wait(limit))
             try:
                 self._require_asker(ticket)
             except StateError:
@@ -541,6 +550,15 @@ class Regions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._saved.drop_all()
+
+
+def _end_wait(limit: asyncio.Timeout) -> float:
+    """From here on the wait may not be cut short, for a VM is being saved. Returns how long it may take to freeze."""
+    until = limit.when()
+    if until is None:
+        return FREEZE_TIMEOUT_S
+    limit.reschedule(None)
+    return min(FREEZE_TIMEOUT_S, until - asyncio.get_running_loop().time())
 
 
 def _note_user_code(report: ForkReport, vm: Vm, ran_ns: int) -> None:

@@ -132,7 +132,8 @@ _SOME_RANKS = Field(_ranks, required=False)
 REQUESTS: dict[str, Op] = {
     "hello": Op({}),
     "ticket": Op({"n": Field(_COUNT)}),
-    "clone": Op({"ticket": _NUMBER, "context": Field(_some_bytes(CONTEXT_BYTES), required=False, default=b"")}),
+    "clone": Op({"ticket": _NUMBER, "context": Field(_some_bytes(CONTEXT_BYTES), required=False, default=b""),
+                 "within_s": Field(_seconds, required=False)}),
     "checkpoint": Op({}),
     "create": Op({"ticket": _NUMBER, "checkpoint": _NUMBER, "first": Field(whole(0, (1 << 31) - 1), required=False, default=1)}),
     "drop": Op({"checkpoint": _NUMBER}),

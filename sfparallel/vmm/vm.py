@@ -395,7 +395,7 @@ class Vm:
                 hint="a process of it may be stuck in the guest's kernel",
             ) from None
 
-    async def freeze(self) -> None:
+    async def freeze(self, limit_s: float = FREEZE_TIMEOUT_S) -> None:
         """Bring guest and agent port to a clean cut: no byte is under way in either direction. File requests are answered
         meanwhile.
 
@@ -407,7 +407,7 @@ class Vm:
         self._while_freezing = 0
         self.release()
         self._write(Frame(FrameType.FREEZE))
-        await self.wait_frozen(FREEZE_TIMEOUT_S)
+        await self.wait_frozen(limit_s)
 
     @contextlib.asynccontextmanager
     async def devices_to(self, file: int) -> AsyncIterator[str]:
