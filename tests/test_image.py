@@ -232,10 +232,13 @@ def _running_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.needs("root")
-def test_killed_build_leaves_no_image_and_no_process(cache: Path) -> None:
+def test_killed_build_leaves_no_image_and_no_process(cache: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of mmdebstrap; the next build clears up."""
     code = "from sfparallel.vmm import image; image.build(image.Recipe('killed'), lambda stage, _: print(stage, flush=True))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as builder:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as builder:
         assert builder.stdout
         assert builder.stdout.readline().startswith("fetch")
         deadline = time.monotonic() + 60
@@ -248,6 +251,7 @@ def test_killed_build_leaves_no_image_and_no_process(cache: Path) -> None:
         time.sleep(0.01)
     assert _running_in(cache) == []
     assert image.list_images() == []
+    assert list(temporary.iterdir()) == [], "temporary files are litter of the build as well"
     litter = list((cache / "images").glob(".build-*"))
     assert len(litter) == 1
     image._remove_litter()

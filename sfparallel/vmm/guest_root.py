@@ -65,7 +65,7 @@ def make_root(work: Path, suite: str, packages: Sequence[str], pip: Sequence[str
     _unpack_debian(work, root, suite, packages, sources)
     if pip:
         progress("install Python packages", None)
-        _install_pip(root, pip)
+        _install_pip(root, pip, work / "tmp")
     progress("prepare the root", None)
     magic = _python_magic(root)
     version = _take_kernel(root, work)
@@ -79,6 +79,7 @@ def make_root(work: Path, suite: str, packages: Sequence[str], pip: Sequence[str
     )  # fmt: skip
     progress("clean up", None)
     shutil.rmtree(root)
+    shutil.rmtree(work / "tmp")
     (work / "debian.sources").unlink()
     return magic
 
@@ -89,8 +90,12 @@ def _unpack_debian(work: Path, root: Path, suite: str, packages: Sequence[str], 
     include = ",".join(sorted({*BASE_PACKAGES, *packages}))
     argv: list[str | Path] = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={include}"]
     argv += ["--aptopt=APT::Install-Recommends \"false\"", *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS)]
+    # A killed mmdebstrap leaves its temporary files; here they are litter by the name of the folder that they are in.
+    temporary = work / "tmp"
+    temporary.mkdir()
     try:
-        subprocesses.run_tree([*argv, suite, root, listing], what="unpack Debian", error=ImageBuildError)
+        subprocesses.run_tree([*argv, suite, root, listing], what="unpack Debian", error=ImageBuildError,
+                              environment={"TMPDIR": str(temporary)})  # fmt: skip
     except ImageBuildError as error:
         raise _explained(error) from None
 
@@ -111,10 +116,10 @@ def _pip_platforms() -> list[str]:
     return [*names, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64", "any"]
 
 
-def _install_pip(root: Path, names: Sequence[str]) -> None:
+def _install_pip(root: Path, names: Sequence[str], temporary: Path) -> None:
     """Into /usr/local, which comes before Debian's own packages on Python's path. The index is the one that pip is configured
     for on this host."""
-    target = root / _PIP_TARGET
+    target, places = root / _PIP_TARGET, {"TMPDIR": str(temporary)}
     base = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(target)]
     wheels = ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
     for abi in ("cp311", "abi3", "none"):
@@ -122,13 +127,14 @@ def _install_pip(root: Path, names: Sequence[str]) -> None:
     for platform in _pip_platforms():
         wheels += ["--platform", platform]
     try:
-        subprocesses.run([*base, *wheels, "--", *names], what="install Python packages", error=ImageBuildError)
+        subprocesses.run([*base, *wheels, "--", *names], what="install Python packages", error=ImageBuildError,
+                         environment=places)  # fmt: skip
     except ImageBuildError as error:
         if sys.version_info[:2] != (3, 11):
             error.hint = "only packages that have wheels for CPython 3.11 can be installed from a host with another Python"
             raise
         # Something has no wheel; our Python is of the guest's version, so what it builds here runs there.
-        subprocesses.run([*base, "--", *names], what="install Python packages", error=ImageBuildError)
+        subprocesses.run([*base, "--", *names], what="install Python packages", error=ImageBuildError, environment=places)
     subprocesses.run(["chroot", root, "python3", "-m", "compileall", "-q", f"/{_PIP_TARGET}"], what="compile Python packages",
                      error=ImageBuildError)  # fmt: skip
 

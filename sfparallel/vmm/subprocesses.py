@@ -67,10 +67,17 @@ def run(
     return done.stdout
 
 
-def run_tree(argv: Sequence[str | Path], *, what: str, error: type[SfError] = EnvironmentProblem) -> str:
+def run_tree(
+    argv: Sequence[str | Path],
+    *,
+    what: str,
+    error: type[SfError] = EnvironmentProblem,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Like `run`, for a program whose own children must not survive it: it runs in a PID namespace, whose end is theirs."""
     unshare = require("unshare", "util-linux")
-    return run([unshare, "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--", *argv], what=what, error=error)
+    command = [unshare, "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--", *argv]
+    return run(command, what=what, error=error, environment=environment)
 
 
 def _bound() -> list[str]:
