@@ -7,6 +7,9 @@ import errno
 import fcntl
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -528,6 +531,37 @@ def test_listening_library_accepts_one_peer(rig: Rig, tmp_path: Path) -> None:
         assert process.wait(10) == 0
 
     asyncio.run(scenario())
+
+
+STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+    sock.connect(sys.argv[1])
+    print(sock.recv(100))
+"""
+
+
+@pytest.mark.needs("root")
+def test_listening_library_turns_other_users_away(rig: Rig) -> None:
+    """Even where the socket's permissions let them in: the peer owns guest memory."""
+
+    async def meet(path: Path) -> None:
+        layer = await PagingLayer.connect(path, "guest")
+        await layer.hello()
+        layer.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "page"
+        process = rig.spawn({"SFPAGE_PATH": str(path)})
+        assert process.stdout
+        process.stdout.readline()
+        path.chmod(0o777)
+        ended = subprocess.run([sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+        assert ended.stdout == "b''\n"
+        asyncio.run(meet(path))
+        assert process.wait(10) == 0
 
 
 def test_listening_library_gives_up(rig: Rig, tmp_path: Path) -> None:

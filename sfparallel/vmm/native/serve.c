@@ -2,7 +2,7 @@
  *
  * Loaded into QEMU with LD_PRELOAD; found through one of
  *   SFPAGE_FD=<n>       an inherited descriptor, already connected (raw shells)
- *   SFPAGE_PATH=<path>  a socket to bind; exactly one peer is accepted, within SFPAGE_WAIT_MS (60 s) (libvirt domains)
+ *   SFPAGE_PATH=<path>  a socket to bind; exactly one peer is accepted, of our user or root, within SFPAGE_WAIT_MS (60 s) (libvirt domains)
  *   SFPAGE_LAUNCHER=<n> an inherited descriptor, by which shells are ordered; see launcher.c
  * The thread is made before QEMU's sandbox starts and needs nothing that spawn=deny or resourcecontrol=deny forbid.
  */
@@ -134,16 +134,28 @@ static void answer(struct sf_context *context, struct sf_message *message)
         end_process(EXIT_PEER_GONE);
 }
 
+/* Whether the peer of a socket is of our own user, or root: whoever talks to us owns guest memory. */
+static bool is_ours(int fd)
+{
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && (peer.uid == geteuid() || peer.uid == 0);
+}
+
 /* Accepts the one peer and removes every way for another to come. */
 static void accept_peer(struct sf_context *context)
 {
     struct pollfd waiting = {.fd = context->listener, .events = POLLIN};
     int n;
-    do
+    do {
         n = poll(&waiting, 1, context->wait_ms);
-    while (n < 0 && errno == EINTR);
-    if (n > 0)
-        context->control = accept4(context->listener, NULL, NULL, SOCK_CLOEXEC);
+        if (n > 0)
+            context->control = accept4(context->listener, NULL, NULL, SOCK_CLOEXEC);
+        if (context->control >= 0 && !is_ours(context->control)) {
+            close(context->control);
+            context->control = -1;
+        }
+    } while (n > 0 ? context->control < 0 : n < 0 && errno == EINTR);
     unlink(context->path);
     close(context->listener);
     if (context->control < 0)
