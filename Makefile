@@ -8,7 +8,7 @@ RENDER_PACKAGES := --package povray --package povray-examples --package python3-
 ML_IMAGE := $(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pandas --pip pytest --pip hypothesis
 BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed --pip ray
 
-.PHONY: help build bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map clean
+.PHONY: help build bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map bench-start clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,11 +43,14 @@ lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
 	@$(BIN)/mypy
 
-bench: bench-fork bench-comm bench-map ## all benchmarks
+bench: bench-fork bench-comm bench-map bench-start ## all benchmarks
 
 bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minutes on 2 cores); ARGS="--part pause", ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build default
 	@$(BIN)/python -m benchmarks.fork $(ARGS)
+
+bench-start: bench-tools ## start of a job by core, with cold and warm caches (1 minute on 2 cores); ARGS=--quick, ARGS=--draw
+	@$(BIN)/python -m benchmarks.start $(ARGS)
 
 bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (14 minutes on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build bench $(BENCH_IMAGE)

@@ -21,11 +21,15 @@ from benchmarks.fork.results import Results
 from benchmarks.map import __main__ as maps
 from benchmarks.map import plots as map_plots
 from benchmarks.map import tables as map_tables
+from benchmarks.start import __main__ as start
+from benchmarks.start import plots as start_plots
+from benchmarks.start import tables as start_tables
 
 BENCHMARKS: list[tuple[Any, Any, Any, Any]] = [
     (fork, Results.read, fork_tables.text, fork_plots.draw),
     (comm, lambda path: json.loads(path.read_text()), comm_tables.text, comm_plots.draw),
     (maps, lambda path: json.loads(path.read_text()), map_tables.text, map_plots.draw),
+    (start, lambda path: json.loads(path.read_text()), start_tables.text, start_plots.draw),
 ]
 """Its program, and how its data are read, told and drawn."""
 
