@@ -13,10 +13,10 @@ libvirt.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own would import a dozen modules, in every program
 if TYPE_CHECKING:
+    from typing import Any
+
     from sfparallel import MPI
     from sfparallel.errors import (
         CapacityError,
@@ -102,6 +102,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib  # here: what every program would find in sys.modules stays as small as it is with python3
     if name == "MPI":
         return importlib.import_module("sfparallel.MPI")
     home = _HOME_OF.get(name)

@@ -105,7 +105,8 @@ def _sfrun_parser() -> argparse.ArgumentParser:
     add("--image", default="default", metavar="NAME", help="guest image (see `sf image list`)")
     add("--label", action=argparse.BooleanOptionalAction, default=True, help="put the rank before each line that a clone prints")
     add("--timeout", type=float, metavar="S", help="stop the job after S seconds (exit code 124)")
-    add("--env", action="append", default=[], metavar="K=V", help="set an environment variable of the program")
+    add("--env", action="append", default=[], metavar="K[=V]",
+        help="set an environment variable of the program; without V: as it is here")
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
@@ -155,13 +156,14 @@ def _forward(text: str) -> tuple[int, int]:
     return ports
 
 
-def _environment(pairs: Sequence[str]) -> dict[str, str]:
-    result = {}
+def _environment(pairs: Sequence[str]) -> dict[str, str | None]:
+    """NAME=VALUE sets a variable; NAME takes the host's, and its absence too (None)."""
+    result: dict[str, str | None] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key:
-            raise UsageError(f"--env {pair!r}: not a setting", hint="write --env NAME=VALUE")
-        result[key] = value if equals else os.environ.get(key, "")
+            raise UsageError(f"--env {pair!r}: not a setting", hint="write --env NAME=VALUE, or --env NAME for its value here")
+        result[key] = value if equals else os.environ.get(key)
     return result
 
 
@@ -219,19 +221,28 @@ def _run_job(options: JobOptions, places: Places, pid: int) -> int:
         return run(options, places, pid)
 
 
+def _script(name: str, cwd: Path) -> tuple[Path, str]:
+    """The folder of a script, and its name for the interpreter: the given one, unless that leads through a link in a folder that
+    guests are not shown. A folder with a `__main__.py` is a script too, as for python."""
+    if not os.path.isfile(name) and not os.path.isfile(os.path.join(name, "__main__.py")):
+        raise UsageError(f"there is no script {name!r}", hint=f"the current folder is {cwd}")
+    real = Path(os.path.realpath(name))
+    folder = real if real.is_dir() else real.parent
+    place = Path(os.path.abspath(cwd / name))
+    shown = any(base == place or base in place.parents for base in (cwd, folder))
+    direct = Path(os.path.realpath(place.parent)) == place.parent and Path(os.path.realpath(place)) == real
+    return folder, name if shown and direct else str(real)
+
+
 def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> JobOptions:
     try:
         cwd = Path(os.path.realpath(os.getcwd()))
     except FileNotFoundError:
         raise UsageError("the current folder does not exist any more", hint="change to a folder that exists") from None
-    folder, path0 = None, "" if mode == "command" else str(cwd)
+    folder = None
     if mode == "script":
-        script = Path(words[0]).absolute()
-        if not script.is_file():
-            raise UsageError(f"there is no script {words[0]!r}", hint=f"the current folder is {cwd}")
-        script = Path(os.path.realpath(script))
-        folder, path0 = script.parent, str(script.parent)
-        words = [str(script), *words[1:]]
+        folder, name = _script(words[0], cwd)
+        words = [name, *words[1:]]
     if mode == "command" and any("\ud800" <= char <= "\udfff" for char in words[0]):
         raise UsageError("the command after -c is not valid UTF-8", hint="put it into a script with a line `# coding: …`")
     data = tuple(Path(os.path.realpath(text)) for text in options.data)
@@ -241,7 +252,7 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         if is_system_folder(path) and not any(shared in path.parents for shared in SHARED_DATA):
             raise UsageError(f"--data {path}: it belongs to the system, and the guest has its own",
                              hint="name the folder that the data is in")  # fmt: skip
-    program = Program(mode, tuple(words), cwd, folder, path0, _environment(options.env))
+    program = Program(mode, tuple(words), cwd, folder, _environment(options.env))
     return JobOptions(
         program, run_in=options.run_in, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus,
         image=options.image, labels=options.label, timeout_s=options.timeout, data=data,

@@ -18,9 +18,12 @@ from typing import Any
 
 import pytest
 
+from sfparallel import bootstrap
 from sfparallel.errors import ImageMissing
 from sfparallel.vmm import image
+from sfparallel.vmm.job import GUEST_BOOTSTRAP
 from sfparallel.vmm.machine import Accelerator, MachineSpec
+from sfparallel.vmm.options import Program
 from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
 
 PATIENCE_S = 120.0
@@ -174,9 +177,10 @@ class Guest:
         self.send(FrameType.FREEZE)
         return unpack(self.skip_to(FrameType.FROZEN).payload)
 
-    def run(self, code: str, *arguments: str, mode: str = "command", cwd: str = "/", path0: str = "") -> None:
-        self.send(FrameType.RUN, pack({"argv": [code, *arguments], "mode": mode, "cwd": cwd, "env": COMMAND_ENVIRONMENT,
-                                       "path0": path0}))  # fmt: skip
+    def run(self, code: str, *arguments: str, mode: str = "command", cwd: str = "/") -> None:
+        words = Program(mode, (code, *arguments), Path(cwd), None).words
+        environment = bootstrap.environment(COMMAND_ENVIRONMENT, {}, GUEST_BOOTSTRAP)
+        self.send(FrameType.RUN, pack({"argv": words, "cwd": cwd, "env": environment}))
 
     def signal(self, number: int) -> None:
         self.send(FrameType.SIGNAL, number.to_bytes(4, "little"))

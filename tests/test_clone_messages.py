@@ -30,7 +30,7 @@ GOOD: dict[Kind, dict[str, Any]] = {
     Kind.RESULT: {"key": 3, "pickle": b"x", "ran_ns": 1},
     Kind.ERROR: {"key": 3, "error": ERROR},
     Kind.COMM: {}, Kind.WHO_LEFT: {}, Kind.READY: {},
-    Kind.DONE: {"status": 3},
+    Kind.DONE: {},
     Kind.UNFIT: {"error": ERROR, "pickle": b"x"},
     Kind.BACK: {"keys": [1, 2]},
 }  # fmt: skip
@@ -39,7 +39,7 @@ texts = st.text("a0/.\x00ä☃", max_size=5)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | texts | st.binary(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts | st.integers(0, 9), inner, max_size=3), max_leaves=8)
-names = st.sampled_from(["kind", "rank", "key", "pickle", "ran_ns", "error", "files", "keys", "status"])
+names = st.sampled_from(["kind", "rank", "key", "pickle", "ran_ns", "error", "files", "keys"])
 
 
 def parts_of(sent: Kind, beside: tuple[bytes, ...] = (), **changed: Any) -> list[Any]:
@@ -75,7 +75,6 @@ def test_messages_as_clones_send_them() -> None:
     (Kind.ERROR, {"error": None}, "description"), (Kind.ERROR, {"error": {}}, "type"), (Kind.ERROR, {"key": None}, "'key'"),
     (Kind.ERROR, {"error": {**ERROR, "traceback": b"x"}}, "traceback"), (Kind.BACK, {"keys": []}, "'keys'"),
     (Kind.BACK, {"keys": 1}, "'keys'"), (Kind.BACK, {"keys": [0] * 70_000}, "'keys'"), (Kind.BACK, {"keys": [-1]}, "'keys'"),
-    (Kind.DONE, {"status": 256}, "'status'"), (Kind.DONE, {"status": "1" * 30}, "'status'"),
     (Kind.UNFIT, {"error": []}, "description"),
     (Kind.READY, {"kind": "keys"}, "unknown kind 'keys'"), (Kind.READY, {"kind": "x" * 1000}, "unknown kind"),
 ])  # fmt: skip
@@ -119,7 +118,7 @@ def check(message: Message | BadMessage) -> None:
         assert len(message.why) < 500
         return
     assert message.kind in FROM_CLONES.values()
-    assert type(message.key) is type(message.status) is type(message.ran_ns) is int
+    assert type(message.key) is type(message.ran_ns) is int
     assert all(type(key) is int for key in message.keys)
     assert all(isinstance(each, memoryview) for each in (*message.frames, *message.contents))
     assert len(message.files) == len(message.contents)

@@ -25,10 +25,12 @@ BELOW = {
     "native": frozenset({"_native", "config", "errors", "text"}),
     # The guest has `wire`, and no native library.
     "wire": frozenset({"config", "errors", "text"}),
+    # Both sides of how the program's interpreter is started; its `sitecustomize` goes on in `runtime`.
+    "bootstrap": frozenset({"runtime"}),
     "net": frozenset({"wire", "native", "config", "errors", "text"}),
-    "vmm": frozenset({"net", "wire", "native", "config", "errors", "text"}),
+    "vmm": frozenset({"bootstrap", "net", "wire", "native", "config", "errors", "text"}),
     # The guest's half: it must work where the host's packages are not installed.
-    "runtime": frozenset({"wire", "config", "errors", "text"}),
+    "runtime": frozenset({"bootstrap", "wire", "config", "errors", "text"}),
     "cli": frozenset({"runtime", "vmm", "net", "wire", "native", "config", "errors", "text"}),
     # `import sfparallel`: what users import, and nothing of the host's half.
     "": frozenset({"MPI", "runtime", "errors"}),

@@ -226,12 +226,15 @@ def _run(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 def test_commands_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    # Modules of the current folder belong to the program, and not to what runs around it.
-    (tmp_path / "socket.py").write_text("raise SystemError('this is not yours')")
     (tmp_path / "mine.py").write_text("import sfparallel as sf\nprint(__name__, sf.parallel(lambda: 1, n=2)())")
     assert _run("-c", "import sys; print(sys.argv)", "a").stdout == "['-c', 'a']\n"
     ended = _run("-m", "mine")
     assert ended.stdout == "__main__ [1, 1]\n", ended.stderr
+    # Modules of the current folder belong to the program, and not to what runs before it.
+    for name in ("os", "io", "socket", "sfparallel", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("raise SystemError('this is not yours')")
+    assert _run("-c", "import sys; print(sys.argv)", "a").stdout == "['-c', 'a']\n"
+    assert "SystemError: this is not yours" in _run("-c", "import socket").stderr
 
 
 def test_it_says_what_it_is_and_what_it_cannot() -> None:

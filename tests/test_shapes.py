@@ -144,7 +144,7 @@ def test_a_disk_plugged_in_while_the_guest_runs_is_in_later_clones(tmp_path: Pat
                 assert job._parent
                 tasks.append(asyncio.get_running_loop().create_task(plug_data_disks(job._parent, [image])))
 
-        program = Program("command", (HOT_PLUG,), tmp_path, None, "")
+        program = Program("command", (HOT_PLUG,), tmp_path, None)
         job = Job(JobOptions(program, n=2, data_slots=1, on_report=plug_after_the_first_fork), places, pid)
         return await job.run()
 

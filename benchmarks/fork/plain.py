@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel import native
+from sfparallel import bootstrap, native
 from sfparallel.config import QEMU
 from sfparallel.errors import VMError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import image as images
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places, confine
-from sfparallel.vmm.job import GUEST_ENVIRONMENT
+from sfparallel.vmm.job import GUEST_BOOTSTRAP, GUEST_ENVIRONMENT
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.machine import Accelerator, Boot, Endpoints, MachineSpec, arguments
 from sfparallel.vmm.paging import PagingHello, PagingLayer
@@ -124,8 +124,7 @@ class Guest:
 
     def run_program(self) -> None:
         self.vm.send(FrameType.RUN, pack({
-            "argv": [PROGRAM], "mode": "command", "cwd": "/", "env": GUEST_ENVIRONMENT, "ranks": 0, "mpi4py": False, "path0": "",
-            "data": [],
+            "argv": ["-c", PROGRAM], "cwd": "/", "env": bootstrap.environment(GUEST_ENVIRONMENT, {}, GUEST_BOOTSTRAP),
         }))  # fmt: skip
 
     async def answer(self, rank: int) -> float:

@@ -125,7 +125,7 @@ def main() -> int:
     if os.getppid() != order.parent:
         return 1  # it was gone before it could take this process along
     source = (Path(__file__).parent / "guest.py").read_text(encoding="utf-8")
-    program = Program("command", (source,), Path(tempfile.gettempdir()), None, "")
+    program = Program("command", (source,), Path(tempfile.gettempdir()), None)
 
     def job(places: Places, pid: int) -> int:
         from sfparallel.vmm.job import run

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-import types
-from collections.abc import Callable, Iterable
-from typing import Any
 
-Callback = Callable[[], object]
+TYPE_CHECKING = False  # and no other imports: this module is in every program, before its first line
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    Callback = Callable[[], object]
 
 LEFT_OUT = {
     "threading": "it declares all other threads ended, which go on in a clone, and the calling one the main thread",
@@ -88,6 +89,8 @@ def _call(functions: Iterable[Callback]) -> None:
 
 
 def _tell(function: Callback, error: BaseException) -> None:
+    import traceback
+    import types
     if sys.unraisablehook is sys.__unraisablehook__:  # which takes one type only, that Python code cannot make
         print(f"Exception ignored in: {function!r}", file=sys.stderr)
         traceback.print_exception(error)

@@ -1,6 +1,6 @@
 """Pickles what `pickle` itself cannot: functions and classes without a name that can be imported go by value (cloudpickle).
 
-Imported when it is needed: cloudpickle is no part of what `import sfparallel` costs. (In a guest the zygote has imported it.)
+Imported when it is needed: cloudpickle is no part of what `import sfparallel` costs. (In a VM the first fork imports it.)
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from sfparallel.errors import Closed, SfError, StateError, UsageError
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Batch, Hypervisor, Moment
 from sfparallel.runtime.identity import Renewal
-from sfparallel.runtime.lowlevel import AtFork, Ticket, TicketState, assume_identity, flush_output
+from sfparallel.runtime.lowlevel import AtFork, Ticket, TicketState, assume_identity, flush_output, prepare
 
 
 @runtime_checkable
@@ -111,6 +111,7 @@ def keep_state() -> tuple[Moment, Hypervisor, Renewal]:
         how the call returned, the line by which it did, and what will renew the identity.
     """
     line = HERE.take_hypervisor()
+    prepare(line)
     renewal = Renewal()
     with AtFork(line):
         # What is still buffered would otherwise be printed by this VM and by every clone.

@@ -67,7 +67,6 @@ class Message(NamedTuple):
         files, contents: collected files of a RESULT.
         error: type, message and traceback of ERROR or UNFIT, as text.
         keys: what BACK gives back.
-        status: exit code of DONE.
         ran_ns: how long the key took, 0 if nobody measured.
     """
 
@@ -79,7 +78,6 @@ class Message(NamedTuple):
     contents: Sequence[memoryview] = ()
     error: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
     keys: Sequence[int] = ()
-    status: int = 0
     ran_ns: int = 0
 
 
@@ -155,8 +153,6 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
         raise ProtocolError(f"a message {kind.value!r} with {len(beside)} frames behind it")
     if kind is Kind.BACK:
         return Message(kind, rank, keys=_keys(header))
-    if kind is Kind.DONE:
-        return Message(kind, rank, status=_whole(header, "status", highest=255))
     return Message(kind, rank)
 
 

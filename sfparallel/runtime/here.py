@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from sfparallel.bootstrap import orders
 from sfparallel.errors import OutsideVMError
 from sfparallel.runtime import connection
 from sfparallel.runtime.hypervisor import Fork, Hello, Hypervisor
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
     from sfparallel.runtime.rng import Streams
 
 CloneHook = Callable[[int], object]
+
+
+def connect() -> Hypervisor:
+    """A new line to the supervisor.
+
+    Raises:
+        OutsideVMError: there is none.
+    """
+    if "control" not in orders:
+        return connection.connect()
+    from sfparallel.runtime import local
+    return local.connect()
 
 
 class Orphanable(Protocol):
@@ -82,7 +96,7 @@ class Here:
     """Called in a clone, before anything else can ask who this process is."""
 
     def __init__(self) -> None:
-        self.connect: Callable[[], Hypervisor] = connection.connect
+        self.connect = connect
         self.generation = 0
         """How often this process was cloned: code that must not go on in a clone compares it before and after."""
         self.rank = 0
@@ -93,6 +107,8 @@ class Here:
         self.hooks: list[CloneHook] = []
         self.forks = 0
         """Forks that this VM has made."""
+        self.warm = False
+        """Whether all that clones need is in memory."""
         self.seed_path: tuple[int, ...] = ()
         """This VM's place in the tree of forks, by which streams of random numbers branch off the job's seed."""
         self.own_streams: Streams | None = None
@@ -180,6 +196,9 @@ class Here:
             forget()
         self.lifeline = hypervisor
         self._hello = None
+        for stream in (sys.stdout, sys.stderr):
+            if getattr(stream, "write_through", False):  # PYTHONUNBUFFERED: print() would write in pieces, and those of ranks mix
+                stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
         if not hypervisor.keeps_threads:
             return  # it was made with `os.fork`, and `became_child` has left the parent's lines behind
         # The parent's other lines stay open but unused: closing them would cost wake-ups on the way to the user's function.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sfparallel.runtime.pools import openssl_pools
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 ENTROPY_BYTES = 32
 """The least that makes a clone unique."""
@@ -31,8 +31,7 @@ _MT_KEY_BYTES = 4 * _MT_WORDS
 class Renewal:
     """What to renew in this process; made before a fork, applied in the clones."""
 
-    def __init__(self) -> None:
-        modules: dict[str, Any] = sys.modules
+    def __init__(self, modules: Mapping[str, Any] = sys.modules) -> None:
         self._random = modules.get("random")
         self._tempfile = modules.get("tempfile")
         self._uuid = modules.get("uuid")
@@ -147,12 +146,3 @@ def _renewer(numpy_random: Any) -> Callable[[], None]:
             memory[_MT_KEY_BYTES:] = used_up
 
     return in_place
-
-
-def refresh(entropy: bytes) -> None:
-    """Renew the identity of this process, all at once: for a program that has just been started from a template.
-
-    Args:
-        entropy: see `Renewal.apply`.
-    """
-    Renewal().apply(entropy)

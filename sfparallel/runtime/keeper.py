@@ -1,10 +1,11 @@
-"""The keeper: the agent's Python half. It starts the zygote, and when the program has ended it brings changed files to the host.
+"""The keeper: the agent's Python half. It starts the program's interpreter, and when that has ended it brings changed files to
+the host.
 
 It is a process of its own with little in it, and waits from before the template is taken until the program ends: a process that
 shared the program's memory would make the guest's kernel copy each page that a clone's program writes to.
 
-The agent's messages come on a SEQPACKET socket: a RUN payload with three descriptors for stdin, stdout and stderr, which goes on
-to the zygote. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
+The agent's messages come on a SEQPACKET socket: a RUN payload (a msgpack map, see `Program`) with three descriptors for stdin,
+stdout and stderr. The answers are `{"pid": int}` and, when the program has ended, `{"exited": pid, "status": int}`.
 """
 
 from __future__ import annotations
@@ -12,92 +13,155 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import traceback
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import msgpack
 
-from sfparallel.errors import GuestError
+from sfparallel import bootstrap
+from sfparallel.errors import GuestError, SfError
 from sfparallel.runtime.copyback import copy_back
 from sfparallel.text import printable
 
-ZYGOTE_MODULE = "sfparallel.runtime.zygote"
+PYTHON = "/usr/bin/python3"
 MAX_RUN_BYTES = 1 << 20
-_SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>; the module socket does not have it
 ROLE_FILE = "/run/sfparallel/role"
 """Written by the agent with the VM's identity: "parent", "clone", or "rank" (a clone that runs the whole program)."""
 
+EXIT_NOT_STARTED = 2
+_REHEARSAL = "from sfparallel.runtime.warm import warm_up; warm_up()"
 
-class _Zygote:
-    """A Python process that has everything imported and waits to become a program."""
 
-    def __init__(self) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # RUN's payload, arguments and environment, must fit into one packet.
-            self._control.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * MAX_RUN_BYTES)
-            # LD_BIND_NOW: a function that is called for the first time in a clone is not looked up there.
-            environment = {**os.environ, "SF_ZYGOTE_FD": str(theirs.fileno()), "LD_BIND_NOW": "1"}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", ZYGOTE_MODULE], env=environment, pass_fds=[theirs.fileno()]
-            )
-        if not self._control.recv(16):
-            sys.exit("keeper: the zygote ended")
+@dataclass(frozen=True)
+class Program:
+    """What to run, as RUN says it.
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    Attributes:
+        argv: arguments of the interpreter.
+        cwd: working directory.
+        env: the whole environment.
+        data: serial numbers of data disks and where to mount them.
+        zone: files that make the time zone, by path; see `vmm.time_zone`.
+    """
 
-    def run(self, payload: bytes, fds: list[int]) -> None:
-        """Have it become a program."""
-        with self._control:
-            socket.send_fds(self._control, [payload], fds)
+    argv: list[str]
+    cwd: str
+    env: dict[str, str]
+    data: list[tuple[str, str]] = field(default_factory=list)
+    zone: list[tuple[str, bytes]] = field(default_factory=list)
 
-    def wait(self) -> int:
-        """The raw wait status of the program."""
-        pidfd = os.pidfd_open(self.pid)
-        try:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-        finally:
-            os.close(pidfd)
-        status = os.waitpid(self.pid, 0)[1]
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        return status
+    @classmethod
+    def decode(cls, payload: bytes) -> Program:
+        message = msgpack.unpackb(payload, raw=False, unicode_errors="surrogateescape")
+        return cls(argv=list(message["argv"]), cwd=str(message["cwd"]), env=dict(message["env"]),
+                   data=[(str(serial), str(path)) for serial, path in message.get("data", [])],
+                   zone=[(str(path), bytes(content)) for path, content in message.get("zone", [])])
 
 
 def main() -> None:
     """Serve RUN messages for ever."""
-    # Nobody but the agent may talk on this socket, and neither zygote nor program must find it in its environment.
+    # Nobody but the agent may talk on this socket, and the program must not find it in its environment.
     control = socket.socket(fileno=int(os.environ.pop("SF_KEEPER_FD")))
     control.set_inheritable(False)
-    zygote: _Zygote | None = _Zygote()
+    _rehearse()
     control.send(b"ready")
     while True:
         payload, fds, _flags, _address = socket.recv_fds(control, MAX_RUN_BYTES, 3)
         if not payload:
             sys.exit("keeper: the agent hung up")
-        # A second program in the same VM waits for a new zygote; no job has one.
-        _serve(control, zygote or _Zygote(), payload, fds)
-        zygote = None
+        _serve(control, Program.decode(payload), fds)
 
 
-def _serve(control: socket.socket, zygote: _Zygote, payload: bytes, fds: list[int]) -> None:
+def _rehearse() -> None:
+    """Run an interpreter along a program's way, as far as a region: afterwards all files that this needs are in the page cache,
+    and therefore in the template. Nothing else stays. An image that lacks some of it is still good for other programs."""
+    ended = subprocess.run([PYTHON, "-c", _REHEARSAL], env=bootstrap.environment(dict(os.environ), {}), check=False)
+    if ended.returncode:
+        print(f"keeper: the interpreter that warms up the template ended with {ended.returncode}", file=sys.stderr, flush=True)
+
+
+def _serve(control: socket.socket, program: Program, fds: list[int]) -> None:
     """Have one program run, and report its end."""
-    zygote.run(payload, fds)
+    pid = os.fork()
+    if pid == 0:
+        _become(program, fds)
     # The program's stderr stays open here: failures of the copy-back are reported on it.
     stdin, stdout, stderr = fds
     os.close(stdin)
     os.close(stdout)
-    control.send(msgpack.packb({"pid": zygote.pid}))
-    status = zygote.wait()
+    control.send(msgpack.packb({"pid": pid}))
+    status = _wait(pid)
     if _writes_back() and not _copy_back(stderr):
         status = 1 << 8
     os.close(stderr)
-    control.send(msgpack.packb({"exited": zygote.pid, "status": status}))
+    control.send(msgpack.packb({"exited": pid, "status": status}))
+
+
+def _become(program: Program, fds: list[int]) -> NoReturn:
+    """In the child: turn into the program's interpreter."""
+    try:
+        os.setsid()
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        os.closerange(3, 1 << 10)
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("0")
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and the program would inherit that
+            signal.signal(number, signal.SIG_DFL)
+        _set_zone(program.zone)
+        _mount(program.data)
+        _enter(program.cwd)
+        os.execve(PYTHON, [PYTHON, *program.argv], program.env)
+    except (SfError, OSError) as error:
+        print(printable(f"sfrun: {error}"), file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(EXIT_NOT_STARTED)
+
+
+def _set_zone(files: list[tuple[str, bytes]]) -> None:
+    """Write them anew: /etc/localtime may be a link into the database, and must not be written through."""
+    for path, content in files:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        if content:
+            with open(path, "wb") as file:
+                file.write(content)
+
+
+def _mount(disks: list[tuple[str, str]]) -> None:
+    if not disks:
+        return
+    from sfparallel.runtime.data_disks import mount_data_disks
+    try:
+        mount_data_disks(disks)
+    except (SfError, OSError) as error:
+        raise GuestError(f"cannot mount the data disks: {error}") from error
+
+
+def _enter(folder: str) -> None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise GuestError(f"cannot enter the working directory {folder}: {error.strerror}") from error
+
+
+def _wait(pid: int) -> int:
+    """The raw wait status of the program."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+    finally:
+        os.close(pidfd)
+    return os.waitpid(pid, 0)[1]
 
 
 def _writes_back() -> bool:

@@ -12,27 +12,21 @@ and the kernel gives it to whoever binds it), so that the origin of messages is 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from sfparallel import wire
+from sfparallel.bootstrap import orders
 from sfparallel.errors import StateError, VMError
-from sfparallel.runtime import program as programs
-from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Batch, End, Fork, Grant, Hello, Lost, Moment, Sibling
 from sfparallel.runtime.local_seed import Keeper, Seed
-
-ENVIRONMENT = "SF_LOCAL"
-"""Says by which descriptors the supervisor talks to the program that it started: "control,start"."""
 
 ANSWER_BYTES = 64 << 10
 MOST_CLONES = 1024
@@ -40,7 +34,6 @@ MOST_CLONES = 1024
 _PACKET_BYTES = 1 << 20
 _ENTROPY_BYTES = 96
 _EXIT_SOFTWARE = 70  # sysexits.h
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def address_of(pid: int) -> str:
@@ -432,30 +425,21 @@ def _cause(code: int) -> str:
     return f"its program ended with exit status {code} before it answered"
 
 
-# ---- the process that `sfrun --local` starts ----
+# ---- in the process that `sfrun --local` has started ----
 
 
-def main() -> None:
-    """Run the program; returns when it has ended normally, in the process that it was started in and in whole programs' ranks."""
-    control, start = (int(number) for number in os.environ.pop(ENVIRONMENT).split(","))
-    os.set_inheritable(control, False)
-    with open(start, "rb") as file:
-        order = wire.unpack(file.read())
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != order["supervisor"]:
-        sys.exit("sfrun --local: the supervisor is gone")
-    terminal = Terminal(socket.socket(fileno=control), labels=order["labels"])
-    program = programs.Program.decode(order["program"])
-    job = LocalJob(address_of(os.getpid()), name=order["job"], default_n=order["n"], seed=order["seed"], terminal=terminal,
-                   world=program.ranks > 0)
-    HERE.connect = lambda: LocalLine(job)
-    programs.HIDDEN_FILES.add(__file__)
-    programs.set_up_streams(program.closed)
-    programs.run(program)
+def _started_job() -> LocalJob:
+    terminal = Terminal(socket.socket(fileno=int(orders["control"])), labels=orders["labels"] == "1")
+    seed = int(orders["seed"]) if "seed" in orders else None
+    return LocalJob(address_of(os.getpid()), name=orders["job"], default_n=int(orders["n"]), seed=seed, terminal=terminal,
+                    world="ranks" in orders)
 
 
-if __name__ == "__main__":
-    # Under its own name: the program's module takes over "__main__", and this one's globals must survive that.
-    from sfparallel.runtime import local
+# Made by the import, and therefore once, whatever threads ask for it.
+_JOB = _started_job() if "control" in orders else None
 
-    local.main()
+
+def connect() -> LocalLine:
+    """A new line of this process."""
+    assert _JOB is not None
+    return LocalLine(_JOB)

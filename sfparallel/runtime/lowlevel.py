@@ -9,6 +9,7 @@ import contextlib
 import enum
 import os
 import sys
+import time
 from typing import NoReturn, TextIO
 
 from sfparallel.errors import Closed, StateError, UsageError
@@ -103,18 +104,39 @@ def request_ticket(n: int) -> Ticket:
     return Ticket(hypervisor, grant.number, grant.granted)
 
 
-def fork(ticket: Ticket, context: str = "", within_s: float | None = None) -> Fork:
+def prepare(hypervisor: Hypervisor, *, whole_program: bool = False) -> float:
+    """In the parent, before its first fork: have in memory what clones will need.
+
+    Args:
+        whole_program: clones will run the program from its first line, and import themselves what it asks for: numpy looks at
+            the environment when it is imported, which the program may change before.
+
+    Returns:
+        how many seconds that took, which is nothing that a fork takes.
+    """
+    if HERE.warm or not hypervisor.keeps_threads:  # in no VM, what clones import costs them little
+        return 0.0
+    begun = time.monotonic()
+    HERE.warm = not whole_program
+    from sfparallel.runtime.warm import warm_up
+    warm_up(numpy=not whole_program)
+    return time.monotonic() - begun
+
+
+def fork(ticket: Ticket, context: str = "", within_s: float | None = None, *, whole_program: bool = False) -> Fork:
     """Fork, without renewing the Python-level identity in the clones: the caller does, before anything else.
 
     Args:
         ticket: a ticket that was not used yet.
         context: what the fork is for, for people who look at the running job.
         within_s: the time after which there shall be no fork any more.
+        whole_program: see `prepare`.
 
     Raises:
         RegionTimeout: it was not made in time, and will not be.
     """
     ticket.require(TicketState.GRANTED)
+    prepare(ticket.hypervisor, whole_program=whole_program)
     ticket.renewal = Renewal()
     with AtFork(ticket.hypervisor):
         # What is still buffered would otherwise be printed by the parent and by every clone.

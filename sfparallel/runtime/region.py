@@ -136,6 +136,7 @@ class Region:
                 ranks = self._admitted(self._ticket.granted)
                 self._schedule = self._work.plan(ranks)
                 hello = HERE.hello(self._ticket.hypervisor)
+                self._started += lowlevel.prepare(self._ticket.hypervisor)  # a time limit is for what every call does
                 self._link = bind_link(hello.address)
                 stack.callback(self._link.close)
                 self._port = free_port(hello.address)

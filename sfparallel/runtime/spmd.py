@@ -14,12 +14,13 @@ does not go before the others are done: what it sent may still be on its way out
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from types import TracebackType
+from typing import NoReturn
 
 import zmq
 
@@ -48,64 +49,76 @@ COPY_S = 60.0
 """How long machines whose programs were killed may take to bring their files to the host before they are killed too."""
 
 
-@contextlib.contextmanager
-def enter_world(ranks: int) -> Iterator[None]:
-    """Fork; the block runs in each clone, as a rank of a world of its own. The parent leaves with the job's exit code."""
+def enter_world(ranks: int) -> None:
+    """Fork. Returns in each clone, as a rank of a world of its own. The parent never does: it ends with the job's exit code.
+
+    This is called while the interpreter imports `site`, from where an exception is a fatal error, or is only printed, and the
+    program would be run all the same.
+    """
     try:
         world = World(ranks)
         link = world.fork()
+        if link is None:
+            _end(world.watch())
     except SfError as error:
         print(f"sfrun: {error}", file=sys.stderr)
-        sys.exit(EXIT_LOST)
-    if link is None:
-        sys.exit(world.watch())
-    rank = _Rank(link)
-    # Before the program can register any: it is the last one to be called.
-    atexit.register(rank.leave)
-    try:
-        yield
-    except SystemExit as error:
-        rank.status = _exit_status(error.code)
-        raise
-    except BaseException as error:
-        rank.fail(error)
-        raise
+        _end(EXIT_LOST)
+    except KeyboardInterrupt:
+        _end(128 + signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        _end(EXIT_LOST)
+    _Rank(link).begin()
 
 
-def _exit_status(code: object) -> int:
-    """What the interpreter makes of `sys.exit(code)`."""
-    if code is None:
-        return 0
-    return code & 255 if isinstance(code, int) else 1
+def _end(code: int) -> NoReturn:
+    lowlevel.flush_output()
+    os._exit(code)
 
 
 class _Rank:
     """In a clone: how it leaves the world."""
 
     def __init__(self, link: CloneLink) -> None:
-        self.status = 0
         self._link = link
         self._failed = False
         # A process that the program forks inherits the atexit handler, and so does a clone of this clone.
         self._owner = (os.getpid(), HERE.generation)
 
-    def fail(self, error: BaseException) -> None:
+    def begin(self) -> None:
+        """Have the interpreter call us when the program ends. Nothing was registered before, so our handler is the last."""
+        self._print_exception = sys.excepthook
+        sys.excepthook = self._excepthook
+        self._own_hook = sys.excepthook
+        atexit.register(self._leave)
+
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if self._owner == (os.getpid(), HERE.generation):
+            self._fail(error)
+            if isinstance(error, KeyboardInterrupt) and self._link.rank:
+                return  # Ctrl-C goes to all ranks: one traceback will do
+        self._print_exception(kind, error, trace)
+
+    def _fail(self, error: BaseException) -> None:
         """The program raised: the traceback is still to be printed, but the others need not go on."""
         self._failed = True
         if not isinstance(error, KeyboardInterrupt):
             assert HERE.lifeline is not None
             HERE.lifeline.abort(1, f"raised {type(error).__qualname__}")
-        elif self._link.rank:
-            sys.excepthook = lambda *_: None  # Ctrl-C goes to all ranks: one traceback will do
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Say that the program is done, and wait for the others."""
         if self._failed or self._owner != (os.getpid(), HERE.generation):
+            return
+        # A hook of the program's own is called in place of ours. The interpreter notes what it is called for.
+        error = getattr(sys, "last_value", None)
+        if error is not None and sys.excepthook != self._own_hook:
+            self._fail(error)
             return
         assert HERE.membership is not None
         HERE.membership.leave()
         lowlevel.flush_output()
-        self._link.send(Kind.DONE, status=self.status)
+        self._link.send(Kind.DONE)
         while self._link.receive().kind is not Kind.RELEASE:
             pass
 
@@ -117,10 +130,12 @@ class World:
         self._ranks = ranks
         self._code = 0
         self._verdict = ""
+        self._done_before: int | None = None
+        """How many ranks were done when another failed; None while none has."""
         self._running = set(range(ranks))
         """Ranks whose process has not ended."""
-        self._done: set[int] = set()
-        """Ranks whose program has ended."""
+        self._done: dict[int, int] = {}
+        """Ranks whose program has ended, in that order, and their exit codes, as far as they are known."""
         self._curious: set[int] = set()
         """Ranks that want to know who is done."""
         self._deadlines: list[tuple[float, int | None]] = []
@@ -143,7 +158,7 @@ class World:
             port = free_port(hello.address)
             streams = region_streams(None, hello.seed)
             try:
-                fork = lowlevel.fork(self._ticket, "--spmd")
+                fork = lowlevel.fork(self._ticket, "--spmd", whole_program=True)
                 if fork.rank:
                     link = clone_link(self._ticket.hypervisor, self._link, fork, fork.rank - 1)
                     lowlevel.assume_identity(self._ticket.renewal, fork.entropy, fork.rank - 1, reads_terminal=fork.rank == 1)
@@ -171,6 +186,10 @@ class World:
         hypervisor, number = self._ticket.hypervisor, self._ticket.number
         if hypervisor.join(number, JOIN_LIMIT_S) is None:
             hypervisor.kill(number, None)
+        # Who ended first may be why others failed; what it ended with is known only when its process is gone.
+        before = list(self._done.values())[:self._done_before]
+        if any(before) or self._done_before is None:
+            return next(filter(None, before), 0)
         if self._verdict:
             print(printable(f"sfrun: {self._verdict}"), file=sys.stderr)
         return self._code
@@ -199,8 +218,7 @@ class World:
             self._curious.add(rank)
             self._link.send(rank, Kind.LEFT, ranks=sorted(self._done))
         elif message.kind is Kind.DONE:
-            # Whatever its exit code: ranks that wait for it hear that it has left, and the others may finish what they do.
-            self._fail(message.status, "")
+            # Whatever its exit code will be: ranks that wait for it hear that it has left, the others may finish what they do.
             self._leaves(rank)
         elif message.kind is not Kind.COMM:
             self._on_bad(rank, f"a message {message.kind.value!r}, which no rank of a whole program sends")
@@ -222,8 +240,8 @@ class World:
                 return
             case End.EXITED if rank in self._done or not event.status:
                 code = 128 - event.status if event.status < 0 else event.status
-                self._fail(code, "")  # changed files could not be copied back, say; the rank itself has told
                 self._leaves(rank)
+                self._done[rank] = code
             case End.EXITED | End.QUIT:
                 code = 128 - event.status if event.status < 0 else event.status
                 self._abort(rank, code & 255 or EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended")
@@ -234,9 +252,9 @@ class World:
         self._release()
 
     def _fail(self, code: int, verdict: str) -> None:
-        """Note the first failure."""
-        if not self._code and not self._verdict:
-            self._code, self._verdict = code, verdict
+        """Note the first failure of a rank whose program had not ended."""
+        if self._done_before is None:
+            self._code, self._verdict, self._done_before = code, verdict, len(self._done)
 
     def _abort(self, rank: int, code: int, verdict: str) -> None:
         """End all ranks; the one that failed may tidy up."""
@@ -244,7 +262,9 @@ class World:
             return  # that is under way
         self._fail(code, verdict)
         now = time.monotonic()
-        self._signal(self._running - {rank}, signal.SIGKILL)
+        self._signal(self._running - self._done.keys() - {rank}, signal.SIGKILL)
+        for done in self._running & self._done.keys():
+            self._link.send(done, Kind.RELEASE)  # nobody needs it any more, and it ends as it meant to
         self._deadlines = [(now + LEAVE_S, rank), (now + LEAVE_S + COPY_S, None)]
 
     def _interrupt(self) -> None:
@@ -270,13 +290,13 @@ class World:
 
     def _leaves(self, rank: int) -> None:
         if rank not in self._done:
-            self._done.add(rank)
-            for other in self._curious - self._done:
+            self._done[rank] = 0
+            for other in self._curious - self._done.keys():
                 self._link.send(other, Kind.LEFT, ranks=[rank])
         self._release()
 
     def _release(self) -> None:
         """Let all go when nobody needs anybody any more."""
-        if self._running <= self._done:
+        if self._running <= self._done.keys():
             for rank in self._running:
                 self._link.send(rank, Kind.RELEASE)

@@ -25,6 +25,8 @@ AGENT = _PACKAGE / "runtime" / "agent" / "sfagent"
 """The guest's init."""
 CPU_CHECK = _PACKAGE / "runtime" / "cpu_check" / "cpu_check"
 """The test of the processor, which the agent runs before a template is taken."""
+GUEST_PACKAGE = "/usr/lib/python3/dist-packages/sfparallel"
+"""Where the agent mounts the package."""
 _TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py", "text.py")
 
 
@@ -77,7 +79,7 @@ def write_cpio(entries: list[Entry]) -> bytes:
 def package_files() -> Iterator[Path]:
     """The Python files that a guest needs, relative to the package."""
     yield from (Path(name) for name in _TOP_MODULES)
-    for folder in ("runtime", "shims"):
+    for folder in ("bootstrap", "runtime", "shims"):
         for path in sorted((_PACKAGE / folder).rglob("*.py")):
             yield path.relative_to(_PACKAGE)
 

@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sfparallel import bootstrap
 from sfparallel.config import QEMU
 from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import job_control, pausing, statistics, terminal
+from sfparallel.vmm import job_control, pausing, statistics, terminal, time_zone
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -32,10 +33,11 @@ from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.file_service import FileService
 from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.guest_frames import Exited
+from sfparallel.vmm.initramfs import GUEST_PACKAGE
 from sfparallel.vmm.kvm import accelerator
 from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
-from sfparallel.vmm.options import JobOptions, RunIn
+from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
 from sfparallel.vmm.pool import ImageAhead, Pool
 from sfparallel.vmm.rank_files import RankFiles
@@ -55,7 +57,9 @@ GUEST_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "USER": "root", "LOGNAME": "root",
     "SHELL": "/bin/sh", "LANG": "C.UTF-8",
 }  # fmt: skip
-"""What a program finds in its environment; nothing of the host's comes in unless --env says so."""
+"""What a program finds in its environment, with TZ and what describes the terminal; the rest comes in only if --env says so."""
+
+GUEST_BOOTSTRAP = f"{GUEST_PACKAGE}/bootstrap"
 
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
@@ -251,15 +255,15 @@ class Job:
         return await start_domain(spec, self._options.connect, self._places, network, self.name, stack)
 
     def _run_program(self, parent: Vm) -> None:
-        program = self._options.program
+        program, zone = self._options.program, time_zone.of_host()
         if self._terminal:
             parent.send(FrameType.TERMINAL, terminal.described(self._terminal))
+        environment = program.environment_over({**GUEST_ENVIRONMENT, **zone.variables, **terminal.environment()})
         parent.send(FrameType.RUN, pack_names({
-            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd),
-            "env": {**GUEST_ENVIRONMENT, **terminal.environment(), **program.environment},
-            "ranks": self._options.ranks, "mpi4py": self._options.run_in is RunIn.CLONES_MPI4PY,
-            "path0": program.path0, "closed": list(self._options.closed_streams),
+            "argv": program.words, "cwd": str(program.cwd),
+            "env": bootstrap.environment(environment, self._options.bootstrap_orders, GUEST_BOOTSTRAP),
             "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
+            "zone": [[path, content] for path, content in zone.files(environment.get("TZ")).items()],
         }))  # fmt: skip
         if not self._options.ranks:
             self._feed_stdin(parent)

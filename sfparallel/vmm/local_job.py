@@ -21,21 +21,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sfparallel import native
+from sfparallel import bootstrap, native
 from sfparallel.text import printable
 from sfparallel.vmm import job_control, processes
 from sfparallel.vmm.confinement import FORWARDED, WAITED, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
-from sfparallel.vmm.options import JobOptions, RunIn
+from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
-from sfparallel.wire import MAX_MESSAGE_BYTES, pack, pack_names, unpack
+from sfparallel.wire import MAX_MESSAGE_BYTES, unpack
 
 log = logging.getLogger("sfparallel")
 
 NOTICE = "sfrun --local: clones are processes of this host; nothing is isolated, and files are written directly"
 
-_MODULE = "sfparallel.runtime.local"
-_ENVIRONMENT = "SF_LOCAL"
+EXIT_NOT_STARTED = 2
 _PIECE_BYTES = 64 << 10
 _LAST_WORDS_S = 0.5
 _FRONT_IS_DEAD = signal.SIGUSR1
@@ -180,26 +179,29 @@ class LocalSupervisor:
             self._stop(EXIT_TIMEOUT)
 
     def _start(self, control: socket.socket) -> int:
+        """Start the program's interpreter; returns its process id."""
         options, program = self._options, self._options.program
-        orders = os.memfd_create("sfrun-local", 0)
-        os.set_inheritable(orders, True)
-        control.set_inheritable(True)
-        run = pack_names({
-            "argv": list(program.argv), "mode": program.mode, "cwd": str(program.cwd), "env": {}, "path0": program.path0,
-            "ranks": options.ranks, "mpi4py": options.run_in is RunIn.CLONES_MPI4PY,
-            "closed": list(options.closed_streams),
-        })  # fmt: skip
-        message = {
-            "program": run, "supervisor": os.getpid(), "job": f"sf{self._front}", "n": options.default_n, "seed": options.seed,
-            "labels": options.labels,
+        orders: dict[str, object] = {
+            "control": control.fileno(), "job": f"sf{self._front}", "n": options.default_n, "labels": int(options.labels),
         }  # fmt: skip
-        with open(orders, "wb") as file:
-            file.write(pack(message))
-            file.flush()
-            file.seek(0)
-            environment = {**os.environ, **program.environment, _ENVIRONMENT: f"{control.fileno()},{orders}"}
-            # -P: what lies in the current folder must not take the place of modules that we import before the program begins.
-            return os.posix_spawn(sys.executable, [sys.executable, "-P", "-m", _MODULE], environment, setsid=True, setsigmask=[])
+        if options.seed is not None:
+            orders["seed"] = options.seed
+        environment = bootstrap.environment(program.environment_over(os.environ), orders | options.bootstrap_orders)
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                native.set_death_signal(signal.SIGKILL)
+                if os.getppid() == supervisor:
+                    os.setsid()
+                    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+                    control.set_inheritable(True)
+                    os.execve(sys.executable, [sys.executable, *program.words], environment)
+            except OSError as error:
+                print(f"sfrun: cannot start {sys.executable}: {error.strerror}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(EXIT_NOT_STARTED)
+        return pid
 
     # -- clones ----------------------------------------------------------------------------------------------------
 

@@ -33,14 +33,36 @@ class RunIn(enum.Enum):
 
 @dataclass(frozen=True)
 class Program:
-    """What to run in the parent: a script, a module or a command, as Python's own command line has them."""
+    """What to run in the parent: a script, a module or a command, as Python's own command line has them.
+
+    Attributes:
+        mode: "script", "module" or "command".
+        argv: the script, the module's name or the text of the command; then its arguments.
+        cwd: the current folder.
+        folder: of the script, where it really is; None without one.
+        environment: variables that are set for it, or (None) that it shall not have.
+    """
 
     mode: str
     argv: tuple[str, ...]
     cwd: Path
     folder: Path | None
-    path0: str
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def words(self) -> list[str]:
+        """The interpreter's arguments."""
+        match self.mode:
+            case "module":
+                return ["-m", *self.argv]
+            case "command":
+                return ["-c", *self.argv]
+            case _:
+                return [*(["--"] if self.argv[0].startswith("-") else []), *self.argv]
+
+    def environment_over(self, base: Mapping[str, str]) -> dict[str, str]:
+        """All variables, where those of `base` are there unless the program's own are different."""
+        return {name: value for name, value in {**base, **self.environment}.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,16 @@ class JobOptions:
     def ranks(self) -> int:
         """Clones that run the whole program; 0 when the parent does."""
         return 0 if self.run_in is RunIn.PARENT else self.default_n
+
+    @property
+    def bootstrap_orders(self) -> dict[str, object]:
+        """What the program's interpreter is told; see `sfparallel.bootstrap`."""
+        orders: dict[str, object] = {"ranks": self.ranks} if self.ranks else {}
+        if self.run_in is RunIn.CLONES_MPI4PY:
+            orders["mpi4py"] = 1
+        if self.closed_streams:
+            orders["closed"] = "".join(map(str, self.closed_streams))
+        return orders
 
     @property
     def by_daemon(self) -> bool:

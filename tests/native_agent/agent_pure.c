@@ -2,7 +2,7 @@
 
      frames PIECE   parse frames that come in pieces of PIECE bytes
      thaw           decode a THAW payload
-     report         decode a report of the zygote
+     report         decode a report of the keeper
      answers        walk a netlink datagram as if it were a dump of addresses of interface 2
      batch          print the messages of an identity, hexadecimal */
 #include <arpa/inet.h>

@@ -1,4 +1,4 @@
-/* The keeper, a Python process, and the user's program, which the keeper's zygote becomes (runtime/keeper.py). */
+/* The keeper, a Python process, and the program's interpreter, which it starts (runtime/keeper.py). */
 #include "agent.h"
 
 #include <errno.h>
