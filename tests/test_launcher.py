@@ -54,7 +54,7 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     with ExitStack() as stack:
-        bench = Bench(Launcher.start(["sleep", "1000"], str(LIBRARY)), stack)
+        bench = Bench(Launcher(["sleep", "1000"], str(LIBRARY)), stack)
         yield bench
         bench.launcher.close()
         for pid in bench.pids:
@@ -105,22 +105,32 @@ def test_the_answer_to_an_order_that_was_cancelled_is_not_taken_for_another(benc
     asyncio.run(scenario())
 
 
-def test_a_launcher_that_is_gone_is_told(bench: Bench) -> None:
+def test_a_launcher_that_was_killed_is_replaced(bench: Bench) -> None:
     async def scenario() -> None:
-        await bench.child()
-        os.kill(bench.pid, signal.SIGKILL)
-        with pytest.raises(VMError, match="launcher of shells is gone"):
-            for _ in range(2):
-                await bench.child()
+        first, _, _ = await bench.child()
+        killed = bench.pid
+        os.kill(killed, signal.SIGKILL)
+        pid, _, output = await bench.child()
+        assert files_of(pid)[1] == output and bench.pid != killed
+        os.kill(first, 0)  # its shells live on
 
     asyncio.run(scenario())
 
 
-def test_a_launcher_that_stands_still_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "ANSWER_TIMEOUT_S", 0.2)
+def test_a_launcher_that_stands_still_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "ANSWER_TIMEOUT_S", 3.0)
     os.kill(bench.pid, signal.SIGSTOP)
-    with pytest.raises(VMError, match="launcher of shells has not answered"):
-        asyncio.run(bench.child())
+    pid, _, output = asyncio.run(bench.child())
+    assert files_of(pid)[1] == output
+
+
+def test_a_program_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Launcher(["false"], "/no/such/library.so")
+    try:
+        with pytest.raises(VMError, match="launcher of shells is gone"):
+            asyncio.run(broken.launch({}, CONTROL))
+    finally:
+        broken.close()
 
 
 def test_close_ends_a_launcher_that_stands_still(bench: Bench) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 from sfparallel import native
 from sfparallel.errors import ProtocolError, VMError
+
+log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 30.0
 """To load QEMU takes a second, to fork it milliseconds."""
@@ -29,38 +31,34 @@ _SOCKET = 3
 class Launcher:
     """Makes shells that all have the same command line. `close` ends it; shells live on.
 
+    A launcher that has been killed, or stands still, is replaced when the next shell is needed.
+
     Args:
-        pid: its process, a child of this one.
-        control: connected SOCK_SEQPACKET socket; owned by this object from then on.
+        argv: of the shells; descriptors in it are those of `launch`.
+        library: path of the paging layer.
+
+    Raises:
+        VMError: the program cannot be run.
     """
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
-        self._pid = pid
-        self._control = control
+    def __init__(self, argv: Sequence[str], library: str) -> None:
+        self._argv = argv
+        self._environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": library, "SFPAGE_LAUNCHER": str(_SOCKET)}
         self._serial = 0
         self._turn = asyncio.Lock()
+        self._start()
 
-    @classmethod
-    def start(cls, argv: Sequence[str], library: str) -> Self:
-        """Start a launcher; it makes its first shell as soon as it is loaded.
-
-        Args:
-            argv: of the shells; descriptors in it are those of `launch`.
-            library: path of the paging layer.
-
-        Raises:
-            VMError: the program cannot be run.
-        """
+    def _start(self) -> None:
+        """Start the process; it makes its first shell as soon as it is loaded."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": library, "SFPAGE_LAUNCHER": str(_SOCKET)}
         with theirs:
             try:
-                pid = native.spawn(argv, output=2, fds={_SOCKET: theirs.fileno()}, env=environment)
+                self._pid = native.spawn(self._argv, output=2, fds={_SOCKET: theirs.fileno()}, env=self._environment)
             except OSError as error:
                 ours.close()
-                raise VMError(f"cannot run {argv[0]}: {error}", hint="see `sf doctor`") from error
-        return cls(pid, ours)
+                raise VMError(f"cannot run {self._argv[0]}: {error}", hint="see `sf doctor`") from error
+        self._control = ours
 
     async def launch(self, fds: Mapping[int, int], control: int) -> int:
         """Make a shell.
@@ -75,23 +73,37 @@ class Launcher:
         Raises:
             VMError: there is no shell.
         """
-        targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
         async with self._turn:
-            self._serial = (self._serial + 1) & 0xFFFF
             try:
-                self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    status, pid = await self._answer()
-            except TimeoutError:
-                raise VMError(f"the launcher of shells has not answered for {ANSWER_TIMEOUT_S:.0f} s",
-                              hint="has somebody stopped that process?") from None
-            except OSError as error:
-                raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
+                status, pid = await self._order(fds, control)
+            except VMError as error:
+                log.warning("%s; another one is started", error.message)
+                self.close()
+                self._start()
+                status, pid = await self._order(fds, control)
         if status:
             raise VMError(f"no further shell could be started: {os.strerror(-status)}",
                           hint="free memory or processes on the host")
         return pid
+
+    async def _order(self, fds: Mapping[int, int], control: int) -> tuple[int, int]:
+        """Have it make a shell; its status and pid.
+
+        Raises:
+            VMError: it is gone, or does not answer.
+        """
+        targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
+        self._serial = (self._serial + 1) & 0xFFFF
+        try:
+            self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await self._answer()
+        except TimeoutError:
+            raise VMError(f"the launcher of shells has not answered for {ANSWER_TIMEOUT_S:.0f} s",
+                          hint="has somebody stopped that process?") from None
+        except OSError as error:
+            raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
 
     async def _answer(self) -> tuple[int, int]:
         """Status and pid of the answer to the last order."""

@@ -45,7 +45,7 @@ def start_launcher(spec: MachineSpec) -> Launcher:
     Raises:
         VMError: QEMU cannot be run.
     """
-    return Launcher.start(arguments(spec, _ENDPOINTS), str(LIBRARY))
+    return Launcher(arguments(spec, _ENDPOINTS), str(LIBRARY))
 
 
 async def start_shell(
