@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sfparallel.runtime.pools import openssl_pools
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 ENTROPY_BYTES = 32
 """The least that makes a clone unique."""
@@ -27,11 +27,19 @@ ENTROPY_BYTES = 32
 _MT_WORDS = 624
 _MT_KEY_BYTES = 4 * _MT_WORDS
 
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+"""All that a process has (setitimer(2))."""
+
 
 class Renewal:
-    """What to renew in this process; made before a fork, applied in the clones."""
+    """What to renew in this process; made before a fork, applied in the clones.
 
-    def __init__(self, modules: Mapping[str, Any] = sys.modules) -> None:
+    Args:
+        modules: whose state is renewed.
+        timers: that are disarmed.
+    """
+
+    def __init__(self, modules: Mapping[str, Any] = sys.modules, timers: Sequence[int] = TIMERS) -> None:
         self._random = modules.get("random")
         self._tempfile = modules.get("tempfile")
         self._uuid = modules.get("uuid")
@@ -40,8 +48,7 @@ class Renewal:
         self._asyncio = modules.get("asyncio.events")
         self._reset_sqlite = _sqlite_reset(modules["_sqlite3"]) if "_sqlite3" in modules else None
         # A forked process has none of its parent's timers (fork(2)), whose signals would strike every clone.
-        self._timers = [timer for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-                        if signal.getitimer(timer) != (0.0, 0.0)]
+        self._timers = [timer for timer in timers if signal.getitimer(timer) != (0.0, 0.0)]
         numpy_random = modules.get("numpy.random")
         self._renew_numpy = _renewer(numpy_random) if numpy_random is not None else None
 

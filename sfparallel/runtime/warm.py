@@ -47,7 +47,8 @@ def warm_up(*, numpy: bool = True) -> None:
     except ValueError as error:
         load_error(*dump_error(error, 0), "rank 0")
     own = SimpleNamespace(_inst=random.Random(), _random=random._random)  # type: ignore[attr-defined]
-    Renewal({"random": own, "tempfile": SimpleNamespace(), "uuid": SimpleNamespace()}).apply(os.urandom(ENTROPY_BYTES))
+    stand_ins = {"random": own, "tempfile": SimpleNamespace(), "uuid": SimpleNamespace()}
+    Renewal(stand_ins, timers=()).apply(os.urandom(ENTROPY_BYTES))
 
 
 def _exchange(router: zmq.Socket[bytes], dealer: zmq.Socket[bytes]) -> None:
