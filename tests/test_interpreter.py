@@ -243,7 +243,7 @@ def test_numpy_is_not_imported_before_the_program_sets_its_variables(where: str)
 
 @pytest.mark.parametrize("where", BOTH)
 def test_whole_programs_too(where: str) -> None:
-    ended = sfrun(where, "--spmd", "-n", "2", "-c", FEATURES.replace('"zmq", "msgpack", ', ""), PYTHONOPTIMIZE="1")
+    ended = sfrun(where, "--spmd", "-n", "2", "-c", FEATURES.replace('"zmq", "msgpack", ', ""))
     assert sorted(ended.stdout.splitlines()) == ["[0] numpy has read it", "[1] numpy has read it"], ended.stderr
     program = "import sys, sfparallel as sf; print(sf.comm().rank, len({*sf.comm().allgather(hash('a'))}), sys.flags.optimize)"
     ended = sfrun(where, "--spmd", "-n", "2", "-c", program, PYTHONOPTIMIZE="1")
@@ -293,3 +293,21 @@ def test_the_zone_of_etc_localtime_is_passed_on(folder: Path) -> None:
 def test_a_zone_that_the_guest_lacks_comes_from_the_host() -> None:
     program = ("import os, subprocess, sys; print(os.path.getsize('/usr/share/zoneinfo/Asia/Kolkata') > 0)")
     assert sfrun("", "-c", program, TZ="Asia/Kolkata").stdout == "True\n"
+
+
+@pytest.mark.parametrize("where", BOTH)
+def test_children_of_multiprocessing_have_them_too(folder: Path, where: str) -> None:
+    (folder / "program.py").write_text(textwrap.dedent("""
+        import multiprocessing, os, sys, time
+
+        def see(_):
+            return sys.flags.optimize, hash("a"), time.tzname[0], os.environ["OF_MINE"], "PYTHONPATH" in os.environ
+
+        if __name__ == "__main__":
+            for method in ("fork", "spawn", "forkserver"):
+                with multiprocessing.get_context(method).Pool(1) as pool:
+                    print(method, pool.map(see, [0]) == [see(0)], see(0)[2:])
+        """))
+    ended = sfrun(where, "program.py", PYTHONOPTIMIZE="1", PYTHONHASHSEED="5", TZ="Asia/Tokyo", OF_MINE="x")
+    lines = [f"{method} True ('JST', 'x', False)" for method in ("fork", "spawn", "forkserver")]
+    assert ended.stdout.splitlines() == lines, ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
@@ -123,6 +124,16 @@ assert HERE._context is None and HERE.generation == 0
     subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", program], check=True)
 
 
-def test_warm_up_without_numpy() -> None:
-    program = "import sys; from sfparallel.runtime.warm import warm_up; warm_up(numpy=False); assert 'numpy' not in sys.modules"
+def test_warm_up_for_whole_programs() -> None:
+    program = """
+import sys
+from sfparallel.runtime.warm import warm_up
+warm_up(whole_program=True)
+assert not {'numpy', 'cloudpickle'} & {*sys.modules}
+"""
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_clones_keep_the_collector_off_their_parents_memory(double: Doubles) -> None:
+    clones = sf.parallel(n=2)(gc.get_freeze_count)()
+    assert min(clones) > 1000 and gc.get_freeze_count() == 0

@@ -119,7 +119,7 @@ def prepare(hypervisor: Hypervisor, *, whole_program: bool = False) -> float:
     begun = time.monotonic()
     HERE.warm = not whole_program
     from sfparallel.runtime.warm import warm_up
-    warm_up(numpy=not whole_program)
+    warm_up(whole_program=whole_program)
     return time.monotonic() - begun
 
 

@@ -14,29 +14,28 @@ from types import SimpleNamespace
 import zmq
 
 from sfparallel import wire
-from sfparallel.runtime import by_value, collect, region  # noqa: F401
+from sfparallel.runtime import collect, region  # noqa: F401
 from sfparallel.runtime.emulation import is_emulated
 from sfparallel.runtime.identity import ENTROPY_BYTES, Renewal
 from sfparallel.runtime.link import set_up_dealer
 from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_error, loads
 
 
-def warm_up(*, numpy: bool = True) -> None:
+def warm_up(*, whole_program: bool = False) -> None:
     """Import what a clone may ask for, and send a result and an error over the loopback device.
 
     This runs in the program's process, at a moment of the program's choice: what the program has is left as it is, its random
     generators above all.
 
     Args:
-        numpy: also what stands on numpy: messages among ranks, and random streams.
+        whole_program: clones will run all of it, and import themselves what it asks for.
     """
     is_emulated()
-    if numpy:
-        # Where it cannot be imported, a program that does not ask for it need not know.
+    if not whole_program:
+        # Where numpy cannot be imported, a program that does not ask for it need not know.
         with contextlib.suppress(ImportError):
-            from sfparallel.runtime import communicator, rng
+            from sfparallel.runtime import by_value, communicator, rng  # noqa: F401
             from sfparallel.runtime.mpi import comm, endpoint  # noqa: F401
-            assert communicator
             rng.Streams(0).generator(0).random()
     # Whatever the program lacks for this, descriptors say: the region itself will tell.
     with contextlib.suppress(OSError, zmq.ZMQError), zmq.Context() as context, \

@@ -7,6 +7,7 @@ the parent's memory has not brought along, and no connection is made that is not
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -114,6 +115,9 @@ class _Worker:
         if self._answer_bytes <= 0:
             self._link.connect()  # the handshake goes on while the user's function runs
         HERE.membership = self._membership
+        # A full collection writes to each object that it looks at, and what is written to is no longer shared. Measured with
+        # 30,000 objects under TCG: without this, 8 MiB more of private memory, and 70 ms.
+        gc.freeze()
         failure: BaseException | None = None
         try:
             assert self._renewal is not None, "made before every fork"
