@@ -362,7 +362,7 @@ def test_guest_half(cache: Path) -> None:
     assert found["init"][0] == 0o100755 and found["init"][1][:4] == b"\x7fELF"
     assert found["sf/modules/a.ko"][1] == b"module"
     package = {name.removeprefix("sf/package/") for name in found if name.startswith("sf/package/")}
-    assert {"errors.py", "wire.py", "runtime/zygote.py", "runtime/__init__.py"} <= package
+    assert {"errors.py", "wire.py", "bootstrap/sitecustomize.py", "runtime/__init__.py"} <= package
     assert not any(name.startswith(("vmm", "net", "cli")) for name in package), "the host half stays at home"
     assert not any(name.endswith(".pyc") for name in package), "bytecode of another Python is of no use"
     (folder / "modules" / "a.ko").write_bytes(b"another")
