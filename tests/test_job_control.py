@@ -37,6 +37,8 @@ class Shell(Screen):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(["bash", "--norc", "--noprofile", "--noediting", "-i"], folder)
+        # Otherwise Ctrl-Z throws away what has been printed and not yet been read (termios(3), ISIG).
+        self.type("stty noflsh\n")
         self.type(f"PS1='{PROMPT[:3]}''{PROMPT[3:]}'\n")
         self.until(PROMPT)
 

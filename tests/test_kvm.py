@@ -69,8 +69,11 @@ class Agent(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._transport
         for frame in self._parser.feed(data):
-            answer = {FrameType.FREEZE: FrameType.FROZEN, FrameType.THAW: FrameType.WOKEN}[frame.type]
-            self._transport.write(Frame(answer, pack({"cpu_ns": 1, "wall_ns": 1})).encode())
+            answer, payload = {
+                FrameType.FREEZE: (FrameType.FROZEN, {"oom_kills": 0, "agent": "1"}),
+                FrameType.THAW: (FrameType.WOKEN, {"cpu_ns": 1, "wall_ns": 1}),
+            }[frame.type]
+            self._transport.write(Frame(answer, pack(payload)).encode())
 
 
 class Rig:
