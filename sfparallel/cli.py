@@ -77,7 +77,9 @@ def _errors_told(command: str) -> Iterator[None]:
         hint = CACHE_HINT if error.errno == errno.EROFS else "`sf doctor` says what this machine lacks"
         _say(f"{command}: {error}\n  hint: {hint}")
         sys.exit(EXIT_FAILED)
-    except (MemoryError, ImportError) as error:  # a library that cannot be mapped is an ImportError
+    except (MemoryError, ImportError, RuntimeError, SystemError) as error:
+        # Without memory, a library cannot be mapped (ImportError), a thread not be started (RuntimeError), and some C code of
+        # modules fails without saying why (SystemError).
         hint = address_space_hint() or ""
         if LOG.get() == "debug" or not hint:
             raise
