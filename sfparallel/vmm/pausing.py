@@ -13,6 +13,9 @@ from sfparallel.wire import FrameType
 
 _PAUSE_LIMIT_S = 2.0
 
+_RUNS = (VmState.RUNNING, VmState.FREEZING, VmState.FROZEN)
+"""States in which the processors of a VM run. It may go from one to the next while a pause begins."""
+
 
 async def pause(vms: Iterable[Vm]) -> list[Vm]:
     """Stop the processors of VMs that run: the clocks of their guests stand still, so that no time limit of a program runs out.
@@ -20,7 +23,7 @@ async def pause(vms: Iterable[Vm]) -> list[Vm]:
     Returns:
         Those for `go_on`. VMs that are being saved or loaded are not among them: who saves or loads them will run them.
     """
-    running = [vm for vm in vms if vm.state in (VmState.RUNNING, VmState.FROZEN)]
+    running = [vm for vm in vms if vm.state in _RUNS]
     answers = [vm.qmp.send("stop") for vm in running]
     if answers:
         await asyncio.wait(answers, timeout=_PAUSE_LIMIT_S)
@@ -33,7 +36,7 @@ def go_on(vms: Iterable[Vm]) -> None:
     """Run them again, and set the clocks of their guests."""
     now = struct.pack("<q", time.time_ns())
     for vm in vms:
-        if vm.state in (VmState.RUNNING, VmState.FROZEN):
+        if vm.state in _RUNS:
             vm.qmp.send("cont").add_done_callback(_forget)
             vm.send(FrameType.CLOCK, now)
 
