@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import zmq
 
 from sfparallel import wire
-from sfparallel.runtime import collect, region  # noqa: F401
+from sfparallel.runtime import api, collect, region  # noqa: F401
 from sfparallel.runtime.emulation import is_emulated
 from sfparallel.runtime.identity import ENTROPY_BYTES, Renewal
 from sfparallel.runtime.link import set_up_dealer
