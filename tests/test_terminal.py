@@ -189,9 +189,13 @@ def test_interrupt_from_the_keyboard(start: Start, options: tuple[str, ...]) -> 
 def test_the_window_changes_its_size(start: Start) -> None:
     screen = start(
         """
-        import os, signal
-        signal.signal(signal.SIGWINCH, lambda *_: print("now", *os.get_terminal_size()))
+        import os, signal, time
+        sizes = []
+        signal.signal(signal.SIGWINCH, lambda *_: sizes.append(os.get_terminal_size()))
         print("ready")
+        while not sizes:        # not input(): a signal right before it blocks is handled when it returns
+            time.sleep(0.05)
+        print("now", *sizes[0])
         input()
         """
     )
