@@ -7,6 +7,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -307,8 +308,10 @@ def test_errors_travel(double: Doubles) -> None:
 # -- receives that are given up, and ranks that leave at once ----------------------------------------------------------
 
 
-def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles) -> None:
+def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles, tmp_path: Path) -> None:
     """Also one that was matched already: the sender is busy elsewhere while its large message is asked for."""
+
+    given_up = tmp_path / "given-up"
 
     @sf.parallel(n=2, timeout=60)
     def work() -> Any:
@@ -317,12 +320,14 @@ def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles) -> None
             request = comm.isend(np.full(200_000, 7.0), 0, tag=1)
             comm._core.endpoint.poll()
             comm.barrier()
-            time.sleep(0.3)
+            while not given_up.exists():  # busy elsewhere: no call of ours sends the message meanwhile
+                time.sleep(0.01)
             request.wait()
             return None
         comm.barrier()
         with pytest.raises(sf.RegionTimeout):
             comm.recv(source=1, tag=1, timeout=0.05)
+        given_up.touch()
         return float(comm.recv(source=1, tag=1).sum())
 
     assert work()[0] == 1_400_000.0
