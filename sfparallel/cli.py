@@ -29,6 +29,8 @@ from sfparallel.vmm.processes import address_space_hint
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+    from sfparallel.vmm.image import Recipe
+
 EXIT_USAGE = 2
 EXIT_FAILED = 70
 LEAST_MEMORY_BYTES = 256 << 20
@@ -287,6 +289,9 @@ def _sf_parser() -> argparse.ArgumentParser:
     build.add_argument("name", nargs="?", default="default")
     build.add_argument("--package", action="append", default=[], metavar="DEB", help="a Debian package to add (repeatable)")
     build.add_argument("--pip", action="append", default=[], metavar="SPEC", help="a Python package to add (repeatable)")
+    build.add_argument("--requirements", action="append", default=[], type=Path, metavar="FILE",
+                       help="a requirements file of pip, whose packages are added (repeatable)")  # fmt: skip
+    build.add_argument("--from", dest="base", metavar="IMAGE", help="add to what this image has (it may be NAME itself)")
     image.add_parser("list", help="images in the cache folder")
     image.add_parser("rm", help="remove an image").add_argument("name")
     commands.add_parser("ps", help="jobs that run now")
@@ -313,13 +318,30 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(finding.status is Status.OK or not finding.needed for finding in findings) else 1
 
 
+def _recipe(options: argparse.Namespace) -> Recipe:
+    from sfparallel.vmm import image as images
+    from sfparallel.vmm.requirements import Requirements, check_spec
+
+    for spec in options.pip:
+        check_spec(spec)
+    asked = Requirements()
+    for path in options.requirements:
+        asked.read(path)
+    recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)),
+                           requirements=tuple(asked.lines), constraints=tuple(asked.constraints))  # fmt: skip
+    return recipe if options.base is None else recipe.over(images.find(options.base).recipe)
+
+
 def _image(options: argparse.Namespace) -> int:
     from sfparallel.vmm import image as images
     from sfparallel.vmm.progress import StageDisplay
     from sfparallel.vmm.registry import running_jobs
 
     if options.action == "build":
-        recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)))
+        recipe = _recipe(options)
+        if old := images.replaced_by(recipe):
+            kept = "" if options.base == options.name else f"; to add to it, say --from {options.name}"
+            _say(f"sf: the image {options.name!r} that is there, {old.describe()}, will be replaced{kept}")
         with StageDisplay(f"image {options.name}") as display:
             image = images.build(recipe, display)
         _tell(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")
@@ -327,8 +349,7 @@ def _image(options: argparse.Namespace) -> int:
         for image in images.list_images():
             _tell(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
-        images.find(options.name)  # a wrong name is the user's first concern
-        if asyncio.run(running_jobs()):
+        if options.name in {image.name for image in images.list_images()} and asyncio.run(running_jobs()):
             raise StateError("a job runs now, and may need the image", hint="wait for it; `sf ps` lists the jobs")
         images.remove(options.name)
     return 0

@@ -128,7 +128,7 @@ def test_missing_image_says_how_to_build_it(cache: Path) -> None:
     assert image.list_images() == []
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a-b", "x" * 65])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "-b", "x" * 65])
 def test_bad_names_are_refused(cache: Path, name: str) -> None:
     with pytest.raises(UsageError):
         image.find(name)

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sfparallel.errors import ImageBuildError, SfError
@@ -53,7 +54,34 @@ _GLIBC_MINOR = 36
 """Bookworm's glibc is 2.36: wheels for up to manylinux_2_36 run there (PEP 600)."""
 
 
-def make_root(work: Path, suite: str, packages: Sequence[str], pip: Sequence[str], sources: str,
+@dataclass(frozen=True)
+class PipWanted:
+    """What pip is to install.
+
+    Attributes:
+        names: as on its command line.
+        requirements: lines of a requirements file.
+        constraints: lines of a file of constraints.
+    """
+
+    names: Sequence[str] = ()
+    requirements: Sequence[str] = ()
+    constraints: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.names or self.requirements)
+
+    def words(self, folder: Path) -> list[str]:
+        """Arguments for `pip install`, by way of files in a folder."""
+        words = []
+        for option, name, lines in (("-r", "requirements.txt", self.requirements), ("-c", "constraints.txt", self.constraints)):
+            if lines:
+                (folder / name).write_text("\n".join([*lines, ""]))
+                words += [option, str(folder / name)]
+        return [*words, "--", *self.names]
+
+
+def make_root(work: Path, suite: str, packages: Sequence[str], pip: PipWanted, sources: str,
               progress: Callable[[str, float | None], None]) -> str:  # fmt: skip
     """Make root.sqfs, vmlinuz and modules/ in `work`; returns the magic number of the guest's Python bytecode (hexadecimal).
 
@@ -116,10 +144,10 @@ def _pip_platforms() -> list[str]:
     return [*names, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64", "any"]
 
 
-def _install_pip(root: Path, names: Sequence[str], temporary: Path) -> None:
+def _install_pip(root: Path, wanted: PipWanted, temporary: Path) -> None:
     """Into /usr/local, which comes before Debian's own packages on Python's path. The index is the one that pip is configured
     for on this host."""
-    target, places = root / _PIP_TARGET, {"TMPDIR": str(temporary)}
+    target, places, what = root / _PIP_TARGET, {"TMPDIR": str(temporary)}, wanted.words(temporary)
     base = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(target)]
     wheels = ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
     for abi in ("cp311", "abi3", "none"):
@@ -127,14 +155,14 @@ def _install_pip(root: Path, names: Sequence[str], temporary: Path) -> None:
     for platform in _pip_platforms():
         wheels += ["--platform", platform]
     try:
-        subprocesses.run([*base, *wheels, "--", *names], what="install Python packages", error=ImageBuildError,
+        subprocesses.run([*base, *wheels, *what], what="install Python packages", error=ImageBuildError,
                          environment=places)  # fmt: skip
     except ImageBuildError as error:
         if sys.version_info[:2] != (3, 11):
             error.hint = "only packages that have wheels for CPython 3.11 can be installed from a host with another Python"
             raise
         # Something has no wheel; our Python is of the guest's version, so what it builds here runs there.
-        subprocesses.run([*base, "--", *names], what="install Python packages", error=ImageBuildError, environment=places)
+        subprocesses.run([*base, *what], what="install Python packages", error=ImageBuildError, environment=places)
     subprocesses.run(["chroot", root, "python3", "-m", "compileall", "-q", f"/{_PIP_TARGET}"], what="compile Python packages",
                      error=ImageBuildError)  # fmt: skip
 

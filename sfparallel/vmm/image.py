@@ -24,14 +24,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
 from sfparallel.vmm import subprocesses
 from sfparallel.vmm.apt_sources import debian_sources
-from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, make_root
+from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, PipWanted, make_root
 from sfparallel.vmm.initramfs import write_initramfs
 from sfparallel.vmm.locks import locked
 
@@ -67,17 +67,32 @@ class Recipe:
         suite: the Debian release.
         packages: Debian packages beyond the base, sorted.
         pip: Python packages, as `pip install` understands them, sorted.
+        requirements: lines of requirements files, see `vmm.requirements`.
+        constraints: lines of files of constraints.
     """
 
     name: str = "default"
     suite: str = "bookworm"
     packages: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
+    requirements: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
+
+    def over(self, base: Recipe) -> Recipe:
+        """This recipe with all that `base` has."""
+        return replace(
+            self, suite=base.suite, packages=tuple(sorted({*base.packages, *self.packages})),
+            pip=tuple(sorted({*base.pip, *self.pip})),
+            requirements=tuple(dict.fromkeys((*base.requirements, *self.requirements))),
+            constraints=tuple(dict.fromkeys((*base.constraints, *self.constraints))),
+        )  # fmt: skip
 
     def key(self, sources: str) -> str:
         """Digest of the recipe, this builder, and where packages come from."""
         builder = {"version": BUILDER_VERSION, "base": BASE_PACKAGES, "modules": MODULES}
-        content = {"recipe": asdict(self), "builder": builder, "sources": sources}
+        # What is empty does not count, so that a new field makes no image new.
+        recipe = {name: value for name, value in asdict(self).items() if value or name in ("packages", "pip")}
+        content = {"recipe": recipe, "builder": builder, "sources": sources}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -88,8 +103,7 @@ class Image:
     name: str
     key: str
     folder: Path
-    packages: tuple[str, ...]
-    pip: tuple[str, ...]
+    recipe: Recipe
     python_magic: str
 
     @property
@@ -106,7 +120,8 @@ class Image:
 
     def describe(self) -> str:
         """What it has beyond the base, in one line."""
-        added = [*self.packages, *(f"pip:{name}" for name in self.pip)]
+        recipe = self.recipe
+        added = [*recipe.packages, *(f"pip:{name}" for name in (*recipe.pip, *recipe.requirements))]
         return "with " + ", ".join(added) if added else "base system"
 
 
@@ -115,8 +130,9 @@ def _images() -> Path:
 
 
 def _check_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._]{0,63}", name):
-        raise UsageError(f"{name!r} is not a name for an image", hint="letters, digits, dots and underscores, at most 64")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise UsageError(f"{name!r} is not a name for an image",
+                         hint="letters, digits, dots, hyphens and underscores, at most 64, with a letter or digit first")
     return name
 
 
@@ -124,9 +140,10 @@ def _load(folder: Path) -> Image | None:
     """The image in a folder; None if there is none, or one of an older format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        recipe = manifest["recipe"]
-        return Image(str(recipe["name"]), str(manifest["key"]), folder, tuple(recipe["packages"]), tuple(recipe["pip"]),
-                     str(manifest["python_magic"]))  # fmt: skip
+        written = manifest["recipe"]
+        parts = {name: tuple(map(str, written.get(name, ()))) for name in ("packages", "pip", "requirements", "constraints")}
+        recipe = Recipe(str(written["name"]), str(written["suite"]), **parts)
+        return Image(recipe.name, str(manifest["key"]), folder, recipe, str(manifest["python_magic"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -152,6 +169,12 @@ def find(name: str = "default") -> Image:
     return image
 
 
+def replaced_by(recipe: Recipe) -> Image | None:
+    """The image that has this recipe's name now, if it has another content than the recipe would give it."""
+    image = _named(_check_name(recipe.name))
+    return None if image is None or replace(image.recipe, suite=recipe.suite) == recipe else image
+
+
 def list_images() -> list[Image]:
     """All images that can be used by name, sorted by name."""
     images = (_named(path.stem) for path in sorted(_images().glob("*.json")))
@@ -164,9 +187,12 @@ def remove(name: str) -> None:
     Raises:
         ImageMissing: there is none.
     """
-    find(name)
+    if _named(_check_name(name)) is None:
+        raise ImageMissing(f"there is no guest image {name!r}", hint="`sf image list` says which there are")
     (_images() / f"{name}.json").unlink()
     for folder in _images().glob(f"{name}-*"):
+        if not re.fullmatch(r"[0-9a-f]{12}", folder.name.removeprefix(f"{name}-")):
+            continue  # of an image whose name begins with this one
         # First out of sight, so that nobody finds half an image.
         doomed = folder.with_name(f".doomed-{folder.name}")
         folder.rename(doomed)
@@ -215,7 +241,7 @@ def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progr
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        magic = make_root(work, recipe.suite, recipe.packages, recipe.pip, sources, progress)
+        magic = make_root(work, recipe.suite, recipe.packages, _wanted_of_pip(recipe), sources, progress)
         manifest = {"key": key, "recipe": asdict(recipe), "python_magic": magic, "sources": sources}
         _write(work / "manifest.json", manifest)
         os.rename(work, folder)
@@ -225,6 +251,10 @@ def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progr
     if image is None:
         raise ImageBuildError(f"the image just built in {folder} cannot be read", hint="delete that folder and build again")
     return image
+
+
+def _wanted_of_pip(recipe: Recipe) -> PipWanted:
+    return PipWanted(recipe.pip, recipe.requirements, recipe.constraints)
 
 
 def _write(path: Path, content: object) -> None:
