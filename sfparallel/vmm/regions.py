@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,9 @@ class Regions:
             number = request.id
             if REQUESTS[request.op].caller is Caller.CLONE:
                 self._member(vm)
+            if self._inherited(vm, channel, request.fields):
+                vm.send(FrameType.REPLY, pack({"id": number, **_CANCELLED}), channel)
+                return
             answer = await self._handlers[request.op](vm, channel, {"id": number, **request.fields})
             if answer is not None:
                 vm.send(FrameType.REPLY, pack({"id": number, **answer}), channel)
@@ -159,6 +162,23 @@ class Regions:
             self._sample(*found)
             self._lost(*found, f"it wanted to end, but not in a way that can be understood: {error}")
             vm.kill()
+
+    def _inherited(self, vm: Vm, channel: int, fields: Mapping[str, Any]) -> bool:
+        """Whether a request is of another program of the clone than the one that it was made for, which was cloned between two
+        requests of its own: the ticket or the checkpoint that it names is of the VM that was cloned."""
+        found = self._members.get(vm)
+        if found is None or channel == found[1].channel:
+            return False
+        issued = found[0]
+        number, checkpoint = fields.get("ticket"), fields.get("checkpoint")
+        foreign = isinstance(number, int) and number < issued.number and not self._owns(vm, number)
+        if isinstance(checkpoint, int) and checkpoint <= issued.checkpoints:
+            return foreign or not self._saved.has(vm, checkpoint)
+        return foreign
+
+    def _owns(self, vm: Vm, number: int) -> bool:
+        ticket = self._tickets.get(number)
+        return ticket is not None and ticket.owner is vm
 
     def _find(self, vm: Vm, channel: int, message: dict[str, Any]) -> Ticket:
         ticket = self._tickets.get(message["ticket"])
@@ -342,6 +362,7 @@ class Regions:
             report.note(member.vm.name, Phase.START, member.vm.started, member.vm.ready)
             report.mark(member.vm.name, Phase.TAKEN, rank=member.rank)
             self._adopt(ticket, member)
+        ticket.checkpoints = self._saved.newest
         ticket.start(members)
         return [{"rank": member.rank, "address": member.address, "host": ""} for member in members]
 
@@ -586,6 +607,10 @@ def identity(role: str, number: int, job: str, mtu: int, neighbours: list[list[A
 def _thaw(channel: int, answer: dict[str, Any], who: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"identity": who, "channel": channel, "reply": pack(answer), "mounts": []}
 
+
+_CANCELLED = {"error": "cancelled", "message": "what it names is of the VM that this one was cloned from", "hint": None}
+"""The runtime's answer to this is to wait for ever, as for requests that were pending when the VM was cloned (agent/clients.c):
+an error would have the program go on in the clone, up to ending the processes that it has begun, the clone's own among them."""
 
 _KINDS: tuple[tuple[type[SfError], str], ...] = (
     (CapacityError, "capacity"), (UsageError, "invalid"), (ProtocolError, "invalid"), (StateError, "state"),

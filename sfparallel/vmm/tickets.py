@@ -56,6 +56,7 @@ class Ticket:
         label_base: with what number the labels of their output begin.
         world: they run the whole program, as ranks.
         joining: its owner waits for nothing but their end.
+        checkpoints: the number of the newest checkpoint of the job when the clones were made.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Ticket:
     label_base: int = 1
     world: bool = False
     joining: bool = False
+    checkpoints: int = 0
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None
