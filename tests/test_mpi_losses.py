@@ -311,7 +311,7 @@ def test_errors_travel(double: Doubles) -> None:
 def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles, tmp_path: Path) -> None:
     """Also one that was matched already: the sender is busy elsewhere while its large message is asked for."""
 
-    given_up = tmp_path / "given-up"
+    busy, given_up = tmp_path / "busy", tmp_path / "given-up"
 
     @sf.parallel(n=2, timeout=60)
     def work() -> Any:
@@ -320,11 +320,14 @@ def test_a_receive_that_was_given_up_leaves_its_message(double: Doubles, tmp_pat
             request = comm.isend(np.full(200_000, 7.0), 0, tag=1)
             comm._core.endpoint.poll()
             comm.barrier()
-            while not given_up.exists():  # busy elsewhere: no call of ours sends the message meanwhile
+            busy.touch()
+            while not given_up.exists():  # no call of ours sends the message meanwhile
                 time.sleep(0.01)
             request.wait()
             return None
         comm.barrier()
+        while not busy.exists():  # until then, the sender's own barrier() would send the message
+            time.sleep(0.01)
         with pytest.raises(sf.RegionTimeout):
             comm.recv(source=1, tag=1, timeout=0.05)
         given_up.touch()
