@@ -244,3 +244,61 @@ print(sf.parallel(lambda: sf.comm().rank, n=2)())
         timeout=280,
     ).ok()  # fmt: skip
     assert ended.out.splitlines() == ["missing [0, 1]", "[0, 1]"]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("held", ["ticket", "checkpoint"])
+def test_a_process_between_two_requests_waits_in_the_clones_of_another(sfrun: Sfrun, held: str, order: str) -> None:
+    """An error there would have it run on in the clone, up to ending the process that the clone was made for."""
+    (sfrun.folder / "bystander.py").write_text("""
+import os, signal, time
+import sfparallel as sf
+
+def run(held, program, began):
+    parent = os.uname().nodename
+    sf.parallel(lambda: None, n=1)()  # a first fork takes a while to prepare
+    if held == "ticket":
+        ticket = sf.request_ticket(1)
+        ask = lambda: sf.clone(ticket)
+    else:
+        executor = sf.Executor(1)
+        executor.submit(int).result()
+        ask = executor.shutdown
+    os.write(began, b".")
+    while os.uname().nodename == parent:
+        time.sleep(0.01)
+    open("/tmp/asked", "w").close()
+    try:
+        ask()
+    finally:
+        os.kill(program, signal.SIGKILL)
+""")
+    ended = sfrun(
+        f"""
+        import os, signal, time
+        import sfparallel as sf
+        import bystander
+
+        def rank():
+            while not os.path.exists("/tmp/asked"):
+                time.sleep(0.01)
+            time.sleep(2)
+            return os.uname().nodename != parent
+
+        parent = os.uname().nodename
+        begun, began = os.pipe()
+        mine = sf.request_ticket(1) if {order == "after"} else None
+        if not os.fork():
+            bystander.run({held!r}, os.getppid(), began)
+        os.read(begun, 1)
+        if mine is None:
+            print(sf.parallel(rank, n=1)(), flush=True)
+        elif sf.clone(mine):
+            sf.exit(7 if rank() else 1)
+        else:
+            print(sf.join(mine), flush=True)
+        os.killpg(0, signal.SIGKILL)
+        """,
+        timeout=280,
+    )
+    assert ended.out == ("[True]\n" if order == "before" else "{1: 7}\n"), ended.err

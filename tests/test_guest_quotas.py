@@ -17,7 +17,8 @@ from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.machine import Accelerator, MachineSpec
 from sfparallel.vmm.pool import ImageAhead, Pool
 from sfparallel.vmm.record import ForkReport
-from sfparallel.vmm.regions import Regions, RegionSettings
+from sfparallel.vmm.regions import Regions
+from sfparallel.vmm.replies import RegionSettings
 from sfparallel.vmm.requests import ANSWER_BYTES
 from sfparallel.vmm.tickets import Member, Ticket, TicketState
 from sfparallel.vmm.vm import Vm
@@ -57,12 +58,10 @@ async def answers(guest: HostileGuest, count: int) -> dict[int, dict[str, Any]]:
 
 
 def running_ticket(regions: Regions, owner: Vm, clones: list[Vm]) -> Ticket:
-    ticket = Ticket(77, owner, 1, len(clones), state=TicketState.RUNNING)
-    ticket.members = {rank: Member(rank, vm, "", 1) for rank, vm in enumerate(clones, 1)}
+    ticket = regions._tickets.issue(owner, 1, len(clones))
+    ticket.state = TicketState.CLONING
     ticket.report = ForkReport(len(clones), 0.0)
-    regions._tickets[77] = ticket
-    for rank, vm in enumerate(clones, 1):
-        regions._members[vm] = ticket, ticket.members[rank]
+    regions._tickets.start(ticket, [Member(rank, vm, "", 1) for rank, vm in enumerate(clones, 1)])
     return ticket
 
 
@@ -104,7 +103,7 @@ async def test_joins_without_end() -> None:
         attach(regions, clone)
         ticket = running_ticket(regions, guest.vm, [clone.vm])
         for number in range(5000):
-            await ask(guest, number, "join", ticket=77)
+            await ask(guest, number, "join", ticket=1)
             if number % 500 == 499:
                 await answers(guest, 499)
                 assert len(regions._tasks) < 10
@@ -124,7 +123,7 @@ async def test_tickets_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
             await ask(guest, number, "ticket", n=1)
         found = await answers(guest, 100)
         assert [("ticket" in found[number]) for number in range(100)] == [True] * 50 + [False] * 50
-        assert "neither joined nor killed" in found[99]["message"] and len(regions._tickets) == 50
+        assert "neither joined nor killed" in found[99]["message"] and len(regions._tickets.of(guest.vm)) == 50
         await ask(other, 1, "ticket", n=1)
         assert "ticket" in (await answers(other, 1))[1]  # the other VM has its own
         await ask(guest, 100, "kill", ticket=1)
@@ -196,14 +195,14 @@ async def test_an_answer_that_waits_outlives_its_clone() -> None:
         parent.vm.send(FrameType.REPLY, pack({"event": "other", "data": bytes(900_000)}))
         await clone.send(FrameType.REQUEST, pack({"op": "exit", "status": 0, "answer": b"the answer"}), 1)
         await clone.send(FrameType.REQUEST, pack({"op": "exit", "status": 0, "answer": b"another"}), 1)
-        while not regions._members[clone.vm][1].leaving:
+        while (found := regions._tickets.clone(clone.vm)) and not found[1].leaving:
             await asyncio.sleep(0)
         clone.vm.kill()
         await clone.end()
         heard: list[dict[str, Any]] = []
         while len(heard) < 2:
             heard += [unpack(frame.payload) for frame in await parent.hear()]
-        assert heard[1] == {"event": "answer", "ticket": 77, "rank": 1, "data": b"the answer"}
+        assert heard[1] == {"event": "answer", "ticket": 1, "rank": 1, "data": b"the answer"}
 
 
 @alone
@@ -214,7 +213,7 @@ async def test_reports_of_answers_are_taken_once() -> None:
         attach(regions, clone)
         ticket = running_ticket(regions, guest.vm, [clone.vm])
         for _ in range(1000):
-            await guest.send(FrameType.REQUEST, pack({"op": "stats", "ticket": 77, "first_s": 1, "last_s": 2}), 1)
+            await guest.send(FrameType.REQUEST, pack({"op": "stats", "ticket": 1, "first_s": 1, "last_s": 2}), 1)
         await ask(guest, 1, "hello")
         await answers(guest, 1)
         assert ticket.report and len(ticket.report.spans) == 2

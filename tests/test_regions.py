@@ -15,7 +15,7 @@ from sfparallel.errors import (
     UsageError,
     VMError,
 )
-from sfparallel.vmm.regions import failure
+from sfparallel.vmm.replies import failure
 
 
 @pytest.mark.parametrize(("error", "kind"), [

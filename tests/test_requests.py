@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfparallel.errors import ProtocolError, SfError
-from sfparallel.vmm.regions import failure
+from sfparallel.vmm.replies import failure
 from sfparallel.vmm.requests import ANSWER_BYTES, CAUSE_CHARS, REQUESTS, BadRequest, Request, decode
 from sfparallel.wire import MAX_MESSAGE_BYTES, pack, unpack
 

@@ -33,7 +33,7 @@ from sfparallel.vmm.machine import Accelerator, Boot, Endpoints, MachineSpec, ar
 from sfparallel.vmm.paging import PagingHello, PagingLayer
 from sfparallel.vmm.processes import private_bytes
 from sfparallel.vmm.qmp import Qmp, reopened
-from sfparallel.vmm.regions import identity
+from sfparallel.vmm.replies import identity
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.vm import Sockets, Vm, VmState

@@ -42,8 +42,9 @@ from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
 from sfparallel.vmm.pool import ImageAhead, Pool
 from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.record import ForkReport
-from sfparallel.vmm.regions import Regions, RegionSettings, identity
+from sfparallel.vmm.regions import Regions
 from sfparallel.vmm.registry import JobStatus, announce
+from sfparallel.vmm.replies import RegionSettings, identity
 from sfparallel.vmm.shells import plug_data_disks, require_library, start_launcher, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile

@@ -37,13 +37,10 @@ class SavedStates:
 
     def __init__(self) -> None:
         self._saved: dict[int, Saved] = {}
-        self.newest = 0
-        """The number of the last one made; the first is 1."""
 
-    def add(self, owner: Vm, channel: int, request: int, checkpoint: Checkpoint) -> Saved:
+    def add(self, number: int, owner: Vm, channel: int, request: int, checkpoint: Checkpoint) -> Saved:
         """Keep a checkpoint; it belongs to this object from here on."""
-        self.newest += 1
-        saved = Saved(self.newest, owner, channel, request, checkpoint)
+        saved = Saved(number, owner, channel, request, checkpoint)
         self._saved[saved.number] = saved
         return saved
 
@@ -57,11 +54,6 @@ class SavedStates:
         if saved is None or saved.owner is not owner:
             raise StateError(f"there is no checkpoint {number} here", hint="make one with checkpoint_parent")
         return saved
-
-    def has(self, owner: Vm, number: int) -> bool:
-        """Whether it is one of that VM."""
-        saved = self._saved.get(number)
-        return saved is not None and saved.owner is owner
 
     def count(self, owner: Vm) -> int:
         """How many a VM has."""

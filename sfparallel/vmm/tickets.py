@@ -1,4 +1,4 @@
-"""Tickets: permission for clones, and what became of the clones made with it."""
+"""Tickets: permission for clones, what became of the clones made with it, and which there are in a job."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ticket:
         label_base: with what number the labels of their output begin.
         world: they run the whole program, as ranks.
         joining: its owner waits for nothing but their end.
-        checkpoints: the number of the newest checkpoint of the job when the clones were made.
+        before: the newest number of a ticket or checkpoint of the job when the clones were made.
     """
 
     number: int
@@ -66,7 +66,7 @@ class Ticket:
     label_base: int = 1
     world: bool = False
     joining: bool = False
-    checkpoints: int = 0
+    before: int = 0
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None
@@ -122,3 +122,83 @@ class Ticket:
     def statuses(self) -> dict[int, int | None]:
         """Exit status by rank; None for a clone that was lost or discarded."""
         return {rank: member.status for rank, member in self.members.items()}
+
+
+class Tickets:
+    """The tickets of a job's programs, and the clones made with them. Tickets and checkpoints are numbered together."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[int, Ticket] = {}
+        self._clones: dict[Vm, tuple[Ticket, Member]] = {}
+        self._newest = 0
+
+    def new_number(self) -> int:
+        """For a ticket or a checkpoint: 1, 2, ..."""
+        self._newest += 1
+        return self._newest
+
+    def issue(self, owner: Vm, channel: int, granted: int) -> Ticket:
+        """A new ticket for a program."""
+        ticket = Ticket(self.new_number(), owner, channel, granted)
+        self._tickets[ticket.number] = ticket
+        return ticket
+
+    def find(self, owner: Vm, channel: int, number: int) -> Ticket:
+        """A program's ticket.
+
+        Raises:
+            StateError: it has none of that number. Another program in its VM may: a region of the first one would wait for clones
+                that nobody says are lost.
+        """
+        ticket = self._tickets.get(number)
+        if ticket is None or ticket.owner is not owner or ticket.channel != channel:
+            raise StateError(f"there is no ticket {number} here", hint="ask for one with request_ticket")
+        return ticket
+
+    def inherited(self, vm: Vm, channel: int, *numbers: int | None) -> bool:
+        """Whether one of these numbers, of tickets or checkpoints, is of the VM that this one was cloned from, and is named by
+        another program than the one that the clone was made for: it was between two requests when the VM was cloned."""
+        found = self._clones.get(vm)
+        return found is not None and channel != found[1].channel and any(n is not None and n <= found[0].before for n in numbers)
+
+    def of(self, owner: Vm, channel: int | None = None) -> list[Ticket]:
+        """Those of a VM, or of one program in it."""
+        return [ticket for ticket in self._tickets.values() if ticket.owner is owner and channel in (None, ticket.channel)]
+
+    def is_open(self, ticket: Ticket) -> bool:
+        """Whether its owner is not done with it yet."""
+        return self._tickets.get(ticket.number) is ticket
+
+    def close(self, ticket: Ticket) -> None:
+        """Its owner is done with it."""
+        self._tickets.pop(ticket.number, None)
+
+    def start(self, ticket: Ticket, members: list[Member]) -> None:
+        """The ticket's clones exist from here on."""
+        for member in members:
+            self._clones[member.vm] = (ticket, member)
+        ticket.before = self._newest
+        ticket.start(members)
+
+    def clone(self, vm: Vm) -> tuple[Ticket, Member] | None:
+        """What a VM is a clone of; None for the parent, and for VMs that are gone."""
+        return self._clones.get(vm)
+
+    def is_clone(self, vm: Vm) -> bool:
+        return vm in self._clones
+
+    def clones(self) -> list[Vm]:
+        return list(self._clones)
+
+    def running(self) -> int:
+        """How many clones there are."""
+        return sum(1 for _, member in self._clones.values() if not member.gone)
+
+    def rank_of(self, vm: Vm) -> int | None:
+        """The rank of a clone that runs the whole program; None for other VMs."""
+        ticket, member = self._clones.get(vm, (None, None))
+        return member.rank - 1 if ticket and member and ticket.world else None
+
+    def forget(self, vm: Vm) -> tuple[Ticket, Member] | None:
+        """A VM is gone; returns what it was a clone of."""
+        return self._clones.pop(vm, None)
