@@ -1,6 +1,6 @@
 """Requirements files of pip, read for an image: what is in them becomes part of the image's recipe, by content and not by name.
 
-What cannot be had in an image is said at once, with its line, and not by pip after the minutes that Debian takes. The format is
+A line that an image cannot have is refused at once, and not by pip after minutes of building. The format is
 that of pip's documentation ("Requirements File Format").
 """
 
@@ -56,7 +56,7 @@ class Requirements:
         except OSError as error:
             raise UsageError(f"{where}: {path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError:
-            raise UsageError(f"{where}: {path} is no text in UTF-8", hint="is it a requirements file?") from None
+            raise UsageError(f"{where}: {path} is not UTF-8 text", hint="is it a requirements file?") from None
         for number, line in _logical_lines(text):
             self._add(line, path, f"{path}, line {number}", constraint=constraint)
 
@@ -68,7 +68,7 @@ class Requirements:
         elif option in _CONSTRAINTS:
             self.read(path.parent / value, where, constraint=True)
         elif option in _EDITABLE:
-            raise UsageError(f"{where}: {line}: an editable package is a link to a folder of this host, which an image has not",
+            raise UsageError(f"{where}: {line}: an editable package links to a folder, which an image cannot hold",
                              hint="leave the line out, and run the script in that folder, or with --env PYTHONPATH=FOLDER; "
                                   "or `pip wheel` makes a file that can stand here")  # fmt: skip
         elif option in _PLACES and "://" not in value:
@@ -76,7 +76,7 @@ class Requirements:
         elif option in _PASSED:
             target.append(line)
         elif option:
-            raise UsageError(f"{where}: {line}: this option of pip has no meaning for an image",
+            raise UsageError(f"{where}: {line}: an image cannot have this option of pip",
                              hint="leave it out; wheels are taken where there are some, else packages are built on this host")
         else:
             target.append(_located(line, path.parent, where))
