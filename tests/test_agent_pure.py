@@ -56,6 +56,19 @@ def digest(payload: bytes) -> int:
     return result
 
 
+def test_the_agent_links_with_either_name_of_msgpack(tmp_path: Path) -> None:
+    """Debian 13 has only libmsgpack-c.a: the folder searched first has it so, and nothing by the old name."""
+    names = ("libmsgpackc.a", "libmsgpack-c.a")
+    paths = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in names]
+    library = next(path for path in paths if path.startswith("/"))
+    (tmp_path / "libmsgpack-c.a").write_bytes(Path(library).read_bytes())
+    (tmp_path / "libmsgpackc.a").write_bytes(b"!<arch>\n")
+    argv = ["make", "-s", "-C", str(AGENT), f"CC=gcc -B{tmp_path}", f"OUT={tmp_path}", f"{tmp_path}/sfagent"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "sfagent").read_bytes()[:4] == b"\x7fELF"
+
+
 @FUZZ
 @given(
     frames=st.lists(st.tuples(st.integers(32, 39), st.integers(0, 65535), st.binary(max_size=300)), max_size=8),
