@@ -47,7 +47,7 @@ _SERIAL_PORTS = 2
 _LEFT_OUT = "usb=off,sata=off,smbus=off,i8042=off,hpet=off"
 
 
-TCG_CPU_MODEL = "max,la57=off,erms=off,avx2=off,vaes=off,bmi1=off,bmi2=off,adx=off,abm=off"
+TCG_CPU_MODEL = "max,la57=off,erms=off,fsrm=off,avx2=off,vaes=off,bmi1=off,bmi2=off,adx=off,abm=off"
 """TCG's `max` without what it computes wrong, or slowly (docs/decisions/0001-emulated-processor.md).
 
 * avx2: in QEMU 7.2 a gather whose index is in register 4 reads the first element of its table over and over, so that numpy sorts
@@ -56,6 +56,8 @@ TCG_CPU_MODEL = "max,la57=off,erms=off,avx2=off,vaes=off,bmi1=off,bmi2=off,adx=o
 * abm (LZCNT): QEMU 10 executes LZCNT as BSR where there is no BMI1.
 * la57: five-level paging only makes each TLB miss dearer.
 * erms: the guest would copy and clear memory by REP MOVSB, which TCG does byte by byte: five times as long.
+* fsrm: QEMU 10's `max` has it. Linux takes for granted that it comes with ERMS (arch/x86/lib/memmove_64.S), and without stands
+  still early in its boot.
 
 What is left, runtime/cpu_check proves at the boot of each template.
 """
