@@ -8,13 +8,18 @@ RENDER_PACKAGES := --package povray --package povray-examples --package python3-
 ML_IMAGE := $(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pandas --pip pytest --pip hypothesis
 BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed --pip ray
 
-.PHONY: help build bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map bench-start clean
+.PHONY: help build dist bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map bench-start clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: ## install what is needed, build the native parts (quick when there is nothing to do)
 	@tools/prepare
+
+dist: build ## sdist, and from it a wheel with the native parts built, in dist/
+	@rm -rf dist
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(BIN)/python -m build --outdir dist . >/dev/null
+	@ls dist/*
 
 demo: build ## build the guest image of the example, then run BLAST in clones of a VM
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples

@@ -13,6 +13,8 @@ libvirt.
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 TYPE_CHECKING = False  # typing's own would import a dozen modules, in every program
 if TYPE_CHECKING:
     from typing import Any

@@ -34,5 +34,5 @@ ffibuilder.cdef(
 ffibuilder.set_source(
     "sfparallel._native",
     (Path(__file__).parent / "_native_calls.c").read_text(),
-    extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
+    extra_compile_args=["-O2", "-g0", "-Wall", "-Wextra", "-Wno-missing-field-initializers"],
 )

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import sfparallel
 from sfparallel.config import CACHE_HINT, LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
 from sfparallel.text import in_one_line, printable
@@ -97,6 +98,7 @@ def _sfrun_parser() -> argparse.ArgumentParser:
         epilog="settings from the environment: " + "; ".join(f"{s.variable}: {s.help}" for s in SETTINGS),
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"sfparallel {sfparallel.__version__}")
     add("-n", type=int, metavar="N", help="clones of every sf.parallel that does not say n itself")
     add("--local", action="store_true", help="for development: clones are processes of this host (os.fork), not VMs")
     whole = parser.add_mutually_exclusive_group()
@@ -282,6 +284,7 @@ def _start_log() -> None:
 
 def _sf_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
+    parser.add_argument("--version", action="version", version=f"sfparallel {sfparallel.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what works on this machine, what does not, and the remedy")
     image = commands.add_parser("image", help="guest images").add_subparsers(dest="action", required=True, metavar="ACTION")

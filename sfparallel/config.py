@@ -35,6 +35,8 @@ LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: deb
 START_LIMIT = Setting("SF_START_LIMIT", "60", "seconds that one step of a start may take before it is taken for hung")
 PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
 
+LIBVIRT_REMEDY = "apt install gcc pkg-config python3-dev libvirt-dev, then pip install libvirt-python"
+"""It is built from its source: its registry has no wheels of it."""
 CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for which `sf image build` is to be run once"
 
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)

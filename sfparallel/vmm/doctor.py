@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sfparallel import native
-from sfparallel.config import CLONE_MEMORY, QEMU, cache_folder, parse_size
+from sfparallel.config import CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size
 from sfparallel.errors import EnvironmentProblem, NetworkError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.kvm import accelerator, probe_kvm
@@ -121,8 +121,7 @@ def _libvirt_binding() -> Finding:
         number = library_version()
         binding = version("libvirt-python")
     except (ImportError, PackageNotFoundError) as error:
-        remedy = "apt install libvirt0, then pip install libvirt-python"
-        return Finding(name, Status.ABSENT, f"{error} (for --connect)", remedy, needed=False)
+        return Finding(name, Status.ABSENT, f"{error} (for --connect)", LIBVIRT_REMEDY, needed=False)
     return Finding(name, Status.OK, f"binding {binding}, library {number // 1000000}.{number // 1000 % 1000}.{number % 1000}")
 
 

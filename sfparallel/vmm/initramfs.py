@@ -97,6 +97,10 @@ def build(program: Path) -> Path:
         EnvironmentProblem: it is missing and cannot be made.
     """
     folder = program.parent
+    if not (folder / "Makefile").exists():  # from a wheel, which has it built and no sources
+        if not program.exists():
+            raise EnvironmentProblem(f"this installation of sfparallel lacks {program}", hint="reinstall sfparallel")
+        return program
     sources = [path for path in folder.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile"]
     if program.exists() and all(path.stat().st_mtime_ns <= program.stat().st_mtime_ns for path in sources):
         return program

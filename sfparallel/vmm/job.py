@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sfparallel import bootstrap
-from sfparallel.config import QEMU
+from sfparallel.config import LIBVIRT_REMEDY, QEMU
 from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
@@ -251,7 +251,10 @@ class Job:
         if self._options.connect is None:
             return await start_parent(spec, network, launcher)
         # Late: libvirt is loaded only where it is asked for.
-        from sfparallel.vmm.libvirt_parent import start_domain
+        try:
+            from sfparallel.vmm.libvirt_parent import start_domain
+        except ImportError as error:
+            raise EnvironmentProblem(f"--connect needs libvirt's binding for Python: {error}", hint=LIBVIRT_REMEDY) from error
 
         return await start_domain(spec, self._options.connect, self._places, network, self.name, stack)
 
