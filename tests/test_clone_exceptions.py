@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 import sfparallel as sf
-from sfparallel.runtime.payload import dump_error, load_error
+from sfparallel.runtime.payload import dump_error, dumps, load_error, loads
 from tests.conftest import Sfrun
 from tests.fork_double import Doubles, double_fixture  # noqa: F401
 
@@ -130,3 +130,79 @@ def test_a_merge_that_stops(double: Doubles) -> None:
         future.result()
     with pytest.raises(StopIteration):  # in the caller's own thread, as any function that it calls
         sf.parallel(n=2, merge=merge)(lambda: 1)()
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class MuteExit(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class MuteWhenPickled(Exception):
+    def __reduce__(self) -> tuple[object, ...]:
+        raise Mute
+
+
+class Notes(Exception):
+    @property
+    def __notes__(self) -> list[str]:
+        raise RuntimeError("no notes")
+
+
+class Code:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def _raise_mute() -> None:
+    raise Mute
+
+
+class MuteOnArrival:
+    def __reduce__(self) -> tuple[object, ...]:
+        return _raise_mute, ()
+
+
+UNTELLABLE = [Mute(), MuteExit(), MuteWhenPickled(), Notes(), SystemExit(Code()),
+              SyntaxError("why", ("f.py", 1, "two", "text", 1, "three"))]
+
+
+@pytest.mark.parametrize("error", UNTELLABLE, ids=lambda error: type(error).__name__)
+def test_an_exception_that_cannot_be_told_still_arrives(error: BaseException) -> None:
+    description, frames = dump_error(error, 1)
+    assert description["type"].endswith(type(error).__qualname__)
+    assert isinstance(load_error(description, frames, "rank 1"), Exception)
+
+
+def test_a_pickle_that_raises_what_has_no_text_is_an_error_of_its_rank() -> None:
+    with pytest.raises(sf.ResultNotPicklable, match="Mute without a readable message"):
+        loads(dumps(MuteOnArrival()))
+    description, _ = dump_error(ValueError("why"), 1)
+    assert isinstance(load_error(description, dumps(MuteOnArrival()), "rank 1"), sf.RemoteError)
+
+
+def test_such_a_rank_costs_the_others_nothing(double: Doubles) -> None:
+    def work() -> int:
+        if sf.comm().rank == 1:
+            raise MuteWhenPickled
+        return sf.comm().rank
+
+    first, error, last = sf.parallel(n=3, on_error="return")(work)()
+    assert (first, last) == (0, 2) and isinstance(error, sf.RemoteError) and "MuteWhenPickled" in str(error)
+
+    def item(i: int) -> int:
+        if i == 1:
+            raise Mute
+        return i
+
+    with pytest.raises(sf.RankError, match="Mute"):
+        list(sf.parallel_imap(item, range(3), n=1, on_error="gather"))
+
+
+def test_an_exit_without_a_code_has_none() -> None:
+    error = load_error(*dump_error(SystemExit(), 1), "rank 1")
+    assert isinstance(error, sf.RankExit) and error.code is None

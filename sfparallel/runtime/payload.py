@@ -52,7 +52,7 @@ def dumps(value: Any, origin: str = "this rank", *, what: str | None = None, to:
         return _dumps(dumps_by_value, value)
     except Exception as error:
         noun = what or f"the result of {origin}"
-        raise ResultNotPicklable(f"{noun}, a {type(value).__qualname__}, cannot be sent to {to}: {error}",
+        raise ResultNotPicklable(f"{noun}, a {type(value).__qualname__}, cannot be sent to {to}: {message_of(error)}",
                                  hint="return plain data (numbers, arrays, containers, what was read from a file), "
                                       "or write a file and use collect=") from error
 
@@ -96,7 +96,7 @@ def loads(frames: Sequence[Buffer], origin: str = "a rank", *, what: str | None 
     except BaseException as error:  # a class's own __setstate__ may raise anything, SystemExit included
         noun = what or f"the result of {origin}"
         hint = "its class must be importable, and rebuildable from its pickle, where it arrives"
-        raise ResultNotPicklable(f"{noun} arrived but cannot be unpickled: {type(error).__qualname__}: {error}",
+        raise ResultNotPicklable(f"{noun} arrived but cannot be unpickled: {type(error).__qualname__}: {message_of(error)}",
                                  hint=hint) from error
 
 
@@ -114,8 +114,21 @@ def message_of(error: BaseException) -> str:
     """The text of an exception of any class."""
     try:
         return _clean(str(error))
-    except Exception:  # a class's own __str__ may raise anything
+    except KeyboardInterrupt:
+        raise  # Ctrl-C
+    except BaseException:  # a class's own __str__ may raise anything, SystemExit included
         return f"<{type(error).__qualname__} without a readable message>"
+
+
+def _traceback_of(error: BaseException) -> str:
+    """The formatted traceback; without what belongs to the exception itself where that cannot be formatted: `__notes__` may be a
+    property that raises, and the fields of a SyntaxError are whatever it was given."""
+    frames = _users_frames(error.__traceback__)
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except Exception:
+        return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(frames),
+                        f"{type(error).__qualname__}: {message_of(error)}\n"])
 
 
 def _cut(text: str) -> str:
@@ -136,7 +149,7 @@ def _describe(error: BaseException) -> dict[str, str]:
     return {
         "type": f"{kind.__module__}.{kind.__qualname__}",
         "message": _cut(message_of(error)),
-        "traceback": _cut(_clean("".join(traceback.format_exception(kind, error, _users_frames(error.__traceback__))))),
+        "traceback": _cut(_clean(_traceback_of(error))),
     }
 
 
@@ -144,8 +157,8 @@ def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Bu
     """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
     description = _describe(error)
     if isinstance(error, SystemExit):
-        error = RankExit(f"rank {rank} called sys.exit({_clean(repr(error.code))}) instead of returning", rank=rank,
-                         code=error.code if isinstance(error.code, int) else str(error.code))
+        code = error.code if error.code is None or isinstance(error.code, int) else message_of(error)
+        error = RankExit(f"rank {rank} called sys.exit({_clean(repr(code))}) instead of returning", rank=rank, code=code)
     try:
         frames = dumps(error)
         # Many exceptions pickle but do not unpickle: __init__ wants arguments that `args` does not hold.

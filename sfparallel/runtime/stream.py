@@ -15,7 +15,7 @@ from sfparallel.runtime.api import ErrorMode, check_common, name_of
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.lowlevel import check_count
-from sfparallel.runtime.payload import Buffer, dumps, loads, owned
+from sfparallel.runtime.payload import Buffer, dumps, loads, message_of, owned
 from sfparallel.runtime.progress import Progress
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.schedule import Schedule
@@ -206,7 +206,7 @@ class ResultStream(Iterator[R], Generic[R]):
         if self._errors:
             first = min(self._errors)
             raise RankError(f"{len(self._errors)} of {self._given} items failed; the first is item {first}: "
-                            f"{type(self._errors[first]).__qualname__}: {self._errors[first]}",
+                            f"{type(self._errors[first]).__qualname__}: {message_of(self._errors[first])}",
                             errors=self._errors) from self._errors[first]
 
 
