@@ -153,6 +153,12 @@ class Notes(Exception):
         raise RuntimeError("no notes")
 
 
+class NotesExit(Exception):
+    @property
+    def __notes__(self) -> list[str]:
+        raise SystemExit(3)
+
+
 class Code:
     def __repr__(self) -> str:
         raise RuntimeError("no text")
@@ -167,7 +173,7 @@ class MuteOnArrival:
         return _raise_mute, ()
 
 
-UNTELLABLE = [Mute(), MuteExit(), MuteWhenPickled(), Notes(), SystemExit(Code()),
+UNTELLABLE = [Mute(), MuteExit(), MuteWhenPickled(), Notes(), NotesExit(), SystemExit(Code()),
               SyntaxError("why", ("f.py", 1, "two", "text", 1, "three"))]
 
 

@@ -126,7 +126,9 @@ def _traceback_of(error: BaseException) -> str:
     frames = _users_frames(error.__traceback__)
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(frames),
                         f"{type(error).__qualname__}: {message_of(error)}\n"])
 
