@@ -5,11 +5,14 @@ A guest is booted once and its state kept in a file (QEMU's own migration); ever
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import socket
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -127,6 +130,13 @@ class Guest:
     def send(self, kind: FrameType, payload: bytes = b"", channel: int = 0) -> None:
         self._port.settimeout(PATIENCE_S)
         self._port.sendall(Frame(kind, payload, channel).encode())
+
+    def wait_until_taken(self) -> None:
+        """Wait, without reading, until QEMU has taken all that was sent, and so passed it on to the guest (unix(7), SIOCOUTQ)."""
+        deadline = time.monotonic() + PATIENCE_S
+        while struct.unpack("i", fcntl.ioctl(self._port, termios.TIOCOUTQ, bytes(4)))[0]:
+            assert time.monotonic() < deadline, "QEMU does not read from the port"
+            time.sleep(0.01)
 
     def _receive(self, timeout_s: float) -> None:
         self._port.settimeout(timeout_s)

@@ -211,6 +211,7 @@ def test_freeze_waits_for_no_end_of_output(guest: Guest) -> None:
     for _ in range(3):
         guest.output_until("y\ny")
         guest.send(FrameType.FREEZE)
+        guest.wait_until_taken()  # what is printed on the way there says nothing
         printed = 0
         while (frame := guest.frame()).type is not FrameType.FROZEN:
             printed += len(frame.payload)
