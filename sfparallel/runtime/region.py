@@ -209,7 +209,8 @@ class Region:
         """Take answers until there are enough of them; the error that ends the region, if any."""
         deadline = None if self._work.timeout_s is None else self._started + self._work.timeout_s
         poller = zmq.Poller()
-        self._link.watch(poller)
+        with HERE.interrupts_deferred():  # a socket that is made meanwhile would belong to nobody
+            self._link.watch(poller)
         poller.register(self._ticket.hypervisor.fileno(), zmq.POLLIN)
         poller.register(self._alarm.fileno(), zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
