@@ -43,7 +43,7 @@ def gather(call: Call, payload: Payload, root: int) -> Collective:
     if root == ROOT:
         op = call.remote.recv(0)
         yield [op]
-        return unbundle(op.payload)
+        return unbundle(op.payload, range(call.remote.size), op.source)
     if root == PROC_NULL:
         return None
     records = yield from collectives.gather(call.local, payload, 0)
@@ -65,7 +65,8 @@ def scatter(call: Call, payloads: Sequence[Payload] | None, root: int) -> Collec
     if call.local.me == 0:
         op = call.remote.recv(root)
         yield [op]
-        parts = [(record.flags, [record.view], record.nbytes) for record in unbundle(op.payload)]
+        records = unbundle(op.payload, range(call.local.size), op.source)
+        parts = [(record.flags, [record.view], record.nbytes) for record in records]
     return (yield from collectives.scatter(call.local, parts, 0))  # type: ignore[arg-type]
 
 
@@ -78,7 +79,7 @@ def allgather(call: Call, payload: Payload) -> Collective:
         yield [call.remote.send(0, bundle(records)), op]
         arrived = received(op)
     _, payloads = yield from collectives.bcast(call.local, arrived, 0)
-    return unbundle(payloads)
+    return unbundle(payloads, range(call.remote.size), call.remote.ranks[0])
 
 
 def alltoall(call: Call, payloads: Sequence[Payload], places: Sequence[memoryview | None]) -> Collective:

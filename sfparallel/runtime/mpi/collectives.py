@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sfparallel.runtime.mpi.endpoint import Endpoint
+from sfparallel.runtime.mpi.errors import ERR_UNKNOWN, MPIException
 from sfparallel.runtime.mpi.matching import Buffer, RecvOp, SendOp
 from sfparallel.runtime.mpi.pickling import Payload
 
@@ -112,20 +113,38 @@ def bundle(records: Sequence[Record]) -> Payload:
     return 0, [b"".join(table), *frames], at
 
 
-def unbundle(payload: Buffer) -> list[Record]:
+def unbundle(payload: Buffer, ranks: Sequence[int], sender: int, *, direct: bool = False) -> list[Record]:
+    """The payloads of these ranks, in this order, out of a bundle.
+
+    Args:
+        sender: the process that sent it, for the error.
+        direct: some may come by another way.
+
+    Raises:
+        MPIException: this is no such bundle.
+    """
     view = memoryview(payload)
-    (count,) = _COUNT.unpack_from(view)
-    at = 8 + _RECORD.size * count
+    at = 8 + _RECORD.size * len(ranks)
+    if len(view) < at or _COUNT.unpack_from(view)[0] != len(ranks):
+        raise _no_bundle(sender, f"{len(view)} bytes where the payloads of {len(ranks)} ranks were expected")
     records = []
-    for i in range(count):
+    for i, expected in enumerate(ranks):
         rank, flags, nbytes = _RECORD.unpack_from(view, 8 + _RECORD.size * i)
-        if flags & _DIRECT:
+        if rank != expected:
+            raise _no_bundle(sender, f"a payload of rank {rank} of the communicator in place of rank {expected}'s")
+        if flags & _DIRECT and direct:
             records.append(Record(rank, flags & ~_DIRECT, nbytes, None))
             continue
         at += -at % _ALIGN
+        if nbytes > len(view) - at or flags & _DIRECT:
+            raise _no_bundle(sender, f"a payload of {nbytes} bytes, which is not there")
         records.append(Record(rank, flags, nbytes, view[at:at + nbytes]))
         at += nbytes
     return records
+
+
+def _no_bundle(sender: int, what: str) -> MPIException:
+    return MPIException(ERR_UNKNOWN, f"in a collective call, rank {sender} sent {what}")
 
 
 # Barrier and broadcast
@@ -154,8 +173,13 @@ def bcast(ch: Channel, payload: Payload | None, root: int) -> Collective:
     op = yield from _spread(ch, None, root)
     if not op.flags & _LARGE:
         return op.flags, op.payload
+    if len(op.payload) != _COUNT.size:
+        raise _no_bundle(op.source, f"a length of {len(op.payload)} bytes")
     (nbytes,) = _COUNT.unpack(op.payload)
-    place = np.empty(nbytes, np.uint8).data
+    try:
+        place = np.empty(nbytes, np.uint8).data
+    except (MemoryError, ValueError, OverflowError):
+        raise _no_bundle(op.source, f"the announcement of {nbytes} bytes, for which there is no memory") from None
     yield from bcast_large(ch, place, root)
     return op.flags & ~_LARGE, place
 
@@ -241,7 +265,8 @@ def gather(ch: Channel, payload: Payload, root: int) -> Collective:
         if relative + step < n:
             op = ch.recv((relative + step + root) % n)
             yield [op]
-            records += unbundle(op.payload)
+            below = range(relative + step, min(relative + 2 * step, n))
+            records += unbundle(op.payload, [(r + root) % n for r in below], op.source, direct=True)
         step *= 2
     if relative:
         sends = [ch.send((relative - step + root) % n, bundle(records))]
@@ -258,7 +283,7 @@ def _fetch(ch: Channel, records: Sequence[Record]) -> Collective:
     direct = [(record, ch.recv(record.rank)) for record in records if record.view is None]
     yield [op for _, op in direct]
     for record, op in direct:
-        record.view = op.payload
+        record.nbytes, record.view = op.nbytes, op.payload
 
 
 def scatter(ch: Channel, payloads: Sequence[Payload] | None, root: int) -> Collective:
@@ -269,7 +294,8 @@ def scatter(ch: Channel, payloads: Sequence[Payload] | None, root: int) -> Colle
     if relative:
         op = ch.recv((relative - lowest + root) % n)
         yield [op]
-        records = {(record.rank - root) % n: record for record in unbundle(op.payload)}
+        ranks = [(r + root) % n for r in range(relative, min(relative + lowest, n))]
+        records = dict(enumerate(unbundle(op.payload, ranks, op.source, direct=True), relative))
         direct: list[int] = []
     else:
         assert payloads is not None
@@ -288,7 +314,7 @@ def scatter(ch: Channel, payloads: Sequence[Payload] | None, root: int) -> Colle
     if mine.view is None:
         op = ch.recv(root)
         yield [op]
-        mine.view = op.payload
+        mine.nbytes, mine.view = op.nbytes, op.payload
     yield sends
     return mine
 
@@ -302,7 +328,7 @@ def allgather(ch: Channel, payload: Payload) -> Collective:
         part = records[:min(step, n - step)]
         op = ch.recv((ch.me + step) % n)
         yield [ch.send((ch.me - step) % n, bundle(part)), op]
-        records += unbundle(op.payload)
+        records += unbundle(op.payload, [(ch.me + step + k) % n for k in range(len(part))], op.source)
         step *= 2
     return sorted(records, key=lambda record: record.rank)
 
