@@ -16,9 +16,47 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from sfparallel.errors import QmpError
+from sfparallel.errors import ProtocolError, QmpError
 
 Event = dict[str, Any]
+"""With `event`, its name, and `data`, empty where QEMU says nothing more."""
+
+MAX_LINE_BYTES = 4 << 20
+"""The longest line of QEMU's; those that we ask for have some KiB."""
+
+_NAME_CHARS = 100
+_TEXT_CHARS = 1000
+"""Of a refusal."""
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Read one line: a greeting, an event or a reply.
+
+    A guest that has taken its QEMU over can say anything here.
+
+    Raises:
+        ProtocolError: no QEMU says this.
+    """
+    try:
+        message = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a line that is no JSON: {str(error)[:_NAME_CHARS]}") from None
+    if not isinstance(message, dict):
+        raise ProtocolError(f"a {type(message).__name__} where a message was expected")
+    if "event" in message:
+        name, data = message["event"], message.get("data", {})
+        if not isinstance(name, str) or not 0 < len(name) <= _NAME_CHARS or not isinstance(data, dict):
+            raise ProtocolError("an event without a name, or whose data have none")
+        return {"event": name, "data": data}
+    if "error" in message:
+        refusal = message["error"]
+        text = refusal.get("desc") if isinstance(refusal, dict) else None
+        if not isinstance(text, str):
+            raise ProtocolError("a refusal without a reason")
+        return {"error": text[:_TEXT_CHARS]}
+    if "QMP" not in message and "return" not in message:
+        raise ProtocolError("what is neither greeting nor event nor reply")
+    return message
 
 
 class Qmp:
@@ -28,7 +66,7 @@ class Qmp:
         sock: a connected unix stream socket; the object owns it from here on.
         name: the VM's name, for messages.
         on_event: called for every event, in order.
-        on_close: called once when QEMU closed the connection.
+        on_close: called once when QEMU closed the connection, or was hung up on: with what it did wrong then, else "".
     """
 
     def __init__(
@@ -37,7 +75,7 @@ class Qmp:
         name: str,
         *,
         on_event: Callable[[Event], None] = lambda event: None,
-        on_close: Callable[[], None] = lambda: None,
+        on_close: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.name = name
         self._sock = sock
@@ -48,6 +86,8 @@ class Qmp:
         """Commands, or the rest of one, that the socket has no room for yet, with their descriptors."""
         self._buffer = bytearray()
         self._closed = False
+        self._why = ""
+        """What QEMU did wrong."""
         self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
         self._loop = asyncio.get_running_loop()
         self._greeted: asyncio.Future[Event] = self._loop.create_future()
@@ -163,7 +203,7 @@ class Qmp:
         self._waiters.clear()
 
     def _gone(self, command: str) -> QmpError:
-        return QmpError(f"{self.name}: QEMU is gone, so that {command!r} has no answer")
+        return QmpError(f"{self.name}: {self._why or 'QEMU is gone'}, so that {command!r} has no answer")
 
     def _readable(self) -> None:
         try:
@@ -176,17 +216,24 @@ class Qmp:
             self._end()
             return
         self._buffer += data
-        while (end := self._buffer.find(b"\n")) >= 0:
-            line = bytes(self._buffer[:end])
-            del self._buffer[: end + 1]
-            if line.strip():
-                self._dispatch(json.loads(line))
-                if self._closed:
-                    return
+        try:
+            while (end := self._buffer.find(b"\n")) >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
+                if line.strip():
+                    self._dispatch(decode(line))
+                    if self._closed:
+                        return
+            if len(self._buffer) > MAX_LINE_BYTES:
+                raise ProtocolError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+        except ProtocolError as error:
+            self._end(f"its QEMU broke the protocol of its monitor: {error.message}")
 
-    def _end(self) -> None:
+    def _end(self, why: str = "") -> None:
+        self._why = why
+        self._buffer.clear()
         self.close()
-        self._on_close()
+        self._on_close(why)
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         if "event" in message:
@@ -199,9 +246,9 @@ class Qmp:
             if future.done():
                 return
             if "error" in message:
-                future.set_exception(QmpError(f"{self.name}: QEMU refused {command!r}: {message['error'].get('desc')}"))
+                future.set_exception(QmpError(f"{self.name}: QEMU refused {command!r}: {message['error']}"))
             else:
-                future.set_result(message.get("return"))
+                future.set_result(message["return"])
 
     def _deliver(self, event: Event) -> None:
         kept = []

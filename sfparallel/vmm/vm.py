@@ -170,7 +170,7 @@ class Vm:
         await events
         address = re.search(r"is (?:0x)?([0-9a-f]+)\s*$", found.strip())
         if not address:
-            raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found!r}")
+            raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found[:200]!r}")
         self.ram_address = int(address[1], 16)
 
     async def connect_port(self) -> None:
@@ -200,7 +200,9 @@ class Vm:
         # A QEMU that ends closes its files first. How it ended says more than that it did: leave it the time to do so.
         self.end_later("its agent port closed", _PORT_GRACE_S)
 
-    def _monitor_closed(self) -> None:
+    def _monitor_closed(self, why: str) -> None:
+        if why:
+            self.end(why)
         if self._pidfd is None and self.state is not VmState.GONE:
             self._exited()
 
@@ -295,7 +297,7 @@ class Vm:
         # The plan's map, not the checkpoint's: short gaps of zero pages are mapped from a layer too, which must be held.
         self.memory = plan.memory_map
         done = self.qmp.expect(lambda event: event["event"] == "MIGRATION" and
-                               event["data"]["status"] in ("completed", "failed"))  # fmt: skip
+                               event["data"].get("status") in ("completed", "failed"))  # fmt: skip
         with reopened(device_state, os.O_RDONLY) as state:
             named = self.qmp.send("getfd", fds=[state], fdname="state")
         loading = self.qmp.send("migrate-incoming", uri="fd:state")
@@ -419,7 +421,9 @@ class Vm:
         # QEMU looks for a descriptor with exactly the access mode that it would open the file with.
         with reopened(file, os.O_WRONLY) as writable:
             added = await self.qmp.execute("add-fd", fds=[writable])
-        number = added["fdset-id"]
+        number = added.get("fdset-id") if isinstance(added, dict) else None
+        if type(number) is not int:
+            raise VMError(f"{self.name}: QEMU does not say under which number it keeps a file")
         try:
             yield f"/dev/fdset/{number}"
         finally:
@@ -508,10 +512,10 @@ class Vm:
             case "GUEST_PANICKED" | "GUEST_CRASHLOADED":
                 self.end("guest kernel panic")
             case "SHUTDOWN":
-                reason = event.get("data", {}).get("reason", "")
+                reason = str(event["data"].get("reason", ""))[:guest_frames.MAX_TEXT_CHARS]
                 if not self.cause and reason not in ("host-signal", "host-qmp-quit"):
                     self.cause = f"the guest ended ({reason})"
-            case "STOP" if event.get("data", {}).get("reason") == "io-error":
+            case "STOP" if event["data"].get("reason") == "io-error":
                 self.end("an I/O error on one of its disks")
 
 
