@@ -314,11 +314,11 @@ def sf(arguments: Sequence[str] | None = None) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from sfparallel.vmm.doctor import Status, diagnose, render
+    from sfparallel.vmm.doctor import diagnose, render
 
     findings = diagnose()
     _tell(render(findings))
-    return 0 if all(finding.status is Status.OK or not finding.needed for finding in findings) else 1
+    return 1 if any(finding.lacks for finding in findings) else 0
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import EnvironmentProblem
-from sfparallel.vmm import image, initramfs
+from sfparallel.vmm import image, initramfs, native_parts
 from sfparallel.vmm.machine import TCG_CPU_MODEL, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.template import ensure_template, qemu_version
 
@@ -66,7 +66,7 @@ class Report:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    return initramfs.build(initramfs.CPU_CHECK)
+    return initramfs.build(native_parts.CPU_CHECK)
 
 
 @pytest.fixture(scope="module")

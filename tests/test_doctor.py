@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import sfparallel
 from sfparallel.config import ACCEL, CACHE, QEMU
 from sfparallel.errors import ImageMissing, UsageError
-from sfparallel.vmm import doctor, kvm
+from sfparallel.vmm import doctor, kvm, native_parts
 from sfparallel.vmm.doctor import Finding, Status, diagnose, render
-from sfparallel.vmm.verdict import verdict_of
+from sfparallel.vmm.verdict import not_installed, verdict_of
 
 
 def found(name: str) -> Finding:
@@ -88,7 +89,68 @@ def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(QEMU.variable, "qemu-of-another-world")
     finding = found("QEMU")
     assert (finding.status, finding.needed) == (Status.ABSENT, True)
-    assert "apt install" in finding.remedy
+    assert QEMU.variable in finding.remedy, "no package has what only the setting names"
+    monkeypatch.delenv(QEMU.variable)
+    monkeypatch.setenv("PATH", "")
+    assert found("QEMU").remedy == "apt install qemu-system-x86"
+
+
+# -- the native parts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("qemu")
+def test_the_native_parts_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu = shutil.which(QEMU.get())
+    for program in (None, qemu):
+        assert native_parts.trouble_with_library(program) == ""
+    half = tmp_path / "libsfpage.so"
+    half.write_bytes(native_parts.LIBRARY.read_bytes()[:5000])
+    assert "does not load" in native_parts.trouble_with_library(qemu, half)
+    assert native_parts.trouble_with_program(native_parts.AGENT) == ""
+    assert native_parts.trouble_with_program(native_parts.CPU_CHECK) == ""
+    stranger = Path(fake_program(tmp_path, "echo I am another"))
+    assert "I am another" in native_parts.trouble_with_program(stranger)
+    stranger.write_bytes(native_parts.AGENT.read_bytes()[:1000])
+    assert native_parts.trouble_with_program(stranger), "half of it"
+    monkeypatch.setattr(native_parts, "_LIMIT_S", 1.0)
+    other = next(Path(sys.base_prefix).rglob("lib-dynload/_json*.so"))
+    assert "answer in QEMU" in native_parts.trouble_with_library(qemu, other)
+
+
+def installed(folder: Path, *, wheel: bool) -> dict[str, str]:
+    """A copy of the package, as in a checkout or from a wheel; returns the environment in which that copy is imported."""
+    without = shutil.ignore_patterns("__pycache__", *(("*.c", "*.h", "Makefile") if wheel else ()))
+    shutil.copytree(Path(sfparallel.__file__).parent, folder / "sfparallel", ignore=without)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def called(environment: dict[str, str], command: str, *words: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; from sfparallel.cli import {command}; {command}(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *words], env=environment, cwd="/var/tmp", capture_output=True, text=True,
+                          timeout=120)
+
+
+@pytest.mark.needs("root")
+@pytest.mark.needs("qemu")
+@pytest.mark.parametrize(("wheel", "remedy"), [(False, "make build"), (True, "pip install --force-reinstall")])
+def test_a_missing_paging_layer_is_told_with_its_remedy(tmp_path: Path, wheel: bool, remedy: str) -> None:
+    environment = installed(tmp_path, wheel=wheel)
+    (tmp_path / "sfparallel" / "vmm" / "native" / "libsfpage.so").unlink()
+    done = called(environment, "sf", "doctor")
+    summary = done.stdout.partition("\n\n")[0]
+    assert done.returncode == 1 and summary.startswith("cannot run") and "paging layer" in summary and remedy in summary, done
+    done = called(environment, "sfrun", "-c", "pass")
+    assert done.returncode == 70 and "libsfpage.so" in done.stderr and remedy in done.stderr, done
+
+
+def test_all_packages_that_are_missing_are_named_in_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path), CACHE.variable: str(tmp_path / "cache")}
+    environment.pop(QEMU.variable, None)
+    done = called(environment, "sf", "doctor")
+    assert done.returncode == 1
+    lines = done.stdout.partition("\n\n")[0].splitlines()
+    assert [line for line in lines if "apt install" in line] == ["  apt install mmdebstrap qemu-system-x86 squashfs-tools"]
+    assert "  sf image build" in lines
 
 
 # -- KVM ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +178,7 @@ def test_kvm_that_is_absent_forbidden_or_something_else(tmp_path: Path) -> None:
 def test_kvm_without_processor_support_is_not_trusted() -> None:
     finding = kvm.probe_kvm(flags=frozenset({"fpu"}))
     assert (finding.status, finding.needed) == (Status.BROKEN, False)
-    assert "vmx" in finding.detail and "TCG" in finding.remedy
+    assert "vmx" in finding.detail and "none is needed" in finding.remedy
 
 
 @pytest.mark.needs("kvm")
@@ -139,12 +201,12 @@ def test_kvm_with_processor_support_is_tried_once_per_boot(monkeypatch: pytest.M
 def test_accelerator_obeys_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("kvm", "tcg"):
         monkeypatch.setenv(ACCEL.variable, value)
-        assert doctor.accelerator() == value
+        assert kvm.accelerator() == value
     monkeypatch.setenv(ACCEL.variable, "xen")
     with pytest.raises(UsageError, match="SF_ACCEL"):
-        doctor.accelerator()
+        kvm.accelerator()
     monkeypatch.setenv(ACCEL.variable, "auto")
-    assert doctor.accelerator() == ("kvm" if kvm.probe_kvm().status is Status.OK else "tcg")
+    assert kvm.accelerator() == ("kvm" if kvm.probe_kvm().status is Status.OK else "tcg")
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -175,7 +237,21 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_render() -> None:
     text = render([Finding("a", Status.OK, "fine"), Finding("long name", Status.ABSENT, "not there", "get it", needed=False)])
-    assert text == ("ok        a          fine\n"
-                    "absent    long name  not there\n"
-                    "                     remedy (optional): get it")  # fmt: skip
-    assert render([]) == ""
+    assert text == ("ready: jobs can run here\n"
+                    "\n"
+                    "ok        a          fine\n"
+                    "optional  long name  not there\n"
+                    "                     remedy: get it")  # fmt: skip
+
+
+def test_the_summary_has_one_apt_line_and_each_remedy_once() -> None:
+    findings = [Finding("x", Status.FORBIDDEN, "no", "run as root"), not_installed("b", "no b", "deb-z deb-b"),
+                not_installed("a", "no a", "deb-b deb-a"), not_installed("c", "no c", "deb-c", needed=False),
+                Finding("y", Status.BROKEN, "bad", "mend"), Finding("z", Status.ABSENT, "bad", "mend")]  # fmt: skip
+    assert render(findings).split("\n\n")[0].splitlines() == [
+        "cannot run: 5 things are missing or not usable: x, b, a, y, z. What to do:", "  apt install deb-a deb-b deb-z",
+        "  run as root", "  mend", "`sfrun --local` runs programs without all this, for development",
+    ]  # fmt: skip
+    slower = [Finding("KVM", Status.BROKEN, "no vmx", "none is needed", needed=False)]
+    assert render(slower).startswith("ready: jobs can run here. Guests are emulated")
+    assert render(findings[:1]).startswith("cannot run: 1 thing is missing or not usable: x.")

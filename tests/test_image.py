@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
-from sfparallel.vmm import guest_root, image, initramfs, registry, subprocesses
+from sfparallel.vmm import guest_root, image, initramfs, native_parts, registry, subprocesses
 from sfparallel.vmm.apt_sources import debian_sources, parse_deb822, parse_one_line
 
 DEB822 = """\
@@ -389,8 +389,8 @@ def test_the_initramfs_follows_from_its_sources_alone(tmp_path: Path) -> None:
 
 def test_an_initramfs_that_cannot_be_written_leaves_nothing(cache: Path) -> None:
     folder = make_image(cache)
-    initramfs.build(initramfs.AGENT)
-    initramfs.build(initramfs.CPU_CHECK)
+    initramfs.build(native_parts.AGENT)
+    initramfs.build(native_parts.CPU_CHECK)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

@@ -24,10 +24,10 @@ from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.kvm import offered_cpuid
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, Boot, Endpoints, MachineSpec, arguments
+from sfparallel.vmm.native_parts import LIBRARY
 from sfparallel.vmm.pool import ImageAhead
 from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import ForkReport, Phase
-from sfparallel.vmm.shells import LIBRARY
 from sfparallel.vmm.template import template_key
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.wire import Frame, FrameParser, FrameType, pack

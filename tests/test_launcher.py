@@ -14,8 +14,8 @@ import pytest
 from sfparallel.errors import VMError
 from sfparallel.vmm import launcher
 from sfparallel.vmm.launcher import Launcher
+from sfparallel.vmm.native_parts import LIBRARY
 from sfparallel.vmm.paging import PagingLayer, control_pair
-from sfparallel.vmm.shells import LIBRARY
 
 CONTROL, EXTRA = 5, 4
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfparallel.vmm import paging
+from sfparallel.vmm import native_parts, paging
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.paging import PagingLayer
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan
@@ -36,7 +36,7 @@ async def qemu(control: int | Path, fds: tuple[int, ...] = ()) -> AsyncIterator[
         QEMU, "-S", "-display", "none", "-nodefaults", "-M", "q35", "-accel", "tcg,tb-size=32", "-m", "64", "-qmp", "stdio",
         "-sandbox", SANDBOX, "-device", "loader,addr=0x200000,data=0x5346,data-len=4",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, pass_fds=fds,
-        env={**os.environ, **paging.environment(control)})
+        env={**os.environ, **native_parts.environment(control)})
     try:
         await qmp(process, None)
         await qmp(process, b'{"execute": "qmp_capabilities"}')
@@ -118,10 +118,10 @@ def test_qemu_with_its_sandbox(program: Path, way: str, tmp_path: Path) -> None:
 def test_qemu_ends_when_its_supervisor_is_killed(program: Path) -> None:
     """The supervisor is a process that holds the other end and starts QEMU; kill -9 leaves nothing."""
     supervisor = (
-        "import os, subprocess, sys; from sfparallel.vmm import paging\n"
+        "import os, subprocess, sys; from sfparallel.vmm import native_parts, paging\n"
         "ours, theirs = paging.control_pair()\n"
         "q = subprocess.Popen([sys.argv[1], '-S', '-display', 'none', '-nodefaults', '-M', 'q35', '-accel', 'tcg', '-m', '64'],\n"
-        "    pass_fds=(theirs.fileno(),), env={**os.environ, **paging.environment(theirs.fileno())})\n"
+        "    pass_fds=(theirs.fileno(),), env={**os.environ, **native_parts.environment(theirs.fileno())})\n"
         "theirs.close(); ours.setblocking(True)\n"
         "ours.send(paging._REQUEST.pack(paging._MAGIC, 1, 1, 1, 0, 0, 0, 0, 0)); ours.recv(200)\n"
         "print(q.pid, flush=True); q.wait()\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -17,15 +18,17 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sfparallel import native
-from sfparallel.config import CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size
+from sfparallel.config import ACCEL, CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size
 from sfparallel.errors import EnvironmentProblem, NetworkError
 from sfparallel.net.network import CloneNetwork
-from sfparallel.vmm.kvm import accelerator, probe_kvm
-from sfparallel.vmm.verdict import Finding, Status, verdict_of
+from sfparallel.vmm import native_parts
+from sfparallel.vmm.kvm import EMULATED, probe_kvm
+from sfparallel.vmm.verdict import Finding, Status, not_installed, verdict_of
 
 _OLDEST_QEMU = (7, 2)
 _CACHE_BYTES = 3 << 30
@@ -37,42 +40,93 @@ _LIBVIRT_DRIVER = "libvirt_driver_qemu.so"
 
 
 def diagnose(find_image: Callable[[], object] | None = None) -> list[Finding]:
-    """Probes everything, in the order in which a user would mend it. Takes about half a second; raises nothing.
+    """Probes everything, in the order in which a user would mend it. Takes about a second; raises nothing.
 
     Args:
         find_image: finds the default guest image or raises `ImageMissing`; that of `sfparallel.vmm.image` unless given.
     """
+    image = _image(find_image or _find_default_image)
+    builders = functools.partial(_program, purpose="builds guest images", needed=image.lacks)
     probes: list[Callable[[], Finding]] = [
-        _permission, _qemu, probe_kvm, _libvirt_binding, _libvirt_driver, _libvirt_user, _tun, _network, _mounts,
-        lambda: _program("mmdebstrap", "mmdebstrap", "builds guest images"),
-        lambda: _program("mksquashfs", "squashfs-tools", "builds guest images"),
-        lambda: _program("gcc", "gcc", "builds the native parts"),
-        lambda: _program("make", "make", "builds the native parts"),
-        _pagemap_scan, _userfaultfd, _map_count, _open_files, _memory, _cache, lambda: _image(find_image or _find_default_image),
+        _permission, _qemu, _library,
+        lambda: _guest_program("guest agent", native_parts.AGENT),
+        lambda: _guest_program("test of processors", native_parts.CPU_CHECK),
+        _kvm, _tun, _network, _mounts, _map_count, _open_files, _memory, _cache,
+        lambda: builders("mmdebstrap", "mmdebstrap"), lambda: builders("mksquashfs", "squashfs-tools"), lambda: image,
+        _pagemap_scan, _libvirt_binding, _libvirt_driver, _libvirt_user,
     ]  # fmt: skip
     return [probe() for probe in probes]
 
 
 def render(findings: list[Finding]) -> str:
-    """The findings as plain text: one line each, and the remedy under those that need one."""
+    """What it all means, and then a line for each finding, with the remedy under those that need one."""
     width = max((len(finding.name) for finding in findings), default=0)
-    lines = []
+    lines = [*_summary(findings), ""]
     for finding in findings:
-        lines.append(f"{finding.status.value:<9} {finding.name:<{width}}  {finding.detail}")
+        word = finding.status.value if finding.needed or finding.status is Status.OK else "optional"
+        lines.append(f"{word:<9} {finding.name:<{width}}  {finding.detail}")
         if finding.remedy:
-            label = "remedy" if finding.needed else "remedy (optional)"
-            lines.append(f"{'':<9} {'':<{width}}  {label}: {finding.remedy}")
+            lines.append(f"{'':<9} {'':<{width}}  remedy: {finding.remedy}")
     return "\n".join(lines)
+
+
+def _summary(findings: list[Finding]) -> list[str]:
+    """Whether jobs can run here and, if not, all that is to be done, in its order."""
+    lacking = [finding for finding in findings if finding.lacks]
+    if not lacking:
+        kvm = next((finding for finding in findings if finding.name == "KVM"), None)
+        return ["ready: jobs can run here" + (f". {EMULATED}" if kvm and kvm.status is not Status.OK else "")]
+    count = "1 thing is" if len(lacking) == 1 else f"{len(lacking)} things are"
+    packages = sorted({word for finding in lacking for word in finding.packages.split()})
+    steps = [f"apt install {' '.join(packages)}"] if packages else []
+    steps += dict.fromkeys(finding.remedy for finding in lacking if not finding.packages)
+    names = ", ".join(finding.name for finding in lacking)
+    return [f"cannot run: {count} missing or not usable: {names}. What to do:", *(f"  {step}" for step in steps),
+            "`sfrun --local` runs programs without all this, for development"]  # fmt: skip
 
 
 # -- programs and libraries ----------------------------------------------------------------------------------------------
 
 
-def _program(name: str, package: str, purpose: str) -> Finding:
+def _program(name: str, package: str, *, purpose: str, needed: bool) -> Finding:
     path = shutil.which(name)
     if path:
-        return Finding(name, Status.OK, f"{path} ({purpose})")
-    return Finding(name, Status.ABSENT, f"not found; {purpose}", f"apt install {package}", needed=False)
+        return Finding(name, Status.OK, f"{path} ({purpose})", needed=needed)
+    return not_installed(name, f"not found; {purpose}", package, needed=needed)
+
+
+def _library() -> Finding:
+    """Has the paging layer answer in a QEMU, or at least loads it."""
+    name, part = "paging layer", native_parts.LIBRARY
+    qemu = shutil.which(QEMU.get())
+    return _part(name, part, lambda: native_parts.trouble_with_library(qemu), "answers in QEMU" if qemu else "loads")
+
+
+def _guest_program(name: str, part: Path) -> Finding:
+    return _part(name, part, lambda: native_parts.trouble_with_program(part), "runs")
+
+
+def _part(name: str, part: Path, try_it: Callable[[], str], works: str) -> Finding:
+    remedy = native_parts.remedy(part)
+    if not part.exists():
+        return Finding(name, Status.ABSENT, f"{part} is not there", remedy)
+    trouble = try_it()
+    if trouble:
+        return Finding(name, Status.BROKEN, f"{part}: {trouble}", remedy)
+    return Finding(name, Status.OK, f"{part.name} {works}")
+
+
+def _kvm() -> Finding:
+    """By what SF_ACCEL says, KVM is needed, not wanted, or taken if it works."""
+    wanted = ACCEL.get()
+    if wanted == "tcg":
+        return Finding("KVM", Status.ABSENT, f"not used, because {ACCEL.variable}=tcg", f"unset {ACCEL.variable}", needed=False)
+    if wanted not in ("auto", "kvm"):
+        return Finding("KVM", Status.BROKEN, f"{ACCEL.variable}={wanted!r} is not an accelerator", "set it to auto, kvm or tcg")
+    finding = probe_kvm()
+    if wanted == "auto" or finding.status is Status.OK:
+        return finding
+    return replace(finding, needed=True, remedy=f"unset {ACCEL.variable}, and guests are emulated (TCG)")
 
 
 def qemu_version(program: str) -> tuple[int, int, int]:
@@ -95,10 +149,13 @@ def qemu_version(program: str) -> tuple[int, int, int]:
 
 
 def _qemu() -> Finding:
-    name, install = "QEMU", "apt install qemu-system-x86"
+    name, package = "QEMU", "qemu-system-x86"
+    install = f"apt install {package}"
     path = shutil.which(QEMU.get())
     if path is None:
-        return Finding(name, Status.ABSENT, f"{QEMU.get()} was not found", f"{install}, or set {QEMU.variable}")
+        if QEMU.get() != QEMU.default:
+            return Finding(name, Status.ABSENT, f"{QEMU.get()} was not found", f"{QEMU.variable} names it: set or unset that")
+        return not_installed(name, f"{QEMU.get()} was not found", package)
     try:
         found = qemu_version(path)
     except OSError as error:
@@ -141,8 +198,8 @@ def _libvirt_driver() -> Finding:
     if refused:
         remedy = "usermod -aG libvirt $USER, and log in again"
         return Finding(name, Status.FORBIDDEN, f"no access to the {refused[0]}'s socket", remedy, needed=False)
-    remedy = "apt install libvirt-daemon-driver-qemu"
-    return Finding(name, Status.ABSENT, "neither a daemon nor the embedded driver is there (for --connect)", remedy, needed=False)
+    return not_installed(name, "neither a daemon nor the embedded driver is there (for --connect)", "libvirt-daemon-driver-qemu",
+                         needed=False)  # fmt: skip
 
 
 def _driver_paths() -> Iterator[Path]:
@@ -155,8 +212,8 @@ def _libvirt_user() -> Finding:
     try:
         user = pwd.getpwnam("libvirt-qemu")
     except KeyError:
-        return Finding(name, Status.ABSENT, "a system daemon runs parents as this user; the embedded driver does not need it",
-                       "apt install libvirt-daemon-system", needed=False)
+        return not_installed(name, "a system daemon runs parents as this user; the embedded driver does not need it",
+                             "libvirt-daemon-system", needed=False)
     return Finding(name, Status.OK, f"uid {user.pw_uid}")
 
 
@@ -236,15 +293,6 @@ def _pagemap_scan() -> Finding:
     return Finding(name, Status.ABSENT, detail, "Linux 6.7 or later", needed=False)
 
 
-def _userfaultfd() -> Finding:
-    # The file is there exactly when the kernel was built with it.
-    there = Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
-    if there:
-        return Finding("userfaultfd", Status.OK, "in the kernel", needed=False)
-    remedy = "a kernel with CONFIG_USERFAULTFD; nothing uses it yet"
-    return Finding("userfaultfd", Status.ABSENT, "not in the kernel", remedy, needed=False)
-
-
 def _map_count() -> Finding:
     name = "vm.max_map_count"
     count = int(Path("/proc/sys/vm/max_map_count").read_text())
@@ -309,4 +357,4 @@ def _image(find: Callable[[], object]) -> Finding:
     return Finding(name, Status.OK, str(getattr(found, "root", found)))
 
 
-__all__ = ["Finding", "Status", "accelerator", "diagnose", "probe_kvm", "qemu_version", "render"]
+__all__ = ["Finding", "Status", "diagnose", "qemu_version", "render"]

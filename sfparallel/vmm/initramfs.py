@@ -19,12 +19,9 @@ import sfparallel
 from sfparallel.config import CACHE_HINT, cache_folder
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.vmm import subprocesses
+from sfparallel.vmm.native_parts import AGENT, CPU_CHECK, TOOLS, has_sources, require
 
 _PACKAGE = Path(sfparallel.__file__).parent
-AGENT = _PACKAGE / "runtime" / "agent" / "sfagent"
-"""The guest's init."""
-CPU_CHECK = _PACKAGE / "runtime" / "cpu_check" / "cpu_check"
-"""The test of the processor, which the agent runs before a template is taken."""
 GUEST_PACKAGE = "/usr/lib/python3/dist-packages/sfparallel"
 """Where the agent mounts the package."""
 _TOP_MODULES = ("__init__.py", "MPI.py", "errors.py", "config.py", "wire.py", "text.py")
@@ -97,10 +94,8 @@ def build(program: Path) -> Path:
         EnvironmentProblem: it is missing and cannot be made.
     """
     folder = program.parent
-    if not (folder / "Makefile").exists():  # from a wheel, which has it built and no sources
-        if not program.exists():
-            raise EnvironmentProblem(f"this installation of sfparallel lacks {program}", hint="reinstall sfparallel")
-        return program
+    if not has_sources(program):
+        return require(program)
     sources = [path for path in folder.iterdir() if path.suffix in (".c", ".h") or path.name == "Makefile"]
     if program.exists() and all(path.stat().st_mtime_ns <= program.stat().st_mtime_ns for path in sources):
         return program
@@ -109,7 +104,7 @@ def build(program: Path) -> Path:
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
         output = cache_folder() / folder.name / digest[:16]
         output.mkdir(parents=True, exist_ok=True)
-    subprocesses.require("make", "gcc make libc6-dev libmsgpack-dev")
+    subprocesses.require("make", TOOLS)
     subprocesses.run(["make", "-s", "-C", folder, f"OUT={output}", f"{output}/{program.name}"],
                      what=f"build the guest's {program.name}")  # fmt: skip
     return output / program.name

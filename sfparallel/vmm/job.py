@@ -24,7 +24,7 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import job_control, pausing, statistics, terminal, time_zone
+from sfparallel.vmm import job_control, native_parts, pausing, statistics, terminal, time_zone
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -45,7 +45,7 @@ from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions
 from sfparallel.vmm.registry import JobStatus, announce
 from sfparallel.vmm.replies import RegionSettings, identity
-from sfparallel.vmm.shells import plug_data_disks, require_library, start_launcher, start_parent, start_shell
+from sfparallel.vmm.shells import plug_data_disks, start_launcher, start_parent, start_shell
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm, VmState
@@ -173,7 +173,7 @@ class Job:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options = self._options
-        require_library()
+        native_parts.require(native_parts.LIBRARY)
         if options.trace:
             self._trace = TraceFile(options.trace, self._started, self._say)
             stack.callback(self._trace.close)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from sfparallel import native
 from sfparallel.errors import ProtocolError, VMError
+from sfparallel.vmm import native_parts
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Launcher:
                 raise ProtocolError(f"an answer of {len(answer)} bytes from the launcher of shells")
             magic, version, serial, status, pid = _ANSWER.unpack(answer)
             if (magic, version) != (_MAGIC, _VERSION):
-                raise ProtocolError("the paging layer is of another version", hint="build it anew: `make build`")
+                raise ProtocolError("the paging layer is of another version", hint=native_parts.remedy(native_parts.LIBRARY))
             # Another one is the answer to an order whose sender was cancelled. That shell has ended with its sockets.
             if serial == self._serial:
                 return status, pid

@@ -14,8 +14,8 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.libvirt_domain import Connection
 from sfparallel.vmm.machine import Confinement, DomainPaths, MachineSpec, domain_xml
+from sfparallel.vmm.native_parts import LIBRARY
 from sfparallel.vmm.record import PARENT
-from sfparallel.vmm.shells import LIBRARY
 from sfparallel.vmm.vm import Sockets, Vm
 from sfparallel.vmm.waiting import in_thread, step_limit_s, within
 

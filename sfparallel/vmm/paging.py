@@ -15,10 +15,9 @@ import socket
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-from sfparallel.errors import Closed, EnvironmentProblem, PagingError, ProtocolError
+from sfparallel.errors import Closed, PagingError, ProtocolError
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap, Records
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan
 
@@ -159,29 +158,6 @@ class PagingStatistics:
     process_anonymous_bytes: int
     mappings: int
     max_mappings: int
-
-
-def library_path() -> Path:
-    """Where libsfpage.so is.
-
-    Raises:
-        EnvironmentProblem: it was not built.
-    """
-    path = Path(__file__).with_name("native") / "libsfpage.so"
-    if not path.exists():
-        raise EnvironmentProblem("the paging layer is not built", hint=f"make -C {path.parent}")
-    return path
-
-
-def environment(control: int | str | os.PathLike[str]) -> dict[str, str]:
-    """Environment variables that load the paging layer into a QEMU.
-
-    Args:
-        control: descriptor of the library's end of a `control_pair`, which QEMU must inherit; or the path at which the
-            library listens for the one connection that it accepts.
-    """
-    variable = {"SFPAGE_FD": str(control)} if isinstance(control, int) else {"SFPAGE_PATH": os.fspath(control)}
-    return {"LD_PRELOAD": str(library_path()), **variable}
 
 
 def control_pair() -> tuple[socket.socket, socket.socket]:

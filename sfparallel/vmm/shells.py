@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sfparallel import native
-from sfparallel.errors import EnvironmentProblem, UsageError, VMError
+from sfparallel.errors import UsageError, VMError
 from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm import native_parts
 from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.machine import (
     DATA_SLOTS,
@@ -25,18 +26,9 @@ from sfparallel.vmm.qmp import reopened
 from sfparallel.vmm.record import PARENT
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 
-LIBRARY = Path(__file__).parent / "native" / "libsfpage.so"
-"""The paging layer, loaded into each QEMU."""
-
 # Descriptors as QEMU sees them.
 _QMP, _AGENT, _PAGING, _CONSOLE, _TAP = 3, 4, 5, 6, 7
 _ENDPOINTS = Endpoints(qmp=_QMP, agent=_AGENT, console=_CONSOLE, tap=_TAP)
-
-
-def require_library() -> None:
-    """Raises EnvironmentProblem when the native paging layer has not been built."""
-    if not LIBRARY.exists():
-        raise EnvironmentProblem(f"the paging layer {LIBRARY.name} is not built", hint="run `make build`")
 
 
 def start_launcher(spec: MachineSpec) -> Launcher:
@@ -45,7 +37,7 @@ def start_launcher(spec: MachineSpec) -> Launcher:
     Raises:
         VMError: QEMU cannot be run.
     """
-    return Launcher(arguments(spec, _ENDPOINTS), str(LIBRARY))
+    return Launcher(arguments(spec, _ENDPOINTS), str(native_parts.LIBRARY))
 
 
 async def start_shell(
@@ -92,7 +84,7 @@ async def start_shell(
             pid = await launcher.launch(fds | {1: for_qemu, 2: for_qemu}, _PAGING)
         else:
             argv = arguments(spec, replace(_ENDPOINTS, tap=_TAP if network else None), boot)
-            environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": str(LIBRARY), "SFPAGE_FD": str(_PAGING)}
+            environment = {"PATH": os.environ.get("PATH", ""), **native_parts.environment(_PAGING)}
             try:
                 pid = native.spawn(argv, output=for_qemu, fds=fds, env=environment)
             except OSError as error:

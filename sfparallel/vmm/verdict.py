@@ -24,7 +24,8 @@ class Finding:
         name: what was probed.
         detail: what was found, in a line.
         remedy: what to do about it; empty when there is nothing to do.
-        needed: whether a job can't run without it.
+        needed: whether no job can run without it.
+        packages: Debian packages that the remedy is to install, if it is that.
     """
 
     name: str
@@ -32,6 +33,17 @@ class Finding:
     detail: str
     remedy: str = ""
     needed: bool = True
+    packages: str = ""
+
+    @property
+    def lacks(self) -> bool:
+        """Whether it keeps jobs from running."""
+        return self.needed and self.status is not Status.OK
+
+
+def not_installed(name: str, detail: str, packages: str, *, needed: bool = True) -> Finding:
+    """The finding for what Debian packages would bring."""
+    return Finding(name, Status.ABSENT, detail, f"apt install {packages}", needed, packages)
 
 
 # ENOENT is also what nf_tables answers for an expression, and EPROTONOSUPPORT a socket for a protocol, that the kernel lacks.

@@ -34,9 +34,15 @@ static void refuse(struct port *port, const char *wrong)
     power_off();
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static char wrong[16384];
+    (void)argc;
+    /* Elsewhere it would set up mounts, and power the machine off. */
+    if (getpid() != 1) {
+        dprintf(STDERR_FILENO, "usage: sfagent as the init of a guest, not %s\n", argv[0]);
+        return 2;
+    }
     /* Zeroed and never freed: it lives as long as the guest. */
     struct agent *agent = calloc(1, sizeof *agent);
     if (!agent)
