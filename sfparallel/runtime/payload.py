@@ -110,27 +110,32 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+class UsersCode:
+    """Around a call into an exception's own class, whose methods may raise anything, SystemExit included. All of that is dropped,
+    but for Ctrl-C."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        return kind is not None and not issubclass(kind, KeyboardInterrupt)
+
+
 def message_of(error: BaseException) -> str:
     """The text of an exception of any class."""
-    try:
+    with UsersCode():
         return _clean(str(error))
-    except KeyboardInterrupt:
-        raise  # Ctrl-C
-    except BaseException:  # a class's own __str__ may raise anything, SystemExit included
-        return f"<{type(error).__qualname__} without a readable message>"
+    return f"<{type(error).__qualname__} without a readable message>"
 
 
 def _traceback_of(error: BaseException) -> str:
     """The formatted traceback; without what belongs to the exception itself where that cannot be formatted: `__notes__` may be a
     property that raises, and the fields of a SyntaxError are whatever it was given."""
     frames = _users_frames(error.__traceback__)
-    try:
+    with UsersCode():
         return "".join(traceback.format_exception(type(error), error, frames))
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(frames),
-                        f"{type(error).__qualname__}: {message_of(error)}\n"])
+    return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(frames),
+                    f"{type(error).__qualname__}: {message_of(error)}\n"])
 
 
 def _cut(text: str) -> str:
@@ -186,7 +191,7 @@ def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str
             loaded = unpickled if isinstance(unpickled, BaseException) else None
     note = printable(f"raised in {where}:\n{description['traceback'].rstrip()}")
     if loaded is not None and not _steers(loaded):
-        with contextlib.suppress(Exception):  # a class of the program's, which came in a pickle, may be anything
+        with UsersCode():
             loaded.add_note(note)
             return loaded
         loaded = None

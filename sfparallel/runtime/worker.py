@@ -23,7 +23,7 @@ from sfparallel.runtime.here import HERE, Membership
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
 from sfparallel.runtime.identity import Renewal
 from sfparallel.runtime.link import CloneLink, Kind, Order, ParentLink, pack_answer
-from sfparallel.runtime.payload import Buffer, dump_error, dumps, owned
+from sfparallel.runtime.payload import Buffer, UsersCode, dump_error, dumps, owned
 from sfparallel.runtime.rng import Streams
 from sfparallel.runtime.work import Work
 
@@ -196,7 +196,8 @@ class _Worker:
             kind = Kind.RESULT
         except BaseException as error:
             if self._hypervisor.keeps_threads:  # a VM
-                full_disk.explain(error)
+                with UsersCode():
+                    full_disk.explain(error)
             fields = {"key": key}
             fields["error"], frames = dump_error(error, self._rank)
             kind = Kind.ERROR
