@@ -13,14 +13,14 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sfparallel
 from sfparallel.config import CACHE_HINT, LOG, SETTINGS, cache_folder, parse_size
 from sfparallel.errors import SfError, StateError, UsageError
-from sfparallel.text import in_one_line, printable
+from sfparallel.text import in_one_line, nearest, printable
 from sfparallel.vmm import standard_streams
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
@@ -49,10 +49,42 @@ def _tell(line: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its messages quote arguments, which may be names of files (`sfrun *`)."""
+    """Options are not abbreviated: the next option could make an abbreviation mean something else. Unknown ones are named with
+    what was probably meant. Messages quote arguments, which may be names of files (`sfrun *`)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """As `parse_args`; what is unknown is told in our words."""
+        options, rest = self.parse_known_args(arguments)
+        if rest:
+            self.error(", ".join(_unknown(word, self.option_names(options)) for word in rest))
+        return options
+
+    def option_names(self, options: argparse.Namespace) -> Iterator[str]:
+        """Its options, or those of the command that was chosen."""
+        for action in self._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                yield from action.option_strings
+            elif isinstance(command := action.choices.get(str(getattr(options, action.dest, None))), _Parser):
+                yield from command.option_names(options)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = nearest(str(value), action.choices)
+            meant = f"did you mean {near}?" if near else f"there are {', '.join(action.choices)}"
+            raise argparse.ArgumentError(action, f"there is no {value!r}; {meant}")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         super()._print_message(printable(message), file)
+
+
+def _unknown(word: str, known: Iterable[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word}"
+    near = nearest(word.partition("=")[0], known)
+    return f"there is no option {word}" + (f"; did you mean {near}?" if near else "")
 
 
 class _Formatter(logging.Formatter):
@@ -90,7 +122,7 @@ def _errors_told(command: str) -> Iterator[None]:
         sys.exit(EXIT_FAILED)
 
 
-def _sfrun_parser() -> argparse.ArgumentParser:
+def _sfrun_parser() -> _Parser:
     parser = _Parser(
         prog="sfrun",
         usage="sfrun [options] script.py [args…]  |  sfrun [options] -m module [args…]  |  sfrun [options] -c command [args…]",
@@ -129,10 +161,7 @@ def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]
     Returns:
         Own options, mode ("script", "module" or "command"), and the program with its arguments.
     """
-    takes_value = {
-        "-n", "--memory", "--cpus", "--image", "--timeout", "--env", "--data", "--forward", "--connect", "--pool", "--seed",
-        "--trace",
-    }  # fmt: skip
+    takes_value = {name for action in _sfrun_parser()._actions if action.nargs != 0 for name in action.option_strings}
     own: list[str] = []
     rest = list(arguments)
     while rest:
@@ -141,6 +170,8 @@ def _split_program(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]
             if not rest:
                 raise UsageError(f"{word} needs a {'module' if word == '-m' else 'command'}")
             return own, "module" if word == "-m" else "command", rest
+        if word[:2] in ("-m", "-c"):  # python takes `-ccode` as well
+            return own, "module" if word[:2] == "-m" else "command", [word[2:], *rest]
         if word == "--":
             return own, "script", rest
         if not word.startswith("-") or word == "-":
@@ -183,7 +214,7 @@ def sfrun(arguments: Sequence[str] | None = None) -> None:
 def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
     own, mode, words = _split_program(arguments)
     parser = _sfrun_parser()
-    options = parser.parse_args(own)
+    options = parser.parse(own)
     if not words:
         parser.error("say which script (or -m module, or -c command) to run")
     if options.n is not None and options.n < 1:
@@ -282,7 +313,7 @@ def _start_log() -> None:
 # -- sf ----------------------------------------------------------------------------------------------------------------
 
 
-def _sf_parser() -> argparse.ArgumentParser:
+def _sf_parser() -> _Parser:
     parser = _Parser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
     parser.add_argument("--version", action="version", version=f"sfparallel {sfparallel.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -308,7 +339,7 @@ def sf(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sf`."""
     standard_streams.open_closed()
     with _errors_told("sf"):
-        options = _sf_parser().parse_args(arguments)
+        options = _sf_parser().parse(arguments)
         _start_log()
         sys.exit(_COMMANDS[options.command](options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # What a terminal obeys instead of showing it: C0 but for line break and tab, DEL, C1 (ECMA-48); marks, embeddings, overrides and
 # isolates that change the direction of what follows (UAX #9, CVE-2021-42574); line and paragraph separators; lone surrogates.
@@ -20,6 +21,16 @@ def printable(text: str) -> str:
 def in_one_line(text: str) -> str:
     """The same without line breaks and tabs: a name or a command as one cell of a table."""
     return _IN_A_LINE.sub(_escaped, text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Which of the known words was probably meant."""
+    # Late: most programs misspell nothing.
+    from difflib import get_close_matches
+
+    names = sorted(known)
+    begun = [name for name in names if name.startswith(word)]
+    return next(iter(begun or get_close_matches(word, names, 1)), None)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from sfparallel.errors import UsageError
 from sfparallel.runtime.collect import Collector, check_patterns
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.keywords import check_keywords, is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.schedule import Schedule
@@ -52,7 +53,7 @@ class Options:
 
 
 def check_common(timeout: float | None, on_error: str, seed: int | None) -> None:
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not is_time(timeout):
         raise UsageError(f"timeout= takes seconds greater than 0, or None, not {timeout!r}")
     if on_error not in ("raise", "return", "gather"):
         raise UsageError(f"on_error= takes 'raise', 'return' or 'gather', not {on_error!r}")
@@ -189,12 +190,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _replace(options: Options, changes: dict[str, Any]) -> Options:
-    try:
-        return replace(options, **changes)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"no such option of sf.parallel: {', '.join(sorted(changes))}") from error
+    check_keywords("sf.parallel", changes, [option.name for option in fields(Options) if option.init])
+    return replace(options, **changes)
 
 
 @overload
@@ -270,6 +267,7 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: L
                  progress: bool | None = None) -> list[R]: ...
 
 
+@keywords_checked("sf.parallel_map")
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
                  timeout: float | None = None, on_error: ErrorMode = "raise", seed: int | None = None,
                  progress: bool | None = None) -> list[R] | list[R | Exception]:

@@ -42,10 +42,11 @@ def connect() -> Connection:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.connect(AGENT.get())
-    except OSError as error:
+    except OSError:
         sock.close()
+        # Everyone's first slip: that a socket is not there would only distract from what to do.
         raise OutsideVMError("this call works only inside a virtual machine of sfparallel",
-                             hint="start the program with sfrun, e.g. `sfrun -n 8 script.py`") from error
+                             hint="start the program with sfrun, e.g. `sfrun -n 8 script.py`") from None
     return Connection(sock)
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 from sfparallel.errors import Closed, ResultNotPicklable, UsageError
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.keywords import is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.payload import Buffer, dumps, loads, owned
 from sfparallel.runtime.rng import region_streams
@@ -111,6 +112,7 @@ class Executor(concurrent.futures.Executor):
     """Crews that may be at work: the interpreter waits for them at its exit."""
     _exit: ClassVar[dict[str, bool]] = {"registered": False, "begun": False}
 
+    @keywords_checked("sf.Executor")
     def __init__(self, max_workers: int | None = None, *, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), retries: int = 0, idle_timeout: float | None = None,
                  seed: int | None = None) -> None:
@@ -120,7 +122,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError("initializer must be a callable")
         if not isinstance(retries, int) or retries < 0:
             raise UsageError(f"retries= takes a whole number of at least 0, not {retries!r}")
-        if idle_timeout is not None and not idle_timeout > 0:
+        if idle_timeout is not None and not is_time(idle_timeout):
             raise UsageError(f"idle_timeout= takes seconds greater than 0, or None, not {idle_timeout!r}")
         self._hello = HERE.require_vm()
         self._max_workers = max_workers

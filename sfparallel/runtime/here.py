@@ -130,10 +130,9 @@ class Here:
         Raises:
             OutsideVMError: this process does not run in a VM of sfparallel.
         """
-        try:
+        with contextlib.suppress(IndexError):
             return self._idle.pop()
-        except IndexError:
-            return self.connect()
+        return self.connect()
 
     def give_back(self, hypervisor: Hypervisor) -> None:
         self._idle.append(hypervisor)

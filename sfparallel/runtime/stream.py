@@ -14,6 +14,7 @@ from sfparallel.errors import RankError, RegionTimeout, SfError, StateError, Usa
 from sfparallel.runtime.api import ErrorMode, check_common, name_of
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.keywords import keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.payload import Buffer, dumps, loads, message_of, owned
 from sfparallel.runtime.progress import Progress
@@ -222,6 +223,7 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: 
                   timeout: float | None = None, seed: int | None = None, progress: bool | None = None) -> ResultStream[R]: ...
 
 
+@keywords_checked("sf.parallel_imap")
 def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
                   ordered: bool = True, buffersize: int | None = None, timeout: float | None = None,
                   on_error: ErrorMode = "raise", seed: int | None = None, progress: bool | None = None) -> ResultStream[Any]:

@@ -1,0 +1,114 @@
+"""What people meet who do not know the options and calls yet: slips are named alone, with what was probably meant."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import sfparallel as sf
+from sfparallel import cli
+from sfparallel.errors import UsageError
+from sfparallel.runtime.api import Options
+from sfparallel.text import nearest
+
+
+def refused(command: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The last line of what a command says which does not take these words."""
+    with pytest.raises(SystemExit) as ended:
+        command([*words])
+    assert ended.value.code == cli.EXIT_USAGE
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--mem", "2G", "x.py"), "sfrun: error: there is no option --mem; did you mean --memory?"),
+    (("--memroy=2G", "x.py"), "sfrun: error: there is no option --memroy=2G; did you mean --memory?"),
+    (("--zzz", "x.py"), "sfrun: error: there is no option --zzz"),
+])  # fmt: skip
+def test_unknown_options_of_sfrun(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
+    assert refused(cli.sfrun, capsys, *words) == said
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("docter",), "sf: error: argument COMMAND: there is no 'docter'; did you mean doctor?"),
+    (("image", "biuld"), "sf image: error: argument ACTION: there is no 'biuld'; did you mean build?"),
+    (("image", "build", "--packge", "gcc"), "sf: error: there is no option --packge; did you mean --package?"),
+    (("image", "build", "--pipe"), "sf: error: there is no option --pipe; did you mean --pip?"),
+    (("clean", "--pip"), "sf: error: there is no option --pip"),
+    (("image", "build", "one", "two"), "sf: error: unexpected argument two"),
+])  # fmt: skip
+def test_unknown_words_of_sf(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
+    assert refused(cli.sf, capsys, *words) == said
+
+
+def test_a_command_may_follow_its_option_at_once() -> None:
+    """As in `python -c'print(1)'`."""
+    assert cli._split_program(["-n", "2", "-cprint(1)", "-n"]) == (["-n", "2"], "command", ["print(1)", "-n"])
+    assert cli._split_program(["-mtimeit", "-h"]) == ([], "module", ["timeit", "-h"])
+    assert cli._split_program(["--seed", "-mx", "y.py"]) == (["--seed", "-mx"], "script", ["y.py"])
+
+
+def function(item: int = 0) -> int:
+    return item
+
+
+def executor(**options: object) -> object:
+    return sf.Executor(**options)  # type: ignore[arg-type]
+
+
+def mapped(**options: object) -> object:
+    return sf.parallel_map(function, [1], **options)  # type: ignore[call-overload]
+
+
+def stream(**options: object) -> Iterator[object]:
+    return sf.parallel_imap(function, [1], **options)  # type: ignore[call-overload, no-any-return]
+
+
+CALLS = {"parallel": sf.parallel, "parallel_map": mapped, "parallel_imap": stream, "Executor": executor}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unknown_keywords_are_named_alone(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        CALLS[name](seed=1, ssed=2)
+    assert caught.value.message == f"sf.{name} has no option ssed= (did you mean seed=?)"
+    with pytest.raises(UsageError) as caught:
+        CALLS[name](qqq=1)
+    assert caught.value.message == f"sf.{name} has no option qqq=" and "seed=" in str(caught.value.hint)
+
+
+def test_unknown_keywords_of_options() -> None:
+    with pytest.raises(UsageError, match=r"no option timout= \(did you mean timeout=\?\)"):
+        sf.parallel(function).options(n=2, timout=3)
+
+
+@pytest.mark.parametrize("options", [
+    {"timeout": "5"}, {"timeout": True}, {"timeout": [1]}, {"timeout": float("nan")}, {"n": "3"}, {"seed": "x"}, {"collect": 5},
+    {"on_error": 3}, {"merge": 3},
+])  # fmt: skip
+def test_a_wrong_value_is_told_as_such(options: dict[str, object]) -> None:
+    """`timeout="5"` used to be told as "no such option: timeout"."""
+    (name, value), = options.items()
+    with pytest.raises(UsageError) as caught:
+        sf.parallel(**options)  # type: ignore[call-overload]
+    assert name in caught.value.message and repr(value) in caught.value.message and "no option" not in caught.value.message
+
+
+def test_a_program_outside_a_vm_says_one_thing(tmp_path: Path) -> None:
+    """Everyone's first slip: `python script.py`. It used to be three tracebacks."""
+    program = "import sfparallel as sf\nsf.parallel(lambda: 1)()\n"
+    environment = {name: value for name, value in os.environ.items() if name != "SF_AGENT_SOCKET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert "OutsideVMError" in done.stderr and "sfrun" in done.stderr.splitlines()[-1]
+
+
+def test_nearest() -> None:
+    known = ["memory", "mpi4py", "label", *(field for field in Options.__dataclass_fields__)]
+    assert [nearest(word, known) for word in ("mem", "memroy", "labels", "xyz", "timout")] == [
+        "memory", "memory", "label", None, "timeout"]  # fmt: skip
