@@ -326,6 +326,8 @@ def _sf_parser() -> _Parser:
     build.add_argument("--requirements", action="append", default=[], type=Path, metavar="FILE",
                        help="a requirements file of pip, whose packages are added (repeatable)")  # fmt: skip
     build.add_argument("--from", dest="base", metavar="IMAGE", help="add to what this image has (it may be NAME itself)")
+    build.add_argument("--release", metavar="RELEASE",
+                       help="release of Debian or Ubuntu (default: that of this host, or of --from)")  # fmt: skip
     image.add_parser("list", help="images in the cache folder")
     image.add_parser("rm", help="remove an image").add_argument("name")
     commands.add_parser("ps", help="jobs that run now")
@@ -354,6 +356,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     from sfparallel.vmm import image as images
+    from sfparallel.vmm.releases import host_release
     from sfparallel.vmm.requirements import Requirements, check_spec
 
     for spec in options.pip:
@@ -361,9 +364,11 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     asked = Requirements()
     for path in options.requirements:
         asked.read(path)
-    recipe = images.Recipe(options.name, packages=tuple(sorted(options.package)), pip=tuple(sorted(options.pip)),
-                           requirements=tuple(asked.lines), constraints=tuple(asked.constraints))  # fmt: skip
-    return recipe if options.base is None else recipe.over(images.find(options.base).recipe)
+    base = None if options.base is None else images.find(options.base).recipe
+    release = options.release or (base.suite if base else host_release())
+    recipe = images.Recipe(options.name, release, tuple(sorted(options.package)), tuple(sorted(options.pip)),
+                           tuple(asked.lines), tuple(asked.constraints))  # fmt: skip
+    return recipe.over(base) if base else recipe
 
 
 def _image(options: argparse.Namespace) -> int:

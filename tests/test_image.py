@@ -19,7 +19,7 @@ import pytest
 
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
 from sfparallel.vmm import guest_root, image, initramfs, native_parts, registry, subprocesses
-from sfparallel.vmm.apt_sources import debian_sources, parse_deb822, parse_one_line
+from sfparallel.vmm.apt_sources import parse_deb822, parse_one_line, sources_for
 
 DEB822 = """\
 # a comment
@@ -97,12 +97,13 @@ def test_only_debian_of_the_suite_is_taken(tmp_path: Path) -> None:
     (tmp_path / "sources.list.d" / "vendor.list").write_text("deb http://example.org/vendor bookworm stable\n")
     (tmp_path / "sources.list.d" / "pg.list").write_text("deb http://example.org/pg bookworm-pgdg main\n")
     (tmp_path / "sources.list.d" / "old.list.save").write_text("deb http://example.org/save bookworm main\n")
-    text = debian_sources("bookworm", tmp_path)
+    text = sources_for("bookworm", tmp_path)
     found = parse_deb822(text)
     assert [source.uris[0] for source in found] == ["http://example.org/debian", "http://example.org/security"]
     assert found[0].suites == ("bookworm", "bookworm-updates") and found[0].components == ("main",)
-    with pytest.raises(EnvironmentProblem, match="no apt source for Debian sid") as caught:
-        debian_sources("sid", tmp_path)
+    (tmp_path / "sources.list.d" / "debian.sources").unlink()
+    with pytest.raises(EnvironmentProblem, match="no apt source of Debian") as caught:
+        sources_for("bookworm", tmp_path)
     assert caught.value.hint
 
 
@@ -111,7 +112,8 @@ def test_only_debian_of_the_suite_is_taken(tmp_path: Path) -> None:
 
 def test_key_depends_on_all_that_matters() -> None:
     recipes = [
-        image.Recipe(), image.Recipe(suite="trixie"), image.Recipe(packages=("less",)), image.Recipe(pip=("tqdm",)),
+        image.Recipe(suite="bookworm"), image.Recipe(suite="trixie"),
+        image.Recipe(packages=("less",)), image.Recipe(pip=("tqdm",)),
     ]  # fmt: skip
     keys = {recipe.key(sources) for recipe in recipes for sources in ("a", "b")}
     assert len(keys) == 8
@@ -143,7 +145,7 @@ def test_find_list_remove(cache: Path) -> None:
     assert [(found.name, found.key[:4]) for found in image.list_images()] == [("blast", "fedc"), ("default", "0123")]
     found = image.find()
     assert (found.root, found.kernel) == (folder / "root.sqfs", folder / "vmlinuz")
-    assert found.describe() == "with less"
+    assert found.describe() == "bookworm, with less"
     image.remove("blast")
     assert [found.name for found in image.list_images()] == ["default"]
     assert not list((cache / "images").glob("*blast*"))
@@ -163,7 +165,7 @@ def test_half_an_image_is_none(cache: Path) -> None:
 
 def test_equal_image_is_not_built_again(cache: Path) -> None:
     recipe = image.Recipe()
-    key = recipe.key(debian_sources(recipe.suite))
+    key = recipe.key(sources_for(recipe.suite))
     folder = make_image(cache, key=key)
     (cache / "images" / "default.json").unlink()
     stages: list[str] = []
@@ -173,7 +175,7 @@ def test_equal_image_is_not_built_again(cache: Path) -> None:
 
 def test_second_builder_waits_for_the_first(cache: Path) -> None:
     recipe = image.Recipe()
-    key = recipe.key(debian_sources(recipe.suite))
+    key = recipe.key(sources_for(recipe.suite))
     (cache / "images").mkdir(parents=True)
     with open(cache / "images" / f".lock-default-{key[:12]}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,15 +1,15 @@
-"""The host's own apt sources, reduced to Debian's for one suite: guest images come from where this host gets its packages."""
+"""The host's own apt sources, reduced to those of one release: guest images come from where this host gets its packages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sfparallel.errors import EnvironmentProblem
+from sfparallel.vmm.releases import Distribution, distribution_of, host_codename
 
-_COMPONENTS = frozenset({"main", "contrib", "non-free", "non-free-firmware"})
 _OPTIONS = ("Signed-By", "Trusted", "Check-Valid-Until")
 _POCKETS = ("", "-updates", "-security", "-backports", "/updates")
 
@@ -81,21 +81,16 @@ def parse_one_line(text: str) -> list[Source]:
     return sources
 
 
-def _reduce(source: Source, suite: str) -> Source | None:
-    """What of a source is Debian's for this suite. Others may use Debian's suite names, but not its components' names too."""
+def _reduce(source: Source, suite: str, distribution: Distribution) -> Source | None:
+    """What of a source is the distribution's for this suite. Others may use its suites' names, but not its components' too."""
     suites = tuple(name for name in source.suites if name in {suite + pocket for pocket in _POCKETS})
-    components = tuple(name for name in source.components if name in _COMPONENTS)
+    components = tuple(name for name in source.components if name in distribution.components)
     if not suites or not components or not source.uris:
         return None
     return Source(source.uris, suites, components, source.options)
 
 
-def debian_sources(suite: str, etc: Path = Path("/etc/apt")) -> str:
-    """The text of a deb822 file with this host's Debian sources for a suite.
-
-    Raises:
-        EnvironmentProblem: there are none.
-    """
+def _host_sources(etc: Path) -> list[Source]:
     found: list[Source] = []
     for path in [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]:
         if not path.is_file():
@@ -104,10 +99,36 @@ def debian_sources(suite: str, etc: Path = Path("/etc/apt")) -> str:
             found += parse_deb822(path.read_text(errors="replace"))
         elif path.suffix == ".list":
             found += parse_one_line(path.read_text(errors="replace"))
-    reduced = [source for source in (_reduce(source, suite) for source in found) if source]
-    if not any(suite in source.suites for source in reduced):
+    return found
+
+
+def _of_another_release(found: list[Source], release: str, distribution: Distribution) -> list[Source]:
+    """Sources of another release of the distribution, the host's own if there are some, with this one's name: an archive holds
+    several releases."""
+    for other in (host_codename(), *distribution.releases, *distribution.moving):
+        reduced = [source for source in (_reduce(source, other, distribution) for source in found) if source]
+        if other and any(other in source.suites for source in reduced):
+            return [replace(source, suites=tuple(release + name.removeprefix(other) for name in source.suites))
+                    for source in reduced]  # fmt: skip
+    return []
+
+
+def sources_for(release: str, etc: Path = Path("/etc/apt")) -> str:
+    """The text of a deb822 file with this host's sources for a release of Debian or Ubuntu.
+
+    Raises:
+        UsageError: guest images cannot be made of it.
+        EnvironmentProblem: there are no sources.
+    """
+    distribution = distribution_of(release)
+    found = _host_sources(etc)
+    reduced = [source for source in (_reduce(source, release, distribution) for source in found) if source]
+    if not any(release in source.suites for source in reduced):
+        reduced = _of_another_release(found, release, distribution)
+    if not reduced:
+        name = distribution.name.capitalize()
         raise EnvironmentProblem(
-            f"this host has no apt source for Debian {suite}, of which guest images are made",
-            hint=f"add Debian {suite}'s sources in {etc}/sources.list.d",
+            f"this host has no apt source of {name}, and a guest image is to be made of its release {release}",
+            hint=f"add {name}'s sources in {etc}/sources.list.d, or choose another release with --release",
         )
     return "\n".join(source.deb822() for source in reduced)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import lzma
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -11,9 +12,9 @@ from pathlib import Path
 
 from sfparallel.errors import ImageBuildError, SfError
 from sfparallel.vmm import subprocesses
+from sfparallel.vmm.releases import GuestPython, distribution_of, guest_python
 
-BASE_PACKAGES = (
-    "linux-image-cloud-amd64",
+_BASE_PACKAGES = (
     "python3",
     "python3-numpy",
     "python3-zmq",
@@ -24,6 +25,12 @@ BASE_PACKAGES = (
     "iproute2",
     "procps",
 )
+
+
+def base_packages(release: str) -> tuple[str, ...]:
+    """What each image has."""
+    return (distribution_of(release).kernel, *_BASE_PACKAGES)
+
 
 MODULES = (
     "virtio_pci",
@@ -48,10 +55,6 @@ _DPKG_OPTIONS = (
     "path-exclude=/usr/share/info/*",
     "path-exclude=/usr/share/locale/*",
 )
-
-_PIP_TARGET = "usr/local/lib/python3.11/dist-packages"
-_GLIBC_MINOR = 36
-"""Bookworm's glibc is 2.36: wheels for up to manylinux_2_36 run there (PEP 600)."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class PipWanted:
 
 
 def make_root(work: Path, suite: str, packages: Sequence[str], pip: PipWanted, sources: str,
-              progress: Callable[[str, float | None], None]) -> str:  # fmt: skip
-    """Make root.sqfs, vmlinuz and modules/ in `work`; returns the magic number of the guest's Python bytecode (hexadecimal).
+              progress: Callable[[str, float | None], None]) -> GuestPython:  # fmt: skip
+    """Make root.sqfs, vmlinuz and modules/ in `work`; returns what Python the guest has.
 
     Raises:
         ImageBuildError: a step failed; the message has the tool's own words.
@@ -91,11 +94,11 @@ def make_root(work: Path, suite: str, packages: Sequence[str], pip: PipWanted, s
     root = work / "root"
     progress("fetch and unpack Debian packages", None)
     _unpack_debian(work, root, suite, packages, sources)
+    python = guest_python(root)
     if pip:
         progress("install Python packages", None)
-        _install_pip(root, pip, work / "tmp")
+        install_pip(root, python, pip, work / "tmp")
     progress("prepare the root", None)
-    magic = _python_magic(root)
     version = _take_kernel(root, work)
     extract_modules(root / "lib" / "modules" / version, work / "modules")
     _prepare(root)
@@ -109,13 +112,13 @@ def make_root(work: Path, suite: str, packages: Sequence[str], pip: PipWanted, s
     shutil.rmtree(root)
     shutil.rmtree(work / "tmp")
     (work / "debian.sources").unlink()
-    return magic
+    return python
 
 
 def _unpack_debian(work: Path, root: Path, suite: str, packages: Sequence[str], sources: str) -> None:
     listing = work / "debian.sources"
     listing.write_text(sources)
-    include = ",".join(sorted({*BASE_PACKAGES, *packages}))
+    include = ",".join(sorted({*base_packages(suite), *packages}))
     argv: list[str | Path] = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={include}"]
     argv += ["--aptopt=APT::Install-Recommends \"false\"", *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS)]
     # A killed mmdebstrap leaves its temporary files; here they are litter by the name of the folder that they are in.
@@ -139,38 +142,38 @@ def _explained(error: SfError) -> ImageBuildError:
     return ImageBuildError(text, hint=hint)
 
 
-def _pip_platforms() -> list[str]:
-    names = [f"manylinux_2_{minor}_x86_64" for minor in range(_GLIBC_MINOR, 4, -1)]
-    return [*names, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64", "any"]
+def _wheel_tags(python: GuestPython) -> list[str]:
+    """Which wheels run in the guest (PEP 425, PEP 600)."""
+    words = ["--only-binary=:all:", "--python-version", python.full_version, "--implementation", "cp"]
+    for abi in (f"cp{python.version.replace('.', '')}", "abi3", "none"):
+        words += ["--abi", abi]
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(python.glibc_minor, 4, -1)]
+    for platform in (*platforms, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64", "any"):
+        words += ["--platform", platform]
+    return words
 
 
-def _install_pip(root: Path, wanted: PipWanted, temporary: Path) -> None:
-    """Into /usr/local, which comes before Debian's own packages on Python's path. The index is the one that pip is configured
-    for on this host."""
-    target, places, what = root / _PIP_TARGET, {"TMPDIR": str(temporary)}, wanted.words(temporary)
-    base = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(target)]
-    wheels = ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
-    for abi in ("cp311", "abi3", "none"):
-        wheels += ["--abi", abi]
-    for platform in _pip_platforms():
-        wheels += ["--platform", platform]
+def install_pip(root: Path, python: GuestPython, wanted: PipWanted, temporary: Path) -> None:
+    """Into /usr/local of a root. The index is the one that pip is configured for on this host."""
+    target, what = root / python.packages, wanted.words(temporary)
+    pip = [sys.executable, "-m", "sfparallel.vmm.guest_pip", json.dumps(python.markers())]
+    base = [*pip, "install", "--quiet", "--no-compile", "--target", str(target)]
+
+    def run(*words: str) -> None:
+        subprocesses.run([*base, *words, *what], what="install Python packages", error=ImageBuildError,
+                         environment={"TMPDIR": str(temporary)})  # fmt: skip
+
     try:
-        subprocesses.run([*base, *wheels, *what], what="install Python packages", error=ImageBuildError,
-                         environment=places)  # fmt: skip
+        run(*_wheel_tags(python))
     except ImageBuildError as error:
-        if sys.version_info[:2] != (3, 11):
-            error.hint = "only packages that have wheels for CPython 3.11 can be installed from a host with another Python"
+        if not python.runs_what_is_built_here:
+            error.hint = (f"the guest has Python {python.version} and glibc 2.{python.glibc_minor}: what has no wheel for them "
+                          "cannot be built on this host, whose own are others; where it can, choose the host's own release")
             raise
-        # Something has no wheel; our Python is of the guest's version, so what it builds here runs there.
-        subprocesses.run([*base, *what], what="install Python packages", error=ImageBuildError, environment=places)
-    subprocesses.run(["chroot", root, "python3", "-m", "compileall", "-q", f"/{_PIP_TARGET}"], what="compile Python packages",
+        # Something has no wheel; what is built here runs there.
+        run()
+    subprocesses.run(["chroot", root, "python3", "-m", "compileall", "-q", f"/{python.packages}"], what="compile Python packages",
                      error=ImageBuildError)  # fmt: skip
-
-
-def _python_magic(root: Path) -> str:
-    code = "import importlib.util as u; print(u.MAGIC_NUMBER.hex())"
-    magic = subprocesses.run(["chroot", root, "python3", "-c", code], what="run the guest's Python", error=ImageBuildError)
-    return magic.strip() or importlib.util.MAGIC_NUMBER.hex()
 
 
 def _take_kernel(root: Path, work: Path) -> str:
@@ -214,9 +217,21 @@ def extract_modules(folder: Path, target: Path) -> None:
         elif name not in built_in:
             raise ImageBuildError(f"the kernel has no module {module}", hint="this kernel cannot be used for guests")
     target.mkdir()
-    for path in order:
-        shutil.copyfile(folder / path, target / Path(path).name)
-    (target / "order").write_text("".join(f"{Path(path).name}\n" for path in order))
+    names = [_unpack_module(folder / path, target) for path in order]
+    (target / "order").write_text("".join(f"{name}\n" for name in names))
+
+
+def _unpack_module(path: Path, target: Path) -> str:
+    """Debian 13 and Ubuntu compress modules; here they are unpacked once, and not by the kernel at each boot."""
+    name = f"{path.name.partition('.ko')[0]}.ko"
+    if path.suffix == ".xz":
+        (target / name).write_bytes(lzma.decompress(path.read_bytes()))
+    elif path.suffix == ".zst":
+        program = subprocesses.require("zstd", "zstd")
+        subprocesses.run([program, "-q", "-d", "-o", target / name, path], what="unpack a kernel module", error=ImageBuildError)
+    else:
+        shutil.copyfile(path, target / name)
+    return name
 
 
 def _prepare(root: Path) -> None:

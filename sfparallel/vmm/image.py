@@ -24,16 +24,17 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
 from sfparallel.vmm import subprocesses
-from sfparallel.vmm.apt_sources import debian_sources
-from sfparallel.vmm.guest_root import BASE_PACKAGES, MODULES, PipWanted, make_root
+from sfparallel.vmm.apt_sources import sources_for
+from sfparallel.vmm.guest_root import MODULES, PipWanted, base_packages, make_root
 from sfparallel.vmm.initramfs import write_initramfs
 from sfparallel.vmm.locks import locked
+from sfparallel.vmm.releases import host_release
 
 BUILDER_VERSION = 2
 """Part of every key: to be raised when the same recipe gives another image."""
@@ -64,7 +65,7 @@ class Recipe:
 
     Attributes:
         name: what users call it.
-        suite: the Debian release.
+        suite: the release of Debian or Ubuntu, as apt sources call it.
         packages: Debian packages beyond the base, sorted.
         pip: Python packages, as `pip install` understands them, sorted.
         requirements: lines of requirements files, see `vmm.requirements`.
@@ -72,16 +73,16 @@ class Recipe:
     """
 
     name: str = "default"
-    suite: str = "bookworm"
+    suite: str = field(default_factory=host_release)
     packages: tuple[str, ...] = ()
     pip: tuple[str, ...] = ()
     requirements: tuple[str, ...] = ()
     constraints: tuple[str, ...] = ()
 
     def over(self, base: Recipe) -> Recipe:
-        """This recipe with all that `base` has."""
+        """This recipe with all that `base` has, of this one's release."""
         return replace(
-            self, suite=base.suite, packages=tuple(sorted({*base.packages, *self.packages})),
+            self, packages=tuple(sorted({*base.packages, *self.packages})),
             pip=tuple(sorted({*base.pip, *self.pip})),
             requirements=tuple(dict.fromkeys((*base.requirements, *self.requirements))),
             constraints=tuple(dict.fromkeys((*base.constraints, *self.constraints))),
@@ -89,7 +90,7 @@ class Recipe:
 
     def key(self, sources: str) -> str:
         """Digest of the recipe, this builder, and where packages come from."""
-        builder = {"version": BUILDER_VERSION, "base": BASE_PACKAGES, "modules": MODULES}
+        builder = {"version": BUILDER_VERSION, "base": base_packages(self.suite), "modules": MODULES}
         # What is empty does not count, so that a new field makes no image new.
         recipe = {name: value for name, value in asdict(self).items() if value or name in ("packages", "pip")}
         content = {"recipe": recipe, "builder": builder, "sources": sources}
@@ -119,10 +120,10 @@ class Image:
         return self.folder / "modules"
 
     def describe(self) -> str:
-        """What it has beyond the base, in one line."""
+        """Its release, and what it has beyond the base, in one line."""
         recipe = self.recipe
         added = [*recipe.packages, *(f"pip:{name}" for name in (*recipe.pip, *recipe.requirements))]
-        return "with " + ", ".join(added) if added else "base system"
+        return f"{recipe.suite}, " + ("with " + ", ".join(added) if added else "base system")
 
 
 def _images() -> Path:
@@ -172,7 +173,7 @@ def find(name: str = "default") -> Image:
 def replaced_by(recipe: Recipe) -> Image | None:
     """The image that has this recipe's name now, if it has another content than the recipe would give it."""
     image = _named(_check_name(recipe.name))
-    return None if image is None or replace(image.recipe, suite=recipe.suite) == recipe else image
+    return None if image is None or image.recipe == recipe else image
 
 
 def list_images() -> list[Image]:
@@ -218,7 +219,7 @@ def build(recipe: Recipe, progress: Progress) -> Image:
         ImageBuildError: the build failed.
     """
     _check_name(recipe.name)
-    sources = debian_sources(recipe.suite)
+    sources = sources_for(recipe.suite)
     key = recipe.key(sources)
     folder = _images() / f"{recipe.name}-{key[:12]}"
     try:
@@ -241,8 +242,9 @@ def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progr
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        magic = make_root(work, recipe.suite, recipe.packages, _wanted_of_pip(recipe), sources, progress)
-        manifest = {"key": key, "recipe": asdict(recipe), "python_magic": magic, "sources": sources}
+        python = make_root(work, recipe.suite, recipe.packages, _wanted_of_pip(recipe), sources, progress)
+        manifest = {"key": key, "recipe": asdict(recipe), "python_magic": python.magic, "python": python.full_version,
+                    "sources": sources}  # fmt: skip
         _write(work / "manifest.json", manifest)
         os.rename(work, folder)
     finally:
