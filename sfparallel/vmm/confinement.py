@@ -9,7 +9,8 @@ knew only its own children would keep zombies for ever, and libvirt, which asks 
 waits 40 s for each of them.
 
 All three are in one session and process group, that of the shell which started `sfrun`: the terminal sends its signals to each
-of them. QEMUs and the launcher have sessions of their own (`native.spawn`). The three share the descriptors 0 to 2.
+of them, and so may others (see vmm.signals). QEMUs and the launcher have sessions of their own (`native.spawn`). The three share
+the descriptors 0 to 2.
 
 Ctrl-Z: see vmm.job_control.
 
@@ -36,7 +37,7 @@ from typing import NoReturn
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.text import printable
-from sfparallel.vmm import job_control
+from sfparallel.vmm import job_control, signals
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
@@ -46,21 +47,23 @@ _TOLD = (signal.SIGCHLD, signal.SIGIO)
 """What the kernel tells `sfrun` and the init."""
 WAITED = (*FORWARDED, *job_control.STOPPING, signal.SIGCONT, *_TOLD)
 """Signals that `sfrun` and the init block, and wait for."""
-_SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal
+_SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal; below it by sigqueue(3) and its like
 
 
 @dataclass(frozen=True)
 class Places:
-    """Folders of a job.
+    """Where a job finds what is outside of it.
 
     Attributes:
         private: a tmpfs in the job's mount namespace.
         public: made only on request: where a libvirt daemon's QEMU, which is in other namespaces, may make its sockets. A
             process that outlives the job removes it.
+        interrupts: what `sfrun` got.
     """
 
     private: Path
     public: Path
+    interrupts: signals.Interrupts
 
 
 def _run_folder() -> Path:
@@ -75,7 +78,7 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     Call it before any thread starts: it forks.
 
     Args:
-        job: called in the new namespaces with its folders and the process id by which the world knows it.
+        job: called in the new namespaces with its places and the process id by which the world knows it.
         public_folder: whether the public folder is to be made (see Places).
 
     Returns:
@@ -85,9 +88,8 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
         EnvironmentProblem: not permitted.
     """
     pid = os.getpid()
-    places = Places(_run_folder() / "sfparallel", _run_folder() / f"sfparallel-{pid}")
-    # Before the fork: a signal that comes between must not be lost.
-    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    block_waited()
+    places = Places(_run_folder() / "sfparallel", _run_folder() / f"sfparallel-{pid}", signals.Interrupts())
     try:
         places.private.mkdir(mode=0o700, parents=True, exist_ok=True)
         if public_folder:
@@ -104,7 +106,14 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
     if init == 0:
         os.close(ours)
         _live(lambda: _be_init(job, places, pid, alive, notice))
-    return wait_for(init, notice)
+    return wait_for(init, places.interrupts, notice)
+
+
+def block_waited() -> None:
+    """Block WAITED, but for what was ignored when this process began: that has no effect, today as ever. Call it before the first
+    fork: a signal that comes between must not be lost."""
+    signals.take_up()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.obeyed(WAITED))
 
 
 def _live(work: Callable[[], int]) -> NoReturn:
@@ -140,7 +149,7 @@ def _be_init(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
         _live(lambda: job(places, pid))
     # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
-    return wait_for(child, notice, is_init=True)
+    return wait_for(child, None, notice)
 
 
 def _start_janitor(folder: Path) -> None:
@@ -164,19 +173,22 @@ def _start_janitor(folder: Path) -> None:
     os._exit(0)
 
 
-def wait_for(child: int, notice: job_control.Notice | None = None, *, is_init: bool = False) -> int:
+def wait_for(child: int, interrupts: signals.Interrupts | None, notice: job_control.Notice | None = None) -> int:
     """Wait for a child, and reap all others that end meanwhile. Signals that were sent to this process alone are passed on to it
     (the terminal sends to both). When the child stops, `sfrun` does too, and the init says so (see vmm.job_control).
 
-    WAITED must be blocked.
+    WAITED must be blocked (`block_waited`).
 
     Args:
+        interrupts: by which `sfrun` tells the job of SIGINT; None in the init.
         notice: between init and `sfrun`.
 
     Returns:
         exit code of the child, or 128 + the signal that ended it.
     """
     stopped_by = signal.SIGTSTP
+    is_init = interrupts is None
+    waited = signals.obeyed(WAITED)
     while True:
         has_stopped = False
         # One SIGCHLD may stand for many children: a signal that is pending already is not queued again (signal(7)).
@@ -190,8 +202,11 @@ def wait_for(child: int, notice: job_control.Notice | None = None, *, is_init: b
         elif has_stopped or (notice and not is_init and notice.take()):
             job_control.stop_as_any_program(stopped_by)
             os.kill(child, signal.SIGCONT)
-        info = signal.sigwaitinfo(WAITED)
+        info = signal.sigwaitinfo(waited)
         if info.si_signo in job_control.STOPPING:
             stopped_by = signal.Signals(info.si_signo)
-        if info.si_signo == signal.SIGCONT or (info.si_signo not in _TOLD and info.si_code == _SI_USER):
+        if info.si_signo == signal.SIGINT:
+            if interrupts:
+                interrupts.pass_on()
+        elif info.si_signo == signal.SIGCONT or (info.si_signo not in _TOLD and info.si_code <= _SI_USER):
             os.kill(child, info.si_signo)

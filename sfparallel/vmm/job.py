@@ -24,7 +24,7 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import job_control, native_parts, pausing, statistics, terminal, time_zone
+from sfparallel.vmm import job_control, native_parts, pausing, signals, statistics, terminal, time_zone
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -102,7 +102,7 @@ class Job:
         self._vms: set[Vm] = set()
         self._forks = 0
         self._started = time.monotonic()
-        self._interrupts = 0
+        self._interrupted = False
         self._guest_told = False
         self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
@@ -426,26 +426,27 @@ class Job:
 
     def _watch_signals(self, stack: contextlib.AsyncExitStack) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signalled, number)
+        for number in signals.obeyed((signal.SIGTERM, signal.SIGHUP)):
+            loop.add_signal_handler(number, self._stop, 128 + number)
             stack.callback(loop.remove_signal_handler, number)
+        stack.callback(self._places.interrupts.watch(self._interrupt))
         job_control.watch(self._pause, self._go_on)
         if self._terminal:
             loop.add_signal_handler(signal.SIGWINCH, self._resized)
             stack.callback(loop.remove_signal_handler, signal.SIGWINCH)
             stack.callback(self._modes.restore)
 
-    def _signalled(self, number: signal.Signals) -> None:
+    def _interrupt(self) -> None:
         """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
-        self._interrupts += 1
         running = self._parent and self._parent.woken.done() and not self._done.done()
-        if number is signal.SIGINT and self._interrupts == 1 and self._parent and running:
-            self._parent.send(FrameType.SIGNAL, int(number).to_bytes(4, "little"))
+        if self._parent and running and not self._interrupted:
+            self._parent.send(FrameType.SIGNAL, int(signal.SIGINT).to_bytes(4, "little"))
             # A guest whose prints block does not read its port.
             self._output.allow_more()
             self._output_has_room()
         else:
-            self._stop(128 + number)
+            self._stop(128 + signal.SIGINT)
+        self._interrupted = True
 
     async def _pause(self) -> None:
         """Ctrl-Z. The shell has the terminal next: it is to be as it was, and nothing that was printed is to come later."""

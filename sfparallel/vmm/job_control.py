@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from sfparallel.vmm import processes
+from sfparallel.vmm import processes, signals
 
 STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 """What stops a program that does not say otherwise, and can be caught."""
@@ -80,16 +80,18 @@ def watch(pause: Callable[[], Coroutine[None, None, None]], go_on: Callable[[], 
     stopping: list[asyncio.Task[None]] = []
 
     async def stop() -> None:
-        await pause()
-        loop.stand_still()
-        go_on()
-        stopping.clear()
+        try:
+            await pause()
+            loop.stand_still()
+            go_on()
+        finally:  # whatever fails, the next Ctrl-Z is to work
+            stopping.clear()
 
     def signalled() -> None:
         if not stopping:
             stopping.append(loop.create_task(stop()))
 
-    for number in STOPPING:
+    for number in signals.obeyed(STOPPING):
         loop.add_signal_handler(number, signalled)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 

@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 
 from sfparallel import bootstrap, native
 from sfparallel.text import printable
-from sfparallel.vmm import job_control, processes
-from sfparallel.vmm.confinement import FORWARDED, WAITED, wait_for
+from sfparallel.vmm import job_control, processes, signals
+from sfparallel.vmm.confinement import WAITED, block_waited, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
@@ -50,25 +50,26 @@ def run(options: JobOptions, say: Callable[[str], None]) -> int:
     """
     if log.isEnabledFor(logging.WARNING):
         say(NOTICE)
-    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    block_waited()
     native.set_subreaper()
     front = os.getpid()
+    interrupts = signals.Interrupts()
     child = os.fork()
     if child == 0:
-        _supervise(options, front)
-    code = wait_for(child)
+        _supervise(options, front, interrupts)
+    code = wait_for(child, interrupts)
     end_descendants()
     return code
 
 
-def _supervise(options: JobOptions, front: int) -> NoReturn:
+def _supervise(options: JobOptions, front: int, interrupts: signals.Interrupts) -> NoReturn:
     """The supervisor's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there."""
     code = 1
     try:
         native.set_subreaper()
 
         async def job() -> int:
-            return await LocalSupervisor(options, front).run()
+            return await LocalSupervisor(options, front, interrupts).run()
 
         code = job_control.run(job())
     except BaseException:
@@ -111,14 +112,16 @@ class LocalSupervisor:
 
     Args:
         front: process id of `sfrun`.
+        interrupts: what it got.
     """
 
-    def __init__(self, options: JobOptions, front: int) -> None:
+    def __init__(self, options: JobOptions, front: int, interrupts: signals.Interrupts) -> None:
         loop = asyncio.get_running_loop()
         self._options = options
         self._front = front
         self._clones: dict[int, _Clone] = {}
-        self._interrupts = 0
+        self._front_interrupts = interrupts
+        self._interrupted = False
         self._program = 0
         self._output = Output(self._output_has_room, self._output_lost)
         self._held: set[tuple[_Clone, int]] = set()
@@ -137,8 +140,9 @@ class LocalSupervisor:
             native.set_death_signal(_FRONT_IS_DEAD)
             if os.getppid() != self._front:
                 return 128 + signal.SIGKILL
-            for number in FORWARDED:
-                loop.add_signal_handler(number, self._signalled, number)
+            for number in signals.obeyed((signal.SIGTERM, signal.SIGHUP)):
+                loop.add_signal_handler(number, self._stop, 128 + number)
+            self._front_interrupts.watch(self._interrupt)
             loop.add_signal_handler(signal.SIGCHLD, self._reap)
             job_control.watch(self._pause, lambda: None)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
@@ -311,11 +315,11 @@ class LocalSupervisor:
                 if not self._done.done():
                     self._done.set_result(exit_code(status))
 
-    def _signalled(self, number: signal.Signals) -> None:
+    def _interrupt(self) -> None:
         """Ctrl-C goes to the program, which gets its KeyboardInterrupt; the second one, or another signal, ends the job."""
-        self._interrupts += 1
-        if number is signal.SIGINT and self._interrupts == 1 and not self._done.done():
+        if not self._interrupted and not self._done.done():
+            self._interrupted = True
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._program, number)
+                os.killpg(self._program, signal.SIGINT)
         else:
-            self._stop(128 + number)
+            self._stop(128 + signal.SIGINT)
