@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +25,14 @@ VM = pytest.param("", id="vm", marks=pytest.mark.needs("qemu", "image", "root"))
 BOTH = pytest.mark.parametrize("option", [LOCAL, VM])
 ONLY_VM = pytest.mark.needs("qemu", "image", "root")
 PROMPT = "shell> "
+HANG_S = 60
 
+# Each line by one write: where PYTHONUNBUFFERED is set print() needs several, and what the shell says may come in between.
 TICKS = """
-    import time
+    import os, time
     number = 0
     while True:
-        print("tick", number, flush=True)
+        os.write(1, b"tick %d\\n" % number)
         number += 1
         time.sleep(0.02)
     """
@@ -54,6 +60,18 @@ class Shell(Screen):
         """Ctrl-Z."""
         self.type("\x1a")
         return self.until("Stopped") + self.until(PROMPT)
+
+    def front(self) -> int:
+        """Process id of the `sfrun` that the shell waits for."""
+        return next(pid for pid in descendants(self.pid) if "sfrun" in command_of(pid))
+
+    def fg(self) -> None:
+        """Until the job has the terminal and was continued: before that, Ctrl-Z is the shell's, which ignores it."""
+        self.type("fg\n")
+        deadline = time.monotonic() + HANG_S
+        while os.tcgetpgrp(self.master) == self.pid or not processes.runs(self.front()):
+            assert time.monotonic() < deadline, self.shown[-500:]
+            time.sleep(0.001)
 
     def states(self) -> dict[str, str]:
         """Of everything that the shell has started: its command, and the kernel's letter for what it does."""
@@ -153,26 +171,98 @@ def test_a_program_started_in_the_background_takes_nothing_of_the_shell_s_input(
 
 @BOTH
 def test_stops_while_forks_are_under_way(shell: Shell, sfrun: Sfrun, option: str) -> None:
+    """Also at once after `fg`: `sfrun` then stops before the job has gone on, or before it has stopped again."""
     path = sfrun.write(
         """
+        import itertools
+        import os
         import sfparallel as sf
-        for number in range(6):
-            print("results", sf.parallel(n=2)(lambda: sf.comm().rank + 10 * number)(), flush=True)
-        print("all")
+        for number in itertools.count():
+            results = sf.parallel(n=2)(lambda: sf.comm().rank + 10 * number)()
+            os.write(1, f"results {results}\\n".encode())
         """
     )
     shell.sfrun(path, option)
+    start = len(shell.shown)
     shell.until("results")
-    for turn in range(4):
-        shell.quiet_for(0.13 * turn)  # anywhere in a fork
-        shell.type("\x1a")
-        shell.until("Stopped")
-        shell.until(PROMPT)
-        shell.type("fg\n")
-    shell.until("all\r\n")
+    for turn in range(20 if option else 8):
+        shell.quiet_for((0, 0.01, 0.13, 0.39)[turn % 4])  # anywhere in a fork
+        shell.interrupt_until_stopped()
+        shell.fg()
+    shell.until("results")
+    shell.type("\x03")
     shell.until(PROMPT)
-    for number in range(6):
-        assert f"[{10 * number}, {10 * number + 1}]" in shell.shown.decode()
+    shown = re.sub(r"\^[ZC]", "", shell.shown[start:].decode())
+    results = re.findall(r"results \[(\d+), (\d+)\]\r\n", shown)
+    assert results == [(f"{10 * number}", f"{10 * number + 1}") for number in range(len(results))]
+
+
+def test_a_stop_that_was_answered_already_does_not_come_any_more(tmp_path: Path) -> None:
+    """The job is continued while it still makes ready to stop; the next time it is not."""
+    program = """
+        import asyncio
+        import sys
+        from sfparallel.vmm import confinement, job_control
+
+        async def ready_to_stop():
+            print("makes ready", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+
+        async def job():
+            job_control.watch(ready_to_stop, lambda: print("goes on", flush=True))
+            print("started", flush=True)
+            await asyncio.Event().wait()
+
+        confinement.block_waited()
+        confinement.unblock_waited()
+        job_control.run(job())
+        """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, process_group=0) as process:  # fmt: skip
+        assert process.stdin and process.stdout
+        says = process.stdout.readline
+        try:
+            assert says() == "started\n"
+            for answered in (True, False):
+                process.send_signal(signal.SIGTSTP)
+                assert says() == "makes ready\n"
+                if answered:
+                    process.send_signal(signal.SIGCONT)
+                process.stdin.write("\n")
+                process.stdin.flush()
+                while not processes.is_stopped(process.pid) and not select.select([process.stdout], [], [], 0.01)[0]:
+                    assert process.poll() is None
+                assert processes.is_stopped(process.pid) != answered
+                process.send_signal(signal.SIGCONT)
+                assert says() == "goes on\n"
+        finally:
+            process.kill()
+
+
+def test_a_second_stop_is_not_taken_away_by_the_first_one_s_end() -> None:
+    """SIGCONT takes a SIGTSTP away that has come, but has not arrived: it is passed on only to a child that stands still."""
+    program = """
+        import os
+        import signal
+        from sfparallel.vmm import confinement, signals
+
+        confinement.block_waited()
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTSTP)
+            print("started", flush=True)
+            signal.sigwait([signal.SIGTERM])
+            os._exit(7 if signal.SIGTSTP in signal.sigpending() else 1)
+        os._exit(confinement.wait_for(child, signals.Interrupts()))
+        """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGCONT)
+        status = Path(f"/proc/{process.pid}/status")
+        while not re.search(r"State:\s+S.*ShdPnd:\s+0+\n", status.read_text(), re.DOTALL):
+            time.sleep(0.001)  # it deals with it
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG_S) == 7
 
 
 def test_time_limits_stand_still_too(shell: Shell, sfrun: Sfrun) -> None:
@@ -223,7 +313,7 @@ def test_the_clocks_of_a_guest(shell: Shell, sfrun: Sfrun) -> None:
 def test_signals_to_sfrun_alone(shell: Shell, sfrun: Sfrun, option: str) -> None:
     shell.sfrun(sfrun.write(TICKS), option)
     shell.until("tick")
-    sfrun_pid = next(pid for pid in descendants(shell.pid) if "sfrun" in command_of(pid))
+    sfrun_pid = shell.front()
     os.kill(sfrun_pid, signal.SIGTSTP)
     shell.until("Stopped")
     shell.until(PROMPT)
@@ -236,7 +326,8 @@ def test_signals_to_sfrun_alone(shell: Shell, sfrun: Sfrun, option: str) -> None
         time.sleep(0.01)
     shell.until("tick")
     os.kill(sfrun_pid, signal.SIGCONT)
-    shell.until("tick")
+    while "Running" not in shell.run("jobs"):  # a shell does not wait for what it believes to be stopped
+        pass
     os.kill(sfrun_pid, signal.SIGTERM)
     shell.type("wait %1; echo code $?\n")
     shell.until("code 143")

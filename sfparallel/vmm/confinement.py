@@ -37,7 +37,7 @@ from typing import NoReturn
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.text import printable
-from sfparallel.vmm import job_control, signals
+from sfparallel.vmm import job_control, processes, signals
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
@@ -116,6 +116,12 @@ def block_waited() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.obeyed(WAITED))
 
 
+def unblock_waited() -> None:
+    """In the job: take what has come meanwhile, but for what says that it means to stop (see vmm.job_control)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [job_control.MEANT])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(WAITED) - {job_control.MEANT})
+
+
 def _live(work: Callable[[], int]) -> NoReturn:
     """A forked process's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there."""
     code = 1
@@ -146,7 +152,7 @@ def _be_init(
     native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
+        unblock_waited()
         _live(lambda: job(places, pid))
     # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
     return wait_for(child, None, notice)
@@ -188,7 +194,19 @@ def wait_for(child: int, interrupts: signals.Interrupts | None, notice: job_cont
     """
     stopped_by = signal.SIGTSTP
     is_init = interrupts is None
+    is_outermost = notice is not None and not is_init
     waited = signals.obeyed(WAITED)
+
+    def has_the_job_stopped() -> bool:
+        """Whether the init says so, and it still is: a notice may be read when the job goes on already."""
+        return notice is not None and notice.take() and any(map(processes.is_stopped, processes.children(child)))
+
+    def go_on() -> None:
+        # Also to those that have it from the shell, as it cannot be seen whom it was sent to. But SIGCONT discards a SIGTSTP that
+        # its receiver has not taken yet (kernel/signal.c, prepare_signal): the next Ctrl-Z, typed at once. The init never stops.
+        if is_outermost or processes.is_stopped(child):
+            os.kill(child, signal.SIGCONT)
+
     while True:
         has_stopped = False
         # One SIGCHLD may stand for many children: a signal that is pending already is not queued again (signal(7)).
@@ -199,14 +217,16 @@ def wait_for(child: int, interrupts: signals.Interrupts | None, notice: job_cont
                 return exit_code(ended[1])
         if notice and is_init and has_stopped:
             notice.give()
-        elif has_stopped or (notice and not is_init and notice.take()):
+        elif has_stopped or (is_outermost and has_the_job_stopped()):
             job_control.stop_as_any_program(stopped_by)
-            os.kill(child, signal.SIGCONT)
+            go_on()
         info = signal.sigwaitinfo(waited)
         if info.si_signo in job_control.STOPPING:
             stopped_by = signal.Signals(info.si_signo)
         if info.si_signo == signal.SIGINT:
             if interrupts:
                 interrupts.pass_on()
-        elif info.si_signo == signal.SIGCONT or (info.si_signo not in _TOLD and info.si_code <= _SI_USER):
+        elif info.si_signo == signal.SIGCONT:
+            go_on()
+        elif info.si_signo not in _TOLD and info.si_code <= _SI_USER:
             os.kill(child, info.si_signo)

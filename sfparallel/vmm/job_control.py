@@ -8,6 +8,11 @@ stops its VMs, what else it has started, and then itself. `sfrun` stops last, be
     sfrun SIGTSTP is blocked until then, and taken now, as it would be by any program
 
 SIGCONT comes to all of them in the same way, or is passed on by those that were continued alone.
+
+Who types Ctrl-Z, `fg` and Ctrl-Z again is faster than a busy machine. `sfrun` may stop a second time before it has run at all,
+and be continued while the job still makes ready for its second stop: that stop must not come any more, as nobody would expect
+it. So the job means to stop from the moment when it has SIGTSTP, by a pending SIGTTIN, which it blocks: SIGCONT takes that away,
+whenever it comes (kernel/signal.c, prepare_signal), and what is left at the end of the preparations stops the job.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from sfparallel.vmm import processes, signals
 
 STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 """What stops a program that does not say otherwise, and can be caught."""
+MEANT = signal.SIGTTIN
+"""Pending in a job that is about to stop. All threads block it: who reads a terminal in the background gets EIO instead."""
 _STOP_LIMIT_S = 0.5
 
 
@@ -37,10 +44,10 @@ class PausableLoop(asyncio.SelectorEventLoop):
         return super().time() - self._away_s
 
     def stand_still(self) -> None:
-        """Stop all that this process has started, and itself, until somebody continues it."""
+        """Stop all that this process has started, and itself, until somebody continues it; unless that has happened already."""
         stopped = _stop_all_below()
         began = time.monotonic()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        _take(MEANT)
         self._away_s += time.monotonic() - began
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):
@@ -70,7 +77,7 @@ def _stop_all_below() -> set[int]:
 
 
 def watch(pause: Callable[[], Coroutine[None, None, None]], go_on: Callable[[], None]) -> None:
-    """In the job: obey the signals that stop a program.
+    """In the job: obey the signals that stop a program. MEANT must be blocked in all threads.
 
     Args:
         pause: makes ready for it; `go_on` undoes that.
@@ -88,12 +95,21 @@ def watch(pause: Callable[[], Coroutine[None, None, None]], go_on: Callable[[], 
             stopping.clear()
 
     def signalled() -> None:
+        os.kill(os.getpid(), MEANT)
         if not stopping:
             stopping.append(loop.create_task(stop()))
 
-    for number in signals.obeyed(STOPPING):
+    def continued() -> None:
+        # It may have come after the signal to stop, but before that was dealt with above.
+        if stopping:
+            signal.signal(MEANT, signal.SIG_IGN)  # which discards it
+            signal.signal(MEANT, signal.SIG_DFL)
+
+    signal.signal(MEANT, signal.SIG_DFL)
+    for number in signals.obeyed(set(STOPPING) - {MEANT}):
         loop.add_signal_handler(number, signalled)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    loop.add_signal_handler(signal.SIGCONT, continued)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOPPING) - {MEANT})
 
 
 class Notice:
@@ -124,5 +140,10 @@ def stop_as_any_program(number: signal.Signals) -> None:
     "orphaned process group"), and this returns at once.
     """
     os.kill(os.getpid(), number)
+    _take(number)
+
+
+def _take(number: signal.Signals) -> None:
+    """Take a blocked signal, if it is pending."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     signal.pthread_sigmask(signal.SIG_BLOCK, [number])

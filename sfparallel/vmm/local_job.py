@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from sfparallel import bootstrap, native
 from sfparallel.text import printable
 from sfparallel.vmm import job_control, processes, signals
-from sfparallel.vmm.confinement import WAITED, block_waited, wait_for
+from sfparallel.vmm.confinement import block_waited, unblock_waited, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
@@ -145,7 +145,7 @@ class LocalSupervisor:
             self._front_interrupts.watch(self._interrupt)
             loop.add_signal_handler(signal.SIGCHLD, self._reap)
             job_control.watch(self._pause, lambda: None)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED)
+            unblock_waited()
             loop.add_reader(self._control, self._message)
             if self._options.timeout_s:
                 loop.call_later(self._options.timeout_s, self._timed_out)

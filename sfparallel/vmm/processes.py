@@ -65,6 +65,11 @@ def matching(wanted: Callable[[int, int], bool]) -> list[int]:
     return [pid for pid, parent, session in _all() if wanted(parent, session)]
 
 
+def children(of: int) -> list[int]:
+    """The children of a process."""
+    return matching(lambda parent, _session: parent == of)
+
+
 def below(ancestor: int) -> set[int]:
     """The children of a process, theirs, and so on."""
     children: dict[int, list[int]] = {}
@@ -80,10 +85,20 @@ def below(ancestor: int) -> set[int]:
 
 def runs(pid: int) -> bool:
     """Whether a process is there, and neither stopped nor dead."""
+    return _state(pid) not in "TtZX"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is there, and a signal has stopped it."""
+    return _state(pid) == "T"
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for what a process does; X when it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "TtZX"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "X"
 
 
 def _all() -> Iterator[tuple[int, int, int]]:
