@@ -194,8 +194,8 @@ def _dependencies(folder: Path) -> dict[str, list[str]]:
     return table
 
 
-def extract_modules(folder: Path, target: Path) -> None:
-    """Copy MODULES and what they depend on to `target`, with a file `order` that lists them in loading order."""
+def extract_modules(folder: Path, target: Path, modules: Sequence[str] = MODULES) -> None:
+    """Copy modules and what they depend on to `target`, with a file `order` that lists them in loading order."""
     # Module names do not tell "-" from "_"; file names do.
     def canonical(path: str) -> str:
         return Path(path).name.partition(".ko")[0].replace("-", "_")
@@ -210,7 +210,7 @@ def extract_modules(folder: Path, target: Path) -> None:
             add(needed)
         order[path] = None
 
-    for module in MODULES:
+    for module in modules:
         name = canonical(module)
         if name in paths:
             add(paths[name])
