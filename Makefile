@@ -8,7 +8,10 @@ RENDER_PACKAGES := --package povray --package povray-examples --package python3-
 ML_IMAGE := $(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pandas --pip pytest --pip hypothesis
 BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed --pip ray
 
-.PHONY: help build dist bench-tools demo example-render test test-long lint bench bench-fork bench-comm bench-map bench-start clean
+BEGAN := $(shell date +%s)
+
+.PHONY: help build dist bench-tools demo example-render test test-long test-kvm lint \
+	bench bench-fork bench-comm bench-map bench-start clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,13 +35,19 @@ example-render: build ## build the guest image of the example, then render with 
 bench-tools: build
 	@tools/prepare bench
 
-test: lint bench-tools ## lint, type check, all tests (real VMs; about 30 minutes on 2 cores)
+test: lint bench-tools ## lint, type check, all tests (real VMs; about 45 minutes on 2 cores); says when `test-kvm` ran last
+	@$(BIN)/python -m tests.kvm --last
 	@$(BIN)/sf image build default
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
 	@$(ML_IMAGE)
 	@$(BIN)/sf image build numba --pip numba
 	@$(BIN)/sf image build render $(RENDER_PACKAGES)
 	@$(BIN)/pytest
+	@$(BIN)/python -m tests.kvm --if-due $(BEGAN)
+
+test-kvm: build ## tests of VMs under a real KVM, in a VM with an emulated AMD processor (hours); ARGS=--smoke, ARGS="--seconds N"
+	@$(BIN)/sf image build default
+	@$(BIN)/python -m tests.kvm $(ARGS)
 
 test-long: bench-tools ## tests of numpy, scipy and pandas themselves, in a guest; not part of `test`
 	@$(ML_IMAGE)

@@ -1,27 +1,132 @@
-"""Boots the outer VM and runs a shell script in it: `python -m tests.kvm FOLDER`, where FOLDER/job is the script.
+"""Runs tests in the outer VM, under KVM: `python -m tests.kvm`.
 
-FOLDER is /share there; the project is in /project, the cache in /cache. Its console and dmesg are in FOLDER afterwards.
+Without options: all tests chosen by tests/kvm/choice.py that have not passed with the present code. What it learns goes into
+last-run.json and docs/kvm.md as it ends, also by Ctrl-C, so that the next run goes on from there.
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
+import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
+from benchmarks import documents, host
 from sfparallel.config import cache_folder
 from sfparallel.vmm import image, locks
-from tests.kvm import outer_root, outer_vm
+from tests.kvm import outer_root, outer_vm, record
+from tests.kvm.choice import SMOKE, is_one_of
 
-LIMIT_S = 3600.0
+HANG_S = 6 * 3600.0
+"""Of the whole outer VM, beyond the time after which no test begins."""
+
+CI_S = 49 * 60
+"""What CI may take in all."""
+SHORT_S = 6 * 60
+"""What the short run takes at most, as seen on a busy machine: it is not begun with less time left."""
+
+_JOB = """\
+export SF_CACHE=/cache SF_ACCEL=kvm SF_TEST_PATIENCE=10 KVM_RESULTS=/share/results KVM_TESTS=/share/tests {seconds}
+cd /project
+exec python3 -m pytest -v -p no:cacheprovider -p tests.kvm.choice --timeout 3000 {files}
+"""
 
 
 def main() -> int:
-    share, folder, began = Path(sys.argv[1]).absolute(), cache_folder() / "test-kvm", time.monotonic()
+    options = _options().parse_args()
+    own = cache_folder() / "test-kvm" / record.FILE.name
+    entries = record.read(record.FILE, own)
+    if options.last:
+        print(record.last(entries))
+        return 0
+    if options.draw:
+        draw()
+        return 0
+    if options.job:
+        return run(options.job, None, HANG_S)
+    if options.if_due is not None:
+        return if_due(options.if_due, entries, own)
+    return test(SMOKE if options.smoke else None, record.FILE, again=options.again, seconds=options.seconds)
 
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - began:.0f} s: {what}", file=sys.stderr, flush=True)
 
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.kvm", allow_abbrev=False,
+                                     description="run tests in a VM that has KVM, though emulated")
+    parser.add_argument("--smoke", action="store_true", help="a few tests, minutes instead of hours")
+    parser.add_argument("--again", action="store_true", help="also tests that have passed with this code")
+    parser.add_argument("--seconds", type=float, help="begin no other test after this time; the next run goes on from there")
+    parser.add_argument("--last", action="store_true", help="say when the tests ran last, and run none")
+    parser.add_argument("--draw", action="store_true", help="write docs/kvm.md from the data, and run none")
+    parser.add_argument("--if-due", type=float, metavar="BEGAN",
+                        help="as CI: the few tests, if they are due and there is time; BEGAN is when CI began (epoch)")
+    parser.add_argument("--job", type=Path, metavar="FOLDER", help="run FOLDER/job in the outer VM, where FOLDER is /share")
+    return parser
+
+
+def if_due(began: float, entries: list[record.Entry], own: Path) -> int:
+    """The short run if it is due. What it learns is kept in the cache folder: CI commits nothing."""
+    say(record.last(entries))
+    why = record.why_due(entries, record.code(), datetime.now(UTC))
+    if not why:
+        say("KVM: the short run is not due")
+        return 0
+    root = outer_root.found_root(cache_folder() / "test-kvm")
+    left = CI_S - (time.time() - began)
+    if root is None or left < SHORT_S:
+        missing = "the outer VM is not built" if root is None else f"{max(0, left):.0f} s are left of CI's time"
+        say(f"KVM: the short run is due ({why}), but NOT RUN: {missing}; `make test-kvm ARGS=--smoke` runs it")
+        return 0
+    say(f"KVM: the short run is due: {why}")
+    return test(SMOKE, own, again=True, seconds=left - SHORT_S / 2)
+
+
+def test(names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: float | None) -> int:
+    """Run tests, all if `names` is None, and put how they ended into the record `target`."""
+    entries, code, revision = record.read(target), record.code(), record.revision()
+    tests = [test for test in collected() if names is None or is_one_of(test, names)]
+    chosen = tests if again else record.to_run(entries, tests, code)
+    if not chosen:
+        say(f"all {len(tests)} have passed with this code; --again runs them once more")
+        return 0
+    say(f"{len(chosen)} of {len(tests)} tests in the outer VM; the others have passed with this code")
+    with tempfile.TemporaryDirectory(prefix="test-kvm") as folder:
+        share = Path(folder)
+        (share / "tests").write_text("\n".join(chosen))
+        files = " ".join(dict.fromkeys(name.partition("::")[0] for name in chosen))  # others need not even be imported there
+        (share / "job").write_text(_JOB.format(seconds=f"KVM_SECONDS={seconds:.0f}" if seconds else "", files=files))
+        try:
+            result = run(share, None if target == record.FILE else share / "output", HANG_S)
+        finally:
+            new = record.entries_of(share / "results", revision, code)
+            names_now = set(collected()) if names is None else None
+            kept = {entry.test: entry for entry in entries if names_now is None or entry.test in names_now}
+            record.write(target, {**kept, **{entry.test: entry for entry in new}}.values())
+            if target == record.FILE:
+                draw()
+        say(record.last(new))
+        if result and (share / "output").exists():
+            sys.stderr.write((share / "output").read_text(errors="replace"))
+        return result
+
+
+def collected() -> list[str]:
+    """The tests that belong into the outer VM, by this work tree."""
+    argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "tests.kvm.choice"]
+    said = subprocess.run(argv, cwd=host.ROOT, check=True, capture_output=True, text=True).stdout
+    return [line for line in said.splitlines() if "::" in line]
+
+
+def run(share: Path, output: Path | None, limit_s: float, *, counting: bool = False) -> int:
+    """Run `share`/job in the outer VM, made if it is not there; its output goes to ours, or into a file.
+
+    Args:
+        counting: see `outer_vm.run`.
+    """
+    folder = cache_folder() / "test-kvm"
     folder.mkdir(parents=True, exist_ok=True)
     with locks.locked(folder / ".lock", lambda: say("waiting for another run")):
         built = outer_root.ensure_root(folder, say)
@@ -29,9 +134,25 @@ def main() -> int:
         outer_vm.project_disk(built / "root", project, say)
         cache = outer_vm.cache_disk(folder, image.find("default"), say)
         say("booting the outer VM")
-        code = outer_vm.run(built, project, cache, share, LIMIT_S)
-    say("it did not come to its end; see its console" if code is None else f"exit code {code}")
-    return 1 if code is None else code
+        stream: IO[Any] | None = output.open("wb") if output else None
+        try:
+            code = outer_vm.run(built, project, cache, share, limit_s, output=stream, counting=counting)
+        finally:
+            if stream:
+                stream.close()
+    if code is None:
+        console = (share / "console").read_text(errors="replace")[-2000:] if (share / "console").exists() else ""
+        say(f"the outer VM did not come to its end; its console ends with\n{console}")
+        return 1
+    return code
+
+
+def draw() -> None:
+    documents.fill(record.DOCUMENT, "tests.kvm", record.text(record.read(record.FILE)))
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

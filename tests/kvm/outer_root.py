@@ -19,10 +19,12 @@ from pathlib import Path
 
 from sfparallel.errors import ImageBuildError
 from sfparallel.vmm import subprocesses
-from sfparallel.vmm.apt_sources import debian_sources
+from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.guest_root import extract_modules
-from sfparallel.vmm.image import Recipe
 from sfparallel.vmm.initramfs import Entry, write_cpio
+
+RELEASE = "bookworm"
+"""Whatever the host has. PACKAGES are those of this release."""
 
 PACKAGES = (
     # The system: the full kernel, because the cloud kernel has no 9p; and what outer-init calls.
@@ -49,8 +51,14 @@ Say = Callable[[str], None]
 
 
 def _key(sources: str) -> str:
-    parts = (str(BUILDER_VERSION), Recipe().suite, sources, *PACKAGES)
+    parts = (str(BUILDER_VERSION), RELEASE, sources, *PACKAGES)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def found_root(folder: Path) -> Path | None:
+    """What `ensure_root` would return, if it is there already."""
+    target = folder / f"root-{_key(sources_for(RELEASE))}"
+    return target if target.exists() else None
 
 
 def ensure_root(folder: Path, say: Say) -> Path:
@@ -59,7 +67,7 @@ def ensure_root(folder: Path, say: Say) -> Path:
     Raises:
         SfError: a step failed; the message has the tool's own words.
     """
-    sources = debian_sources(Recipe().suite)
+    sources = sources_for(RELEASE)
     target = folder / f"root-{_key(sources)}"
     if target.exists():
         return target
@@ -88,7 +96,7 @@ def _unpack(work: Path, sources: str) -> None:
     (work / "tmp").mkdir()
     argv = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", f"--include={','.join(PACKAGES)}",
             "--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=path-exclude=/usr/share/doc/*",
-            "--dpkgopt=path-exclude=/usr/share/locale/*", Recipe().suite, work / "root", listing]  # fmt: skip
+            "--dpkgopt=path-exclude=/usr/share/locale/*", RELEASE, work / "root", listing]  # fmt: skip
     subprocesses.run_tree(argv, what="unpack Debian", error=ImageBuildError, environment={"TMPDIR": str(work / "tmp")})
 
 

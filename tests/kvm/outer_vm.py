@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import IO
 
 from sfparallel.vmm import subprocesses
 from sfparallel.vmm.image import Image
@@ -70,19 +71,26 @@ def cache_disk(folder: Path, image: Image, say: Say) -> Path:
     return target
 
 
-def run(built: Path, project: Path, cache: Path, share: Path, limit_s: float, *, cpu: str = CPU, more: str = "") -> int | None:
+def run(
+    built: Path, project: Path, cache: Path, share: Path, limit_s: float, *,
+    output: IO[bytes] | None = None, counting: bool = False,
+) -> int | None:
     """Boot it and have it run `share`/job; returns the job's exit code, or None if it did not come to its end in time.
 
-    Its output is ours. What its kernel says is in `share`/console.
+    What its kernel says is in `share`/console.
 
     Args:
-        more: further parameters of its kernel.
+        output: where the job's output goes; ours, if it is None.
+        counting: have its clocks count instructions, a nanosecond for each. It has one processor then.
     """
     write_initrd(built, share / "initrd")
     # With a reliable TSC, KVM has its master clock, as on bare metal.
-    kernel = f"root=/dev/vda rw console=ttyS0 quiet mitigations=off panic=-1 tsc=reliable {more}"
-    argv = ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", cpu, "-smp", "2", "-m", MEMORY,
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+    kernel = "root=/dev/vda rw console=ttyS0 quiet mitigations=off panic=-1 tsc=reliable"
+    # While nothing runs, the clocks jump to the next timer.
+    processors = ["-accel", "tcg,thread=single,tb-size=1024", "-icount", "shift=0,sleep=off", "-smp", "1"] if counting else \
+        ["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]  # fmt: skip
+    argv = ["qemu-system-x86_64", "-M", "q35", *processors, "-cpu", CPU, "-m", MEMORY, "-nodefaults",
+            "-no-user-config", "-display", "none", "-no-reboot",
             "-kernel", str(built / "vmlinuz"), "-initrd", str(share / "initrd"), "-append", kernel,
             "-drive", f"file={built}/root.img,format=raw,if=virtio,cache=unsafe,snapshot=on",
             "-drive", f"file={project},format=raw,if=virtio,readonly=on",
@@ -94,7 +102,7 @@ def run(built: Path, project: Path, cache: Path, share: Path, limit_s: float, *,
     command = [setpriv, "--pdeathsig", "KILL", "--", "nice", "-n", "10", *argv]
     (share / "exit").unlink(missing_ok=True)
     try:
-        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=limit_s, check=True)
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, timeout=limit_s, check=True)
         return int((share / "exit").read_text())
     except (subprocess.SubprocessError, OSError, ValueError):
         return None
