@@ -22,12 +22,16 @@ from tests.kvm import outer_root, outer_vm, record
 from tests.kvm.choice import SMOKE, is_one_of
 
 HANG_S = 6 * 3600.0
-"""Of the whole outer VM, beyond the time after which no test begins."""
+"""After so long the outer VM is ended, whatever it does."""
 
 CI_S = 49 * 60
 """What CI may take in all."""
 SHORT_S = 6 * 60
 """What the short run takes at most, as seen on a busy machine: it is not begun with less time left."""
+
+class Busy(Exception):
+    """Another run has the outer VM."""
+
 
 _JOB = """\
 export SF_CACHE=/cache SF_ACCEL=kvm SF_TEST_PATIENCE=10 KVM_RESULTS=/share/results KVM_TESTS=/share/tests {seconds}
@@ -47,10 +51,11 @@ def main() -> int:
         draw()
         return 0
     if options.job:
-        return run(options.job, None, HANG_S)
+        return ended(run(options.job, None, HANG_S), options.job)
     if options.if_due is not None:
         return if_due(options.if_due, entries, own)
-    return test(SMOKE if options.smoke else None, record.FILE, again=options.again, seconds=options.seconds)
+    names = SMOKE if options.smoke else None
+    return test(names, record.FILE, again=options.again, seconds=options.seconds)
 
 
 def _options() -> argparse.ArgumentParser:
@@ -76,30 +81,42 @@ def if_due(began: float, entries: list[record.Entry], own: Path) -> int:
         return 0
     root = outer_root.found_root(cache_folder() / "test-kvm")
     left = CI_S - (time.time() - began)
-    if root is None or left < SHORT_S:
-        missing = "the outer VM is not built" if root is None else f"{max(0, left):.0f} s are left of CI's time"
-        say(f"KVM: the short run is due ({why}), but NOT RUN: {missing}; `make test-kvm ARGS=--smoke` runs it")
-        return 0
-    say(f"KVM: the short run is due: {why}")
-    return test(SMOKE, own, again=True, seconds=left - SHORT_S / 2)
+    missing = "the outer VM is not built" if root is None else f"{max(0, left):.0f} s are left of CI's time"
+    if root and left >= SHORT_S:
+        say(f"KVM: the short run is due: {why}")
+        try:
+            return test(SMOKE, own, again=True, seconds=left - SHORT_S / 2, limit_s=left)
+        except Busy:
+            missing = "another run has the outer VM"
+    say(f"KVM: the short run is due ({why}), but NOT RUN: {missing}; `make test-kvm ARGS=--smoke` runs it")
+    return 0
 
 
-def test(names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: float | None) -> int:
-    """Run tests, all if `names` is None, and put how they ended into the record `target`."""
+def test(
+    names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: float | None, limit_s: float | None = None
+) -> int:
+    """Run tests, all if `names` is None, and put how they ended into the record `target`.
+
+    Args:
+        limit_s: end the outer VM after this time. It is no failure then, but said; nor does this wait for another run.
+
+    Raises:
+        Busy: another run has the outer VM, and there is a limit.
+    """
     entries, code, revision = record.read(target), record.code(), record.revision()
     tests = [test for test in collected() if names is None or is_one_of(test, names)]
     chosen = tests if again else record.to_run(entries, tests, code)
     if not chosen:
         say(f"all {len(tests)} have passed with this code; --again runs them once more")
         return 0
-    say(f"{len(chosen)} of {len(tests)} tests in the outer VM; the others have passed with this code")
+    say(f"{len(chosen)} of {len(tests)} tests" + ("" if again else "; the others have passed with this code"))
     with tempfile.TemporaryDirectory(prefix="test-kvm") as folder:
         share = Path(folder)
         (share / "tests").write_text("\n".join(chosen))
         files = " ".join(dict.fromkeys(name.partition("::")[0] for name in chosen))  # others need not even be imported there
         (share / "job").write_text(_JOB.format(seconds=f"KVM_SECONDS={seconds:.0f}" if seconds else "", files=files))
         try:
-            result = run(share, None if target == record.FILE else share / "output", HANG_S)
+            result = run(share, share / "output" if limit_s else None, limit_s or HANG_S, wait=limit_s is None)
         finally:
             new = record.entries_of(share / "results", revision, code)
             names_now = set(collected()) if names is None else None
@@ -107,10 +124,13 @@ def test(names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: f
             record.write(target, {**kept, **{entry.test: entry for entry in new}}.values())
             if target == record.FILE:
                 draw()
-        say(record.last(new))
-        if result and (share / "output").exists():
+        say(f"{record.last(new)}, of {len(chosen)}" if new else f"KVM: none of {len(chosen)} tests came to its end")
+        if result is None and limit_s and not any(entry.outcome == "failed" for entry in new):
+            say(f"KVM: cut off after {limit_s:.0f} s, the rest of CI's time; `make test-kvm ARGS=--smoke` has no limit")
+            return 0
+        if result != 0 and limit_s:
             sys.stderr.write((share / "output").read_text(errors="replace"))
-        return result
+        return ended(result, share)
 
 
 def collected() -> list[str]:
@@ -120,26 +140,42 @@ def collected() -> list[str]:
     return [line for line in said.splitlines() if "::" in line]
 
 
-def run(share: Path, output: Path | None, limit_s: float, *, counting: bool = False) -> int:
+def run(share: Path, output: Path | None, limit_s: float, *, wait: bool = True, counting: bool = False) -> int | None:
     """Run `share`/job in the outer VM, made if it is not there; its output goes to ours, or into a file.
 
     Args:
+        wait: for another run; without it, raise Busy.
         counting: see `outer_vm.run`.
+
+    Returns:
+        The job's exit code; None if it did not come to its end.
     """
     folder = cache_folder() / "test-kvm"
     folder.mkdir(parents=True, exist_ok=True)
-    with locks.locked(folder / ".lock", lambda: say("waiting for another run")):
+    began = time.monotonic()
+
+    def busy() -> None:
+        if not wait:
+            raise Busy
+        say("waiting for another run")
+
+    with locks.locked(folder / ".lock", busy):
         built = outer_root.ensure_root(folder, say)
         project = folder / "project.sqfs"
         outer_vm.project_disk(built / "root", project, say)
         cache = outer_vm.cache_disk(folder, image.find("default"), say)
         say("booting the outer VM")
         stream: IO[Any] | None = output.open("wb") if output else None
+        left = limit_s - (time.monotonic() - began)
         try:
-            code = outer_vm.run(built, project, cache, share, limit_s, output=stream, counting=counting)
+            return outer_vm.run(built, project, cache, share, left, output=stream, counting=counting)
         finally:
             if stream:
                 stream.close()
+
+
+def ended(code: int | None, share: Path) -> int:
+    """An exit code, also for an outer VM that did not come to its end."""
     if code is None:
         console = (share / "console").read_text(errors="replace")[-2000:] if (share / "console").exists() else ""
         say(f"the outer VM did not come to its end; its console ends with\n{console}")
