@@ -15,10 +15,10 @@ import pytest
 from sfparallel.vmm import agent_port
 from sfparallel.vmm import vm as vms
 from sfparallel.vmm.console import LIMIT_BYTES, Console
-from sfparallel.vmm.file_service import MOST_WAITING_BYTES, FileService
-from sfparallel.vmm.files import FileServer
+from sfparallel.vmm.file_service import FileService
 from sfparallel.vmm.fuse_wire import MAX_READ_BYTES, Opcode
 from sfparallel.vmm.guest_events import EVENTS_AT_ONCE
+from sfparallel.vmm.host_work import MOST_WAITING_BYTES
 from sfparallel.vmm.output import LabelledOutput
 from sfparallel.vmm.vm import VmState
 from sfparallel.wire import HEADER, Frame, FrameType, pack
@@ -64,10 +64,10 @@ def read_request(node: int, unique: int = 2) -> bytes:
 def served(tmp_path: Path) -> tuple[FileService, int]:
     """Files for guests, and the node of a file of 128 KiB."""
     (tmp_path / "file").write_bytes(bytes(MAX_READ_BYTES))
-    server = FileServer({TAG: tmp_path})
-    answer = server.handle(TAG, fuse_request(Opcode.LOOKUP, 1, b"file\0")[HEADER.size:])
+    service = FileService({TAG: tmp_path}, print)
+    answer = service._server.handle(TAG, fuse_request(Opcode.LOOKUP, 1, b"file\0")[HEADER.size:])
     assert answer
-    return FileService(server), int.from_bytes(answer[16:24], "little")
+    return service, int.from_bytes(answer[16:24], "little")
 
 
 def serve(guest: HostileGuest, service: FileService) -> None:
@@ -89,7 +89,7 @@ async def test_reads_whose_answers_are_never_read(served: tuple[FileService, int
         assert waiting_bytes(guest) <= agent_port.HIGH_WATER_BYTES + MAX_READ_BYTES + 100
         assert "does not read the answers" in await guest.end()
         assert resident_bytes() - before < GENEROUS_BYTES
-        assert service._waiting == service._bytes == {}
+        assert service._work._lines == {}
 
 
 @alone
@@ -105,7 +105,7 @@ async def test_a_guest_that_reads_late_gets_every_answer(served: tuple[FileServi
             for frame in await guest.hear():
                 assert frame.type is FrameType.FUSE_REPLY and len(frame.payload) == MAX_READ_BYTES + 16
                 answered.add(int.from_bytes(frame.payload[8:16], "little"))
-        assert answered == set(range(2, 1026, 2)) and service._waiting == {}
+        assert answered == set(range(2, 1026, 2)) and service._work._lines == {}
 
 
 @alone

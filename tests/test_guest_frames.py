@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from sfparallel.errors import ProtocolError
 from sfparallel.vmm import guest_frames
 from sfparallel.vmm.file_service import FileService
-from sfparallel.vmm.files import FileServer
 from sfparallel.vmm.guest_frames import Exited, Frozen, Woken
 from sfparallel.vmm.vm import VmState
 from sfparallel.wire import HEADER, MAX_PAYLOAD_BYTES, Frame, FrameParser, FrameType, unpack
@@ -120,7 +119,7 @@ def test_a_stream_ends_its_vm_at_most(tmp_path: Path, caplog: pytest.LogCaptureF
     async def scenario() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
         async with hostile_guest() as guest:
-            service = FileService(FileServer({7: tmp_path}))
+            service = FileService({7: tmp_path}, print)
             vm = guest.vm
             vm.events.on_frame = lambda vm, frame: (
                 service.request(vm, frame.channel, frame.payload) if frame.type is FrameType.FUSE else None)

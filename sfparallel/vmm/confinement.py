@@ -17,6 +17,10 @@ Ctrl-Z: see vmm.job_control.
 When the init ends, in whatever way, the kernel kills all that is left in the namespace (pid_namespaces(7)). So `kill -9` of the
 job ends the init, and that ends the rest; and the init gets SIGKILL when `sfrun` itself is killed. The job's folder is a tmpfs in
 its mount namespace, and goes with the last process.
+
+A thread that waits for a file system which does not answer (FUSE, some network file systems) cannot be killed. Its process stays
+a zombie that nobody can reap, and its PID namespace with it. So the job says itself that it is over (`Notice.end`), when all
+its VMs are gone; `sfrun` waits for no more than that if the kernel keeps the rest.
 """
 
 from __future__ import annotations
@@ -47,6 +51,9 @@ _TOLD = (signal.SIGCHLD, signal.SIGIO)
 """What the kernel tells `sfrun` and the init."""
 WAITED = (*FORWARDED, *job_control.STOPPING, signal.SIGCONT, *_TOLD)
 """Signals that `sfrun` and the init block, and wait for."""
+_LOOK_S = 0.2
+_HANGS_S = 0.8
+"""What does not end in this time, with all its threads dead or in the kernel, will not end soon."""
 _SI_USER = 0  # sigaction(2): sent by kill(2), not by the terminal; below it by sigqueue(3) and its like
 
 
@@ -122,8 +129,12 @@ def unblock_waited() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(WAITED) - {job_control.MEANT})
 
 
-def _live(work: Callable[[], int]) -> NoReturn:
-    """A forked process's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there."""
+def _live(work: Callable[[], int], notice: job_control.Notice | None = None) -> NoReturn:
+    """A forked process's whole life. It ends with os._exit: what `sfrun` registered to happen at its exit happens there.
+
+    Args:
+        notice: by which the job says that it is over.
+    """
     code = 1
     try:
         code = work()
@@ -136,7 +147,18 @@ def _live(work: Callable[[], int]) -> NoReturn:
             if stream is not None:  # it was closed before we started
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
+        if notice:
+            _let_go_of_streams()
+            notice.end(code)
         os._exit(code)
+
+
+def _let_go_of_streams() -> None:
+    """A process that cannot end keeps its descriptors. Who reads what we print is to come to its end all the same."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):  # not closed: a thread may be about to open a file, which must not become what another prints to
+            os.dup2(null, stream)
 
 
 def _be_init(
@@ -153,7 +175,7 @@ def _be_init(
     child = os.fork()
     if child == 0:
         unblock_waited()
-        _live(lambda: job(places, pid))
+        _live(lambda: job(places, pid), notice)
     # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
     return wait_for(child, None, notice)
 
@@ -216,10 +238,12 @@ def wait_for(child: int, interrupts: signals.Interrupts | None, notice: job_cont
             elif ended[0] == child:
                 return exit_code(ended[1])
         if notice and is_init and has_stopped:
-            notice.give()
+            notice.stopped()
         elif has_stopped or (is_outermost and has_the_job_stopped()):
             job_control.stop_as_any_program(stopped_by)
             go_on()
+        if notice and notice.ended is not None:
+            return _wait_for_the_rest(child, notice.ended)
         info = signal.sigwaitinfo(waited)
         if info.si_signo in job_control.STOPPING:
             stopped_by = signal.Signals(info.si_signo)
@@ -230,3 +254,22 @@ def wait_for(child: int, interrupts: signals.Interrupts | None, notice: job_cont
             go_on()
         elif info.si_signo not in _TOLD and info.si_code <= _SI_USER:
             os.kill(child, info.si_signo)
+
+
+def _wait_for_the_rest(init: int, code: int) -> int:
+    """The job is over: wait for its processes, as far as the kernel lets them end. Returns the exit code."""
+    hanging_since = None
+    while True:
+        # What was sent to us has no meaning any more, but for SIGCHLD.
+        signal.sigtimedwait([signal.SIGCHLD], _LOOK_S)
+        if os.waitpid(init, os.WNOHANG)[0]:
+            return code
+        left = processes.below(init)
+        if not processes.hang(left):
+            hanging_since = None
+        elif hanging_since is None:
+            hanging_since = time.monotonic()
+        elif time.monotonic() - hanging_since >= _HANGS_S:
+            print(f"sfrun: the job is over; process {', '.join(map(str, sorted(left)))} of it cannot end before a file system "
+                  "answers that does not", file=sys.stderr)
+            return code

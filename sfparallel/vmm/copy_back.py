@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -180,6 +181,8 @@ class CopyBack:
         self._folders = dict(exports)
         self._roots: dict[int, int] = {}
         self._transfers: dict[tuple[int, bytes], _Transfer] = {}
+        self._busy = threading.RLock()
+        """Held by the thread that applies a change, as long as the host's file system makes it wait."""
         with ExitStack() as undo:
             for tag, folder in exports.items():
                 self._roots[tag] = open_export(folder)
@@ -194,14 +197,19 @@ class CopyBack:
 
     def abort(self) -> None:
         """Remove what is not whole: the guest is gone, or another program takes over."""
-        while self._transfers:
-            self._transfers.popitem()[1].discard()
+        with self._busy:
+            while self._transfers:
+                self._transfers.popitem()[1].discard()
 
     def close(self) -> None:
-        """`abort`, and close every descriptor."""
-        self.abort()
-        while self._roots:
-            os.close(self._roots.popitem()[1])
+        """`abort`, and close every descriptor; neither while another thread applies a change: at a job's end that hangs."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self.abort()
+                while self._roots:
+                    os.close(self._roots.popitem()[1])
+            finally:
+                self._busy.release()
 
     def handle(self, request: Mapping[Any, Any]) -> dict[str, Any]:
         """Read and apply one request.
@@ -225,6 +233,10 @@ class CopyBack:
     def apply(self, change: FileChange) -> dict[str, Any]:
         """Apply one change; returns what `handle` does, without the "id"."""
         self.used = True
+        with self._busy:
+            return self._apply_locked(change)
+
+    def _apply_locked(self, change: FileChange) -> dict[str, Any]:
         if change.tag not in self._roots:
             return {"error": "invalid", "message": f"no export {change.tag}"}
         where = shown(self._folders[change.tag], change.path)

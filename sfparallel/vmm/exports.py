@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from sfparallel.errors import UsageError
@@ -27,6 +28,41 @@ def is_system_folder(folder: Path) -> bool:
     if any(tree in folder.parents for tree in _NOT_SYSTEM):
         return False
     return any(folder == tree or tree in folder.parents for tree in _SYSTEM_TREES)
+
+
+_LOCAL_KINDS = frozenset((
+    "bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "iso9660", "jfs", "ntfs3", "overlay", "ramfs",
+    "reiserfs", "rootfs", "squashfs", "tmpfs", "udf", "vfat", "xfs", "zfs",
+))  # fmt: skip
+"""File systems that need no server."""
+
+
+def may_hang(folder: Path, mounts: bytes | None = None) -> bool:
+    """Whether there is, in or below a folder, a file system that asks a server, which may never answer: of a network, or FUSE, or
+    one that mounts others when they are used.
+
+    A job has a mount namespace of its own, into which nothing is mounted from outside: the answer stays true.
+
+    Args:
+        folder: absolute, resolved.
+        mounts: as /proc/self/mountinfo has them (proc(5)), which is read if it is not given.
+    """
+    if mounts is None:
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+    here, around = os.fsencode(folder), (b"", False)
+    for line in mounts.splitlines():
+        place, _, rest = line.partition(b" - ")
+        where = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), place.split(b" ")[4])
+        is_local = rest.split(b" ")[0].decode("ascii", "replace") in _LOCAL_KINDS
+        if _is_in(where, here) and where != here and not is_local:
+            return True
+        if _is_in(here, where) and len(where) >= len(around[0]):  # a later mount of the same place hides the earlier one
+            around = where, is_local
+    return not around[1]
+
+
+def _is_in(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(b"/") + b"/")
 
 
 def exports_for(cwd: Path, script_folder: Path | None) -> list[tuple[int, Path]]:

@@ -1,68 +1,117 @@
-"""Files for all VMs of a job: requests from their agent ports to the file server, each VM as fast as it reads the answers."""
+"""Files for all VMs of a job: what comes from their agent ports, as work on the host's files, each VM as fast as it reads."""
 
 from __future__ import annotations
 
-from collections import deque
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
 
-from sfparallel.errors import ProtocolError
+from sfparallel.vmm import fuse_wire
+from sfparallel.vmm.copy_back import CopyBack, request_id, shown
+from sfparallel.vmm.exports import may_hang
 from sfparallel.vmm.files import FileServer
+from sfparallel.vmm.host_work import MOST_THREADS, HostWork, Piece, Way
+from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.vm import Vm
-from sfparallel.wire import FrameType
+from sfparallel.wire import FrameType, pack, unpack
 
-MOST_WAITING_BYTES = 4 << 20
-"""Requests of one VM that wait until it has read earlier answers. A kernel has 64 read-aheads under way per folder, and a request
-of some 100 bytes for each thread that waits for a file."""
-
-_REQUEST_COST_BYTES = 100
+_END_LIMIT_S = 0.5
 
 
 class FileService:
-    """Answers file requests. An answer may be 1,500 times as long as its request: it is made only when the VM takes it.
+    """Answers file requests, and applies changes of files. An answer may be 1,500 times as long as its request: it is made only
+    when the VM takes it.
 
     Args:
-        server: what knows the files.
+        exports: host folders by tag.
+        tell: shows the user a line.
+        slow: those whose requests are dealt with in threads; by default those that may hang.
+        most_threads: at most, of all VMs.
+
+    Raises:
+        UsageError: a folder cannot be opened.
     """
 
-    def __init__(self, server: FileServer) -> None:
-        self._server = server
-        self._waiting: dict[Vm, deque[tuple[int, bytes]]] = {}
-        self._bytes: dict[Vm, int] = {}
+    def __init__(self, exports: Mapping[int, Path], tell: Callable[[str], None], *, slow: Collection[int] | None = None,
+                 most_threads: int = MOST_THREADS) -> None:
+        self._exports = dict(exports)
+        self._slow = frozenset(tag for tag, folder in exports.items() if may_hang(folder)) if slow is None else frozenset(slow)
+        self._server = FileServer(exports, slow=self._slow)
+        self._copy_back = CopyBack(exports)
+        self._rank_files = RankFiles(exports)
+        self._work = HostWork(tell, most_threads)
+        self.go_on = self._work.go_on
+        self.forget = self._work.forget
+        self.hanging = self._work.hanging
 
-    def request(self, vm: Vm, tag: int, request: bytes) -> None:
-        """Answer a request, now or when the VM has read.
+    def request(self, vm: Vm, tag: int, payload: bytes) -> None:
+        """Answer a FUSE request.
 
         Raises:
             ProtocolError: it is none, or more wait than a guest can have that reads.
         """
-        if not vm.congested and vm not in self._waiting:
-            self._answer(vm, tag, request)
-            return
-        self._waiting.setdefault(vm, deque()).append((tag, request))
-        waiting = self._bytes[vm] = self._bytes.get(vm, 0) + len(request) + _REQUEST_COST_BYTES
-        if waiting > MOST_WAITING_BYTES:
-            self.forget(vm)
-            raise ProtocolError("it asks for files and does not read the answers")
+        request = fuse_wire.parse(payload)
+        if request.opcode not in fuse_wire.NO_REPLY:
+            self._work.add(vm, Way.ASIDE if tag in self._slow else Way.HERE, Piece(
+                len(payload), lambda: self._server.answer(tag, request),
+                lambda answer: vm.send(FrameType.FUSE_REPLY, answer, tag),
+                lambda: self._server.where(tag, request), self._server.surplus))  # fmt: skip
 
-    def go_on(self, vm: Vm) -> None:
-        """The VM has room again.
+    def change(self, vm: Vm, channel: int, rank: int | None, payload: bytes) -> None:
+        """Apply a change that the copy-back of a program reports; of a rank of a whole program, if it has one.
 
         Raises:
-            ProtocolError: what it had sent was no request.
+            ProtocolError: it is no message, or more wait than a guest of ours sends at a time.
         """
-        waiting = self._waiting.get(vm)
-        while waiting and not vm.congested:
-            tag, request = waiting.popleft()
-            self._bytes[vm] -= len(request) + _REQUEST_COST_BYTES
-            self._answer(vm, tag, request)
-        if not waiting:
-            self.forget(vm)
+        request = unpack(payload)
+        handle = self._copy_back.handle if rank is None else functools.partial(self._rank_files.handle, rank)
+        self._work.add(vm, Way.IN_ORDER if self._slow else Way.HERE, Piece(
+            len(payload), lambda: pack(handle(request)),
+            lambda answer: vm.send(FrameType.REPLY, answer, channel),
+            lambda: self._changed(request)))  # fmt: skip
 
-    def forget(self, vm: Vm) -> None:
-        """Answer it no more: it is gone, or has nothing left to ask."""
-        self._waiting.pop(vm, None)
-        self._bytes.pop(vm, None)
+    def _changed(self, request: Mapping[Any, Any]) -> str:
+        tag, path = request.get("tag"), request.get("path")
+        if isinstance(tag, int) and isinstance(path, bytes):
+            return shown(self._exports.get(tag, Path()), path)
+        return f"change {request_id(request)}"
 
-    def _answer(self, vm: Vm, tag: int, request: bytes) -> None:
-        answer = self._server.handle(tag, request)
-        if answer is not None:
-            vm.send(FrameType.FUSE_REPLY, answer, tag)
+    async def end(self) -> tuple[bool, list[str]]:
+        """Take nothing more, and remove what is not whole; what hangs is left behind.
+
+        Returns:
+            Whether changes were brought to the host; and, one line each, what could not be written, and which files the host did
+            not answer for.
+        """
+        hanging = await self._work.end(_END_LIMIT_S)
+        used = self._copy_back.used or self._rank_files.used
+        problems = [*self._copy_back.problems, *self._rank_files.problems]
+        if not await self._closed():
+            hanging.append("the file system of files that were being written, which are left under names .*.sf-part")
+        return used, problems + [f"the host did not answer for {where}" for where in dict.fromkeys(hanging)]
+
+    async def _closed(self) -> bool:
+        """Close all files; False if that hangs."""
+        if not self._slow:
+            self._copy_back.close()
+            self._rank_files.close()
+            self._server.close()
+            return True
+        closed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def close() -> None:
+            self._copy_back.close()
+            self._rank_files.close()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it was not waited for
+                loop.call_soon_threadsafe(closed.set)
+            self._server.close()  # which nobody needs to wait for: it has only read
+
+        threading.Thread(target=close, name="close files", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(closed.wait(), _END_LIMIT_S)
+        return closed.is_set()

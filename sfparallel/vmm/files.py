@@ -15,21 +15,21 @@ import errno
 import logging
 import os
 import stat
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from sfparallel.vmm import fuse_wire as fuse
-from sfparallel.vmm.copy_back import CopyBack
+from sfparallel.vmm.copy_back import CopyBack, shown
 from sfparallel.vmm.exports import BENEATH, DIRECTORY, exports_for, open_export
+from sfparallel.vmm.file_nodes import Handle, Node, NodeTable
 from sfparallel.vmm.fuse_wire import Opcode, OpenFlag, Request
 
-__all__ = ["CopyBack", "FileServer", "FileStatistics", "exports_for"]
+__all__ = ["CopyBack", "FileServer", "exports_for"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,24 +39,6 @@ VALID_S = 365 * 86400
 
 # O_NONBLOCK: should a fifo take the file's place after we looked, opening it must not hang the supervisor.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | BENEATH
-
-_SECOND_CHANCES = 64
-"""Folders that are passed over in the search for a file to forget; then a folder is forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A file as a guest knows it: a name in a directory, and which file stood there when the guest looked."""
-
-    tag: int
-    parent: int
-    name: bytes
-    device: int
-    inode: int
-    type: int
-
-    def is_still(self, status: os.stat_result) -> bool:
-        return (status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)) == (self.device, self.inode, self.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +50,9 @@ class _Name:
     mode: int
 
 
-@dataclass(frozen=True, slots=True)
-class FileStatistics:
-    """What a file server has done so far."""
-
-    requests: int
-    bytes_read: int
-    nodes: int
-
-
 class FileServer:
-    """Answers the FUSE requests of all VMs of a job. Not thread-safe; a request takes some tens of microseconds.
+    """Answers the FUSE requests of all VMs of a job, in any number of threads. A request takes some tens of microseconds, or as
+    long as the file system below makes it wait: only the thread that asks there waits.
 
     It knows nothing of single VMs: a node is numbered once, for the parent and for every clone, and its number is also its
     file handle. So a clone goes on with the numbers that it inherited, and nothing has to be told to the server at a fork.
@@ -91,6 +65,8 @@ class FileServer:
         open_files: descriptors kept open at most, over all exports.
         nodes: files remembered at most; one takes about 400 bytes.
         listed: names of folders' listings remembered at most, beside those of the one that is being read.
+        slow: exports whose server may never answer (`exports.may_hang`). Who has answered a request about one of them calls
+            `surplus`, which closes what the server has no more room for.
 
     Raises:
         UsageError: a folder cannot be opened.
@@ -100,27 +76,19 @@ class FileServer:
     WARNINGS = 20
 
     def __init__(
-        self, exports: Mapping[int, Path], *, open_files: int = 128, nodes: int = 1 << 20, listed: int = 1 << 18
+        self, exports: Mapping[int, Path], *, open_files: int = 128, nodes: int = 1 << 20, listed: int = 1 << 18,
+        slow: Collection[int] = (),
     ) -> None:
-        self._roots: dict[int, int] = {}
-        self._node_limit = max(nodes, 8)
+        self._folders = dict(exports)
+        self._nodes = NodeTable(max(nodes, 8), max(open_files, 4), slow)
+        self.surplus = self._nodes.surplus
         self._listed_limit = listed
-        self._warnings = 0
-        self._nodes: OrderedDict[int, _Node] = OrderedDict()
-        self._numbers: dict[_Node, int] = {}
-        self._next_number = count(fuse.ROOT_ID + 1)
-        self._open: OrderedDict[int, int] = OrderedDict()
-        self._open_limit = max(open_files, 4)
+        self._listing_lock = threading.Lock()
         self._listings: OrderedDict[tuple[int, int], list[_Name]] = OrderedDict()
         self._listed = 0
-        self._requests = 0
-        self._bytes_read = 0
+        self._warnings = 0
         self._identity = (os.geteuid(), os.getegid())
-        with ExitStack() as undo:
-            for tag, folder in exports.items():
-                self._roots[tag] = open_export(folder)
-                undo.callback(os.close, self._roots[tag])
-            undo.pop_all()
+        self._roots = {tag: Handle(open_export(folder)) for tag, folder in exports.items()}
 
     def __enter__(self) -> Self:
         return self
@@ -129,14 +97,19 @@ class FileServer:
         self.close()
 
     def close(self) -> None:
-        """Close every descriptor; the server answers nothing after that."""
-        for descriptor in (*self._open.values(), *self._roots.values()):
-            os.close(descriptor)
-        self._open.clear()
+        """Close every descriptor; the server answers nothing after that. It may have to wait for a file's server."""
         self._roots.clear()
+        self._nodes.close()
 
-    def statistics(self) -> FileStatistics:
-        return FileStatistics(self._requests, self._bytes_read, len(self._nodes))
+    def nodes(self) -> int:
+        """Files that are remembered."""
+        return len(self._nodes)
+
+    def where(self, tag: int, request: Request) -> str:
+        """Which file a request is about, for people. It does not ask the host."""
+        path = self._nodes.path(request.nodeid)
+        name = fuse.parse_name(request.body) if request.opcode == Opcode.LOOKUP else None
+        return shown(self._folders.get(tag, Path()), os.path.join(path, name) if name else path)
 
     def handle(self, tag: int, request: bytes) -> bytes | None:
         """Answer one request.
@@ -153,17 +126,17 @@ class FileServer:
             ProtocolError: too short for a FUSE request; the guest's agent is not what we put there.
         """
         parsed = fuse.parse(request)
-        self._requests += 1
-        if parsed.opcode in fuse.NO_REPLY:
-            return None
+        return None if parsed.opcode in fuse.NO_REPLY else self.answer(tag, parsed)
+
+    def answer(self, tag: int, request: Request) -> bytes:
+        """The same for a request that was taken apart, and is to be answered."""
         try:
-            if parsed.fault:
-                raise OSError(errno.EINVAL, parsed.fault)
-            if tag not in self._roots:
-                raise OSError(errno.ENODEV, f"no export {tag}")
-            return fuse.reply(parsed, self._answer(tag, parsed))
+            if request.fault:
+                raise OSError(errno.EINVAL, request.fault)
+            self._root(tag)
+            return fuse.reply(request, self._answer(tag, request))
         except OSError as error:
-            return fuse.error(parsed, error.errno or errno.EIO)
+            return fuse.error(request, error.errno or errno.EIO)
 
     def _answer(self, tag: int, request: Request) -> bytes:
         match request.opcode:
@@ -183,7 +156,7 @@ class FileServer:
                 offset, size = _well_formed(fuse.parse_read(request.body))
                 return self._read_directory(tag, request.nodeid, offset, size, plus=request.opcode == Opcode.READDIRPLUS)
             case Opcode.STATFS:
-                return fuse.statfs_reply(os.fstatvfs(self._roots[tag]))
+                return fuse.statfs_reply(os.fstatvfs(self._root(tag).descriptor))
             case Opcode.RELEASE | Opcode.RELEASEDIR | Opcode.FSYNC | Opcode.FSYNCDIR | Opcode.SYNCFS | Opcode.DESTROY:
                 return b""
             case Opcode.IOCTL:
@@ -195,46 +168,15 @@ class FileServer:
         # asking. Overlayfs would otherwise ask for trusted.overlay.* of every directory.
         raise OSError(errno.ENOSYS, "not implemented")
 
-    # -- nodes --------------------------------------------------------------------------------------------------------------
+    def _root(self, tag: int) -> Handle:
+        root = self._roots.get(tag)
+        if not root:
+            raise OSError(errno.ENODEV, f"no export {tag}")
+        return root
 
-    def _node(self, tag: int, number: int) -> _Node:
-        node = self._nodes.get(number)
-        if node is None or node.tag != tag:
-            raise OSError(errno.ESTALE, "no such node")
-        self._nodes.move_to_end(number)
-        return node
+    # -- files --------------------------------------------------------------------------------------------------------------
 
-    def _number(self, tag: int, parent: int, name: bytes, status: os.stat_result) -> int:
-        node = _Node(tag, parent, name, status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode))
-        number = self._numbers.get(node)
-        if number is None:
-            self._forget_surplus()
-            number = self._numbers[node] = next(self._next_number)
-            self._nodes[number] = node
-        else:
-            self._nodes.move_to_end(number)
-        return number
-
-    def _forget_surplus(self) -> None:
-        # Folders stay, as far as that goes: what is below them could not be found any more. They are few beside files.
-        for _ in range(_SECOND_CHANCES):
-            if len(self._nodes) < self._node_limit:
-                return
-            number, node = next(iter(self._nodes.items()))
-            if node.type != stat.S_IFDIR:
-                self._forget(number)
-            else:
-                self._nodes.move_to_end(number)
-        while len(self._nodes) >= self._node_limit:
-            self._forget(next(iter(self._nodes)))
-
-    def _forget(self, number: int) -> None:
-        del self._numbers[self._nodes.pop(number)]
-        descriptor = self._open.pop(number, None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def _stale(self, node: _Node) -> OSError:
+    def _stale(self, node: Node) -> OSError:
         # A guest may ask for it again and again.
         self._warnings += 1
         if self._warnings <= self.WARNINGS:
@@ -242,54 +184,37 @@ class FileServer:
                         os.fsdecode(node.name), "; no more is said of others" if self._warnings == self.WARNINGS else "")
         return OSError(errno.ESTALE, "replaced on the host")
 
-    def _keep_open(self, number: int, descriptor: int) -> int:
-        while len(self._open) >= self._open_limit:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[number] = descriptor
-        return descriptor
+    def _directory(self, tag: int, number: int) -> Handle:
+        """A directory (O_PATH)."""
+        handle, missing = self._nodes.nearest(tag, number)
+        handle = handle or self._root(tag)
+        for below in reversed(missing):
+            handle = self._open_checked(self._nodes.directory(tag, below), below, handle, DIRECTORY)
+        return handle
 
-    def _directory(self, tag: int, number: int) -> int:
-        """An O_PATH descriptor of a directory; valid until the next call that opens something."""
-        missing: list[int] = []
-        # From the node up to the nearest ancestor that is open, then down again: a loop, as a path may have 2,000 parts.
-        while number != fuse.ROOT_ID and number not in self._open:
-            missing.append(number)
-            number = self._node(tag, number).parent
-        if number == fuse.ROOT_ID:
-            descriptor = self._roots[tag]
-        else:
-            self._directory_node(tag, number)
-            self._open.move_to_end(number)
-            descriptor = self._open[number]
-        for number in reversed(missing):
-            descriptor = self._open_checked(self._directory_node(tag, number), number, descriptor, DIRECTORY)
-        return descriptor
-
-    def _directory_node(self, tag: int, number: int) -> _Node:
-        node = self._node(tag, number)
-        if node.type != stat.S_IFDIR:
-            raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-        return node
-
-    def _open_checked(self, node: _Node, number: int, parent: int, flags: int) -> int:
+    def _open_checked(self, node: Node, number: int, parent: Handle, flags: int) -> Handle:
         try:
-            descriptor = os.open(node.name, flags, dir_fd=parent)
+            handle = Handle(os.open(node.name, flags, dir_fd=parent.descriptor))
         except OSError as error:
             # O_NOFOLLOW and O_DIRECTORY complain when a link or a file has taken a directory's place.
             raise self._stale(node) if error.errno in (errno.ELOOP, errno.ENOTDIR) else error from None
-        if not node.is_still(os.fstat(descriptor)):
-            os.close(descriptor)
+        if not node.is_still(os.fstat(handle.descriptor)):
             raise self._stale(node)
-        return self._keep_open(number, descriptor)
+        self._nodes.keep(number, node, handle)
+        return handle
 
     def _status(self, tag: int, number: int) -> os.stat_result:
         if number == fuse.ROOT_ID:
-            return os.fstat(self._roots[tag])
-        node = self._node(tag, number)
-        status = os.stat(node.name, dir_fd=self._directory(tag, node.parent), follow_symlinks=False)
+            return os.fstat(self._root(tag).descriptor)
+        node = self._nodes.node(tag, number)
+        status = self._look(tag, node.parent, node.name)
         if not node.is_still(status):
             raise self._stale(node)
         return status
+
+    def _look(self, tag: int, parent: int, name: bytes) -> os.stat_result:
+        directory = self._directory(tag, parent)
+        return os.stat(name, dir_fd=directory.descriptor, follow_symlinks=False)
 
     def _attributes(self, status: os.stat_result) -> bytes:
         # The guest's programs run as root: what belongs to the user who started the job belongs to root there, as in a
@@ -302,14 +227,15 @@ class FileServer:
 
     def _lookup(self, tag: int, parent: int, name: bytes) -> bytes:
         try:
-            status = os.stat(name, dir_fd=self._directory(tag, parent), follow_symlinks=False)
+            status = self._look(tag, parent, name)
         except FileNotFoundError:
             return fuse.negative_entry(VALID_S)
-        return fuse.entry_reply(self._number(tag, parent, name, status), self._attributes(status), VALID_S)
+        return fuse.entry_reply(self._nodes.number(Node.of(tag, parent, name, status)), self._attributes(status), VALID_S)
 
     def _read_link(self, tag: int, number: int) -> bytes:
-        node = self._node(tag, number)
-        return os.readlink(node.name, dir_fd=self._directory(tag, node.parent))
+        node = self._nodes.node(tag, number)
+        directory = self._directory(tag, node.parent)
+        return os.readlink(node.name, dir_fd=directory.descriptor)
 
     def _open_node(self, tag: int, request: Request) -> bytes:
         if _well_formed(fuse.parse_open(request.body)) & os.O_ACCMODE != os.O_RDONLY:
@@ -320,21 +246,17 @@ class FileServer:
         self._file(tag, request.nodeid)
         return fuse.open_reply(request.nodeid, OpenFlag.KEEP_CACHE)
 
-    def _file(self, tag: int, number: int) -> int:
-        """A descriptor of a regular file, for reading; valid until the next call that opens something."""
-        node = self._node(tag, number)
+    def _file(self, tag: int, number: int) -> Handle:
+        """A regular file, for reading."""
+        node = self._nodes.node(tag, number)
         if node.type != stat.S_IFREG:
             # A device or fifo of the host is none of the guest's business; the guest's kernel opens its own by number.
             raise OSError(errno.EISDIR if node.type == stat.S_IFDIR else errno.EACCES, "not a regular file")
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        return self._open_checked(node, number, self._directory(tag, node.parent), _FILE)
+        return self._nodes.opened(number) or self._open_checked(node, number, self._directory(tag, node.parent), _FILE)
 
     def _read(self, tag: int, number: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._file(tag, number), size, offset)
-        self._bytes_read += len(data)
-        return data
+        file = self._file(tag, number)
+        return os.pread(file.descriptor, size, offset)
 
     def _read_directory(self, tag: int, number: int, offset: int, size: int, *, plus: bool) -> bytes:
         listing = self._listing(tag, number)
@@ -367,24 +289,31 @@ class FileServer:
         # An offset is an index into this list, for all VMs: it has to stay the same as long as it may be in use. It is
         # sorted, so that one made again after it fell out of the cache is the same.
         key = (tag, number)
-        if key in self._listings:
-            self._listings.move_to_end(key)
+        with self._listing_lock:
+            if key in self._listings:
+                self._listings.move_to_end(key)
+                return self._listings[key]
+        listing = _listed(self._directory(tag, number))
+        with self._listing_lock:
+            if key not in self._listings:  # else another thread was faster
+                self._listings[key] = listing
+                self._listed += len(listing)
+                while len(self._listings) > self.LISTINGS or (len(self._listings) > 1 and self._listed > self._listed_limit):
+                    self._listed -= len(self._listings.popitem(last=False)[1])
             return self._listings[key]
-        directory = self._directory(tag, number)
-        own = os.fstat(directory).st_ino
-        listing = [_Name(b".", own, stat.S_IFDIR), _Name(b"..", own, stat.S_IFDIR)]
-        readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-        try:
-            with os.scandir(readable) as entries:
-                listing += sorted((_Name(os.fsencode(entry.name), entry.inode(), _entry_type(entry)) for entry in entries),
-                                  key=lambda name: name.name)
-        finally:
-            os.close(readable)
-        self._listings[key] = listing
-        self._listed += len(listing)
-        while len(self._listings) > self.LISTINGS or (len(self._listings) > 1 and self._listed > self._listed_limit):
-            self._listed -= len(self._listings.popitem(last=False)[1])
-        return listing
+
+
+def _listed(directory: Handle) -> list[_Name]:
+    """The names in a directory, sorted."""
+    own = os.fstat(directory.descriptor).st_ino
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.descriptor)
+    try:
+        with os.scandir(readable) as entries:
+            names = sorted((_Name(os.fsencode(entry.name), entry.inode(), _entry_type(entry)) for entry in entries),
+                           key=lambda name: name.name)
+    finally:
+        os.close(readable)
+    return [_Name(b".", own, stat.S_IFDIR), _Name(b"..", own, stat.S_IFDIR), *names]
 
 
 def _entry_type(entry: os.DirEntry[str]) -> int:

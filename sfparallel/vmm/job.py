@@ -31,7 +31,6 @@ from sfparallel.vmm.data import data_image
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_PARENT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.file_service import FileService
-from sfparallel.vmm.files import CopyBack, FileServer
 from sfparallel.vmm.guest_frames import Exited
 from sfparallel.vmm.initramfs import GUEST_PACKAGE
 from sfparallel.vmm.kvm import accelerator
@@ -40,7 +39,6 @@ from sfparallel.vmm.machine import DATA_SLOTS, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.options import JobOptions
 from sfparallel.vmm.output import STDERR, STDOUT, LabelledOutput, Output
 from sfparallel.vmm.pool import ImageAhead, Pool
-from sfparallel.vmm.rank_files import RankFiles
 from sfparallel.vmm.record import ForkReport
 from sfparallel.vmm.regions import Regions
 from sfparallel.vmm.registry import JobStatus, announce
@@ -50,7 +48,7 @@ from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm, VmState
 from sfparallel.vmm.waiting import in_thread, step_limit_s, within
-from sfparallel.wire import Frame, FrameType, pack, pack_names, unpack
+from sfparallel.wire import Frame, FrameType, pack_names
 
 log = logging.getLogger("sfparallel")
 
@@ -85,11 +83,8 @@ class Job:
         self._pid = pid
         self._options = options
         self._places = places
-        self._exports = exports_for(options.program.cwd, options.program.folder)
-        self._files = FileServer(dict(self._exports))
-        self._file_service = FileService(self._files)
-        self._copy_back = CopyBack(dict(self._exports))
-        self._rank_files = RankFiles(dict(self._exports))
+        self._exports: list[tuple[int, Path]] = []
+        self._files: FileService
         self._parent: Vm | None = None
         self._pool: Pool | None = None
         self._regions: Regions | None = None
@@ -174,6 +169,8 @@ class Job:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options = self._options
         native_parts.require(native_parts.LIBRARY)
+        async with within(_READ_LIMIT_S, f"the current folder {options.program.cwd} to be opened", error=EnvironmentProblem):
+            await in_thread(self._open_files)
         if options.trace:
             self._trace = TraceFile(options.trace, self._started, self._say)
             stack.callback(self._trace.close)
@@ -183,8 +180,7 @@ class Job:
         stack.callback(store.close)
         network = CloneNetwork(mtu=spec.mtu, vnet_header=False)
         stack.callback(network.close)
-        stack.callback(self._files.close)
-        stack.callback(self._close_copy_back)
+        stack.push_async_callback(self._end_files)
         stack.push_async_callback(self._end)
         for host_port, guest_port in options.forwards:
             await network.forward(host_port, address_of(0), guest_port)
@@ -291,14 +287,18 @@ class Job:
             self._pid, " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
         )
 
-    def _close_copy_back(self) -> None:
-        # A guest that came to its end has told its user.
-        if not self._guest_told and (self._copy_back.used or self._rank_files.used):
+    def _open_files(self) -> None:
+        self._exports = exports_for(self._options.program.cwd, self._options.program.folder)
+        self._files = FileService(dict(self._exports), self._say)
+
+    async def _end_files(self) -> None:
+        changed, problems = await self._files.end()
+        # A guest that came to its end has told its user what could not be written.
+        if changed and not self._guest_told:
             self._say("\n  ".join(["sfrun: the job ended while changed files were being written to the host; the rest is lost",
-                                   *self._copy_back.problems, *self._rank_files.problems]))
-        self._copy_back.abort()
-        self._copy_back.close()
-        self._rank_files.close()
+                                   *problems]))
+        elif problems and not self._guest_told:
+            self._say("\n  ".join(["sfrun: the job ended while it waited for files of the host", *problems]))
 
     # -- VMs -------------------------------------------------------------------------------------------------------
 
@@ -317,8 +317,9 @@ class Job:
         self._vms.add(vm)
         vm.events.on_frame = self._frame
         vm.events.on_exited = self._exited
-        vm.events.on_room = self._file_service.go_on
+        vm.events.on_room = self._files.go_on
         vm.events.on_gone = self._gone
+        vm.events.waits_for = self._files.hanging
 
     def _clone_starts(self, vm: Vm, label: str) -> None:
         if vm.state is not VmState.GONE:  # else nobody would take it out again
@@ -356,7 +357,7 @@ class Job:
 
     def _gone(self, vm: Vm, cause: str) -> None:
         self._vms.discard(vm)
-        self._file_service.forget(vm)
+        self._files.forget(vm)
         self._closed -= {(vm, STDOUT), (vm, STDERR)}
         output = self._outputs.pop(vm, None)
         if output:
@@ -377,7 +378,7 @@ class Job:
             case FrameType.OUTPUT:
                 self._print(vm, frame.channel, frame.payload)
             case FrameType.FUSE:
-                self._file_service.request(vm, frame.channel, frame.payload)
+                self._files.request(vm, frame.channel, frame.payload)
             case FrameType.REQUEST:
                 self._request(vm, frame)
             case FrameType.GONE if self._regions:
@@ -396,9 +397,7 @@ class Job:
         # Only the copy-back of a VM that runs the program itself reaches the host's files.
         rank = self._regions.rank_of(vm)
         if (vm is self._parent or rank is not None) and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
-            request = unpack(frame.payload)
-            answer = self._copy_back.handle(request) if rank is None else self._rank_files.handle(rank, request)
-            vm.send(FrameType.REPLY, pack(answer), frame.channel)
+            self._files.change(vm, frame.channel, rank, frame.payload)
             return
         self._regions.request(vm, frame.channel, frame.payload)
 

@@ -113,24 +113,43 @@ def watch(pause: Callable[[], Coroutine[None, None, None]], go_on: Callable[[], 
 
 
 class Notice:
-    """By which the init says to `sfrun` that the job has stopped: a byte in a pipe, and the kernel sends SIGIO for it."""
+    """By which those below `sfrun` tell it something: bytes in a pipe, and the kernel sends SIGIO for them.
+
+    Attributes:
+        ended: the exit code of the job, when that is over. Its process may be there for longer: see `confinement.wait_for`.
+    """
+
+    _STOPPED, _ENDED = b"s", b"e"
 
     def __init__(self) -> None:
         """In `sfrun`, before the fork of the init; SIGIO must be blocked."""
+        self.ended: int | None = None
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         fcntl.fcntl(self._reader, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self._reader, fcntl.F_SETFL, fcntl.fcntl(self._reader, fcntl.F_GETFL) | os.O_ASYNC)
 
-    def give(self) -> None:
+    def stopped(self) -> None:
+        """From the init: the job has stopped."""
+        self._give(self._STOPPED)
+
+    def end(self, code: int) -> None:
+        """From the job: it is over."""
+        self._give(self._ENDED + bytes([code & 0xFF]))
+
+    def _give(self, message: bytes) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full of notices that were not taken yet
-            os.write(self._writer, b"x")
+            os.write(self._writer, message)
 
     def take(self) -> bool:
-        """Whether there was one."""
+        """Take what was given; whether the job has stopped."""
         try:
-            return bool(os.read(self._reader, 1 << 16))
+            message = os.read(self._reader, 1 << 16)
         except BlockingIOError:
             return False
+        stops, end, code = message.partition(self._ENDED)
+        if end:
+            self.ended = code[0]
+        return bool(stops)
 
 
 def stop_as_any_program(number: signal.Signals) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,21 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def hang(pids: Iterable[int]) -> bool:
+    """Whether the kernel keeps processes from ending: threads wait as no signal can end it (state D), all others are over."""
+    states = {state for pid in pids for state in _thread_states(pid)}
+    return "D" in states and states <= {"D", "Z", "X"}
+
+
+def _thread_states(pid: int) -> list[str]:
+    states = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                states.append((thread / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
+    return states
 
 
 def _all() -> Iterator[tuple[int, int, int]]:

@@ -9,6 +9,8 @@ which makes the job fail: nothing is lost in silence.
 from __future__ import annotations
 
 import hashlib
+import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,20 @@ Key = tuple[int, bytes]
 """An export's tag, and a path below it."""
 
 
+class _Rank:
+    """One rank's way to the host.
+
+    Attributes:
+        digests: of files in transfer, so that there are no more than `CopyBack.TRANSFERS`.
+    """
+
+    def __init__(self, exports: Mapping[int, Path]) -> None:
+        self.copy = CopyBack(exports)
+        self.digests: dict[Key, Any] = {}
+
+
 class RankFiles:
-    """One job's.
+    """One job's. Ranks may bring their files in threads of their own, one at a time for each rank.
 
     Args:
         exports: host folders by tag, as given to the file server.
@@ -32,71 +46,73 @@ class RankFiles:
 
     def __init__(self, exports: Mapping[int, Path]) -> None:
         self._exports = dict(exports)
-        self._copies: dict[int, CopyBack] = {}
-        self._digests: dict[tuple[int, Key], Any] = {}
-        """Of files in transfer, so that there are no more than `CopyBack.TRANSFERS` for each rank."""
+        self._ranks: dict[int, _Rank] = {}
+        self._lock = threading.Lock()
+        self._settling: weakref.WeakValueDictionary[Key, threading.Lock] = weakref.WeakValueDictionary()
+        """Whose file stays is decided for one rank after the other; those who bring other files do not wait for that."""
         self._written: dict[Key, tuple[int, bytes]] = {}
         """By whom, and a fingerprint of what: its first byte is the kind."""
 
     @property
     def problems(self) -> list[str]:
         """What could not be written, one line each."""
-        return [problem for copy in self._copies.values() for problem in copy.problems]
+        return [problem for rank in list(self._ranks.values()) for problem in rank.copy.problems]
 
     @property
     def used(self) -> bool:
         """Whether a rank has begun to bring changes back."""
-        return bool(self._copies)
+        return bool(self._ranks)
 
     def handle(self, rank: int, request: Mapping[Any, Any]) -> dict[str, Any]:
         """Read and apply one request of a rank; see `CopyBack.handle`."""
         # Ranks send at the same time, and a transfer is known by its path.
-        copy = self._copies.get(rank)
-        if copy is None:
-            copy = self._copies[rank] = CopyBack(self._exports)
+        with self._lock:
+            known = self._ranks.get(rank)
+        if known is None:
+            known = self._ranks[rank] = _Rank(self._exports)
+        copy = known.copy
         try:
             change = FileChange.decode(request)
         except ProtocolError:
             answer = copy.handle(request)  # which refuses it
         else:
-            answer = {"id": request_id(request), **self._apply(rank, copy, change)}
+            answer = {"id": request_id(request), **self._apply(rank, known, change)}
         if "ok" not in answer:
-            for other, key in [known for known in self._digests if known[0] == rank and not copy.is_under_way(known[1])]:
-                del self._digests[other, key]
+            for key in [key for key in known.digests if not copy.is_under_way(key)]:
+                del known.digests[key]
         return answer
 
-    def _apply(self, rank: int, copy: CopyBack, change: FileChange) -> dict[str, Any]:
+    def _apply(self, rank: int, known: _Rank, change: FileChange) -> dict[str, Any]:
+        copy = known.copy
         match change.kind:
             case ChangeKind.BEGIN:
                 answer = copy.apply(change)
-                self._digests[rank, change.key] = hashlib.sha256()
+                known.digests[change.key] = hashlib.sha256()
                 return answer
             case ChangeKind.DATA:
-                self._add(rank, change)
+                _add(known.digests, change)
                 return copy.apply(change)
             case ChangeKind.COMMIT:
-                digest = self._digests.pop((rank, change.key), None)
+                digest = known.digests.pop(change.key, None)
                 content = b"f" + (digest.digest() if digest else b"") + str(change.size).encode()
             case ChangeKind.SYMLINK:
                 content = b"l" + hashlib.sha256(change.data).digest()
             case ChangeKind.MKDIR:
                 content = b"d"
             case ChangeKind.DELETE:
-                # What another rank has written it cannot have meant.
-                return {"ok": True} if change.key in self._written else copy.apply(change)
-        return self._settle(rank, copy, change, content)
+                content = b""
+        with self._lock:
+            settling = self._settling.setdefault(change.key, threading.Lock())
+        with settling:
+            if content:
+                return self._settle(rank, copy, change, content)
+            # What another rank has written it cannot have meant.
+            return {"ok": True} if change.key in self._written else copy.apply(change)
 
     def close(self) -> None:
         """Remove what is not whole, and close every descriptor."""
-        for copy in self._copies.values():
-            copy.close()
-
-    def _add(self, rank: int, change: FileChange) -> None:
-        digest = self._digests.get((rank, change.key))
-        # A hole may be sent as zeros or not at all.
-        if digest is not None and change.data.strip(b"\0"):
-            digest.update(f"{change.offset}:{len(change.data)}:".encode())
-            digest.update(change.data)
+        for rank in list(self._ranks.values()):
+            rank.copy.close()
 
     def _settle(self, rank: int, copy: CopyBack, change: FileChange, content: bytes) -> dict[str, Any]:
         owner, known = self._written.get(change.key, (rank, b""))
@@ -127,3 +143,11 @@ class RankFiles:
         if "ok" in answer:
             self._written[change.key] = rank, content
         return answer
+
+
+def _add(digests: Mapping[Key, Any], change: FileChange) -> None:
+    digest = digests.get(change.key)
+    # A hole may be sent as zeros or not at all.
+    if digest is not None and change.data.strip(b"\0"):
+        digest.update(f"{change.offset}:{len(change.data)}:".encode())
+        digest.update(change.data)

@@ -90,6 +90,8 @@ class VmEvents:
     on_exited: Callable[[Vm, Exited], None] = lambda vm, report: None
     on_room: Callable[[Vm], None] = lambda vm: None
     on_gone: Callable[[Vm, str], None] = lambda vm, cause: None
+    waits_for: Callable[[Vm], list[str]] = lambda vm: []
+    """Files of the host that it has asked for, and waits for."""
 
 
 class Vm:
@@ -392,10 +394,12 @@ class Vm:
             return await asyncio.wait_for(self._frozen, timeout_s)
         except TimeoutError:
             self._frozen = None
-            raise GuestError(
-                f"{self.name}: the guest did not come to rest within {timeout_s:.0f} s\n{self.console_tail()}".rstrip(),
-                hint="a process of it may be stuck in the guest's kernel",
-            ) from None
+            message = f"{self.name}: the guest did not come to rest within {timeout_s:.0f} s"
+            if files := self.events.waits_for(self):
+                raise GuestError(f"{message}: a program of it waits for the host's {', '.join(files[:3])}",
+                                 hint="the server of that folder does not answer") from None
+            raise GuestError(f"{message}\n{self.console_tail()}".rstrip(),
+                             hint="a process of it may be stuck in the guest's kernel") from None
 
     async def freeze(self, limit_s: float = FREEZE_TIMEOUT_S) -> None:
         """Bring guest and agent port to a clean cut: no byte is under way in either direction. File requests are answered
