@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # What a terminal obeys instead of showing it: C0 but for line break and tab, DEL, C1 (ECMA-48); marks, embeddings, overrides and
 # isolates that change the direction of what follows (UAX #9, CVE-2021-42574); line and paragraph separators; lone surrogates.
@@ -31,6 +32,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     names = sorted(known)
     begun = [name for name in names if name.startswith(word)]
     return next(iter(begun or get_close_matches(word, names, 1)), None)
+def shown(value: Any) -> str:
+    """A value that others sent, for people: neither long nor deep."""
+    if isinstance(value, bool | int | float | None):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value[:40])
+    return f"a {type(value).__name__}"
 
 
 def _escaped(match: re.Match[str]) -> str:

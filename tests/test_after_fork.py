@@ -195,7 +195,7 @@ def test_threads_and_processes_of_the_parent_go_on_in_a_clone(sfrun: Sfrun) -> N
     """In VMs only: a forked process has neither."""
     ended = sfrun(
         """
-        import queue, subprocess, threading
+        import queue, subprocess, sys, threading, time
         from concurrent.futures import ThreadPoolExecutor
         import sfparallel as sf
 
@@ -221,9 +221,60 @@ def test_threads_and_processes_of_the_parent_go_on_in_a_clone(sfrun: Sfrun) -> N
 
         thread = threading.Thread(target=in_thread)
         thread.start(), thread.join()
+
+        # Threads that hold what is the parent's, and use it when another one has forked: they have their answer in the parent.
+        held, go_on, done = threading.Barrier(5), threading.Event(), []
+
+        def holder(make, use):
+            thing = make()
+            held.wait()
+            go_on.wait()
+            done.append(use(thing))
+
+        def clone(ticket):
+            if sf.clone(ticket):
+                sf.exit(7)
+            return sf.join(ticket)[1]
+
+        def keep():
+            checkpoint = sf.checkpoint_parent()
+            if checkpoint.rank:
+                sf.exit(8)
+            return checkpoint
+
+        def create(checkpoint):
+            ticket = sf.request_ticket(1)
+            sf.create_clones(checkpoint, ticket)
+            return sf.join(ticket)[1]
+
+        def waits(thread):
+            frame = sys._current_frames().get(thread.ident)
+            while frame is not None and frame.f_code.co_name != "park":
+                frame = frame.f_back
+            return frame is not None
+
+        threads = [threading.Thread(target=holder, args=each, daemon=True) for each in (
+            (lambda: sf.request_ticket(1), clone), (lambda: sf.request_ticket(1), lambda ticket: sf.kill(ticket) or 9),
+            (keep, create), (lambda: sf.parallel_imap(abs, [-10, -11], n=1), lambda stream: sum(stream)))]
+        for thread in threads:
+            thread.start()
+
+        def look_on():
+            go_on.set()
+            while any(thread.is_alive() and not waits(thread) for thread in threads):
+                time.sleep(0.01)
+            return [thread.is_alive() for thread in threads]
+
+        held.wait()
+        print(sf.parallel(look_on, n=1)())
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        print(sorted(done))
         """
     ).ok()
-    assert ended.out.splitlines() == ["[-15, -15] None", "[(False, True)]"]
+    assert ended.out.splitlines() == ["[-15, -15] None", "[(False, True)]", "[[True, True, True, True]]", "[7, 8, 9, 21]"]
+    assert "StateError" not in ended.err
 
 
 @vms

@@ -32,6 +32,7 @@ GOOD: dict[Kind, dict[str, Any]] = {
     Kind.COMM: {}, Kind.WHO_LEFT: {}, Kind.READY: {},
     Kind.DONE: {},
     Kind.UNFIT: {"error": ERROR, "pickle": b"x"},
+    Kind.FAILED: {"error": ERROR, "pickle": b"x"},
     Kind.BACK: {"keys": [1, 2]},
 }  # fmt: skip
 
@@ -122,7 +123,7 @@ def check(message: Message | BadMessage) -> None:
     assert all(type(key) is int for key in message.keys)
     assert all(isinstance(each, memoryview) for each in (*message.frames, *message.contents))
     assert len(message.files) == len(message.contents)
-    if message.kind in (Kind.ERROR, Kind.UNFIT):
+    if message.kind in (Kind.ERROR, Kind.UNFIT, Kind.FAILED):
         load_error(message.error, message.frames, "rank 3")
 
 

@@ -212,8 +212,12 @@ def test_a_time_limit_holds_while_the_fork_waits_for_qemu(sfrun: Sfrun) -> None:
             sf.parallel(number, n=2, timeout=2)()
         except sf.RegionTimeout as error:
             print("missing", error.missing, flush=True)
+        try:
+            sf.parallel_imap(abs, [-1, -2], n=2, timeout=2)
+        except sf.RegionTimeout as error:
+            print(str(error).splitlines()[0], flush=True)
         sys.stdin.readline()
-        print(sf.parallel(number, n=2)())
+        print(sf.parallel(number, n=2)(), *sf.parallel_imap(abs, [-5, -6], n=2))
         """,
         "--pool", "0", stdin=subprocess.PIPE,
     )  # fmt: skip
@@ -224,9 +228,11 @@ def test_a_time_limit_holds_while_the_fork_waits_for_qemu(sfrun: Sfrun) -> None:
     process.stdin.write("fork\n")
     process.stdin.flush()
     assert process.stdout.readline() == "missing [0, 1]\n"
+    # Not when the supervisor gives the launcher up (launcher.LIMIT_S), which is another error.
+    assert process.stdout.readline() == "parallel_imap took longer than 2 s; no clone was made\n"
     os.kill(launcher, signal.SIGCONT)
     out, err = process.communicate("go on\n", timeout=100)
-    assert (process.returncode, out) == (0, "[0, 1]\n"), err
+    assert (process.returncode, out) == (0, "[0, 1] 5 6\n"), err
 
 
 def test_a_time_limit_holds_while_the_guest_comes_to_rest(sfrun: Sfrun) -> None:

@@ -198,7 +198,8 @@ def test_streams(double: Doubles, way: str) -> None:
     assert "rank" in str(results[5])
 
 
-IN_TASKS = {**EVERYWHERE, "unfit": lambda: say(kind="unfit", error=ERROR)}
+IN_TASKS = {**EVERYWHERE, "unfit": lambda: say(kind="unfit", error=ERROR),
+            "failed": lambda: say(kind="failed", error=ERROR)}
 
 
 def task(item: int, way: str) -> int:

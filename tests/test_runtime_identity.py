@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,27 @@ warm_up(whole_program=True)
 assert not {'numpy', 'cloudpickle'} & {*sys.modules}
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_program_may_have_modules_with_names_of_others(tmp_path: Path) -> None:
+    for name in ("numpy", "random", "tempfile", "uuid"):
+        (tmp_path / f"{name}.py").write_text(f"print({name!r})")
+    program = """
+import sys
+import sfparallel as sf
+from sfparallel.runtime.identity import Renewal
+from sfparallel.runtime.warm import warm_up
+sf.parallel(n=2)
+warm_up()
+import random, tempfile, uuid
+Renewal().apply(bytes(32))
+assert not {"_name_sequence", "_node"} & {*vars(tempfile), *vars(uuid)}
+assert "numpy" not in sys.modules, "it is run when the program says so"
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.split()) == ["random", "tempfile", "uuid"]
 
 
 def test_clones_keep_the_collector_off_their_parents_memory(double: Doubles) -> None:

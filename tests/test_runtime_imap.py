@@ -19,6 +19,26 @@ from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 
 
+def test_a_failing_hook_costs_its_rank(double: Doubles) -> None:
+    @sf.on_clone
+    def hook(rank: int) -> None:
+        if rank == 1:
+            raise PermissionError(f"not rank {rank}")
+
+    assert list(sf.parallel_imap(lambda x: x * x, range(20), n=3)) == [x * x for x in range(20)]
+    with pytest.raises(sf.CloneLost, match="on_clone failed: PermissionError: not rank 1") as caught:
+        sf.on_clone(lambda rank: hook(1))
+        list(sf.parallel_imap(abs, range(4), n=2))
+    assert isinstance(caught.value.__cause__, PermissionError)
+    assert double.alive == 0
+
+
+def test_each_item_has_an_error_of_its_own(double: Doubles) -> None:
+    errors = list(sf.parallel_imap(lambda _: os._exit(3), range(6), n=1, chunksize=6, on_error="return"))
+    notes = [getattr(error, "__notes__", []) for error in errors]
+    assert [[note for note in each if note.startswith("in item")] for each in notes] == [[f"in item {i}"] for i in range(6)]
+
+
 @pytest.mark.parametrize("chunksize", [1, 3, 100])
 def test_results_are_in_the_order_of_items(double: Doubles, chunksize: int) -> None:
     results = sf.parallel_imap(lambda a, b: a * b, range(30), range(1, 100), n=4, chunksize=chunksize)

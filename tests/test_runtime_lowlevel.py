@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 
 import pytest
 
 import sfparallel as sf
+from sfparallel.runtime.connection import Connection
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Fork
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 
@@ -103,3 +107,26 @@ def test_clones_of_clones(double: Doubles) -> None:
             sf.exit(me)
         sf.exit(sum(sf.join(inner).values()))
     assert sf.join(ticket) == {1: 3}
+
+
+def test_threads_that_began_while_the_fork_was_under_way_came_along(double: Doubles) -> None:
+    """In a clone they must not go on to fork it. (A fork waits for QEMU, while the program begins others in the parent.)"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    go_on, found = threading.Event(), []
+
+    def look() -> None:
+        go_on.wait()
+        found.append(HERE.came_along)
+
+    HERE.about_to_fork()
+    threads = [threading.Thread(target=look)]
+    threads[0].start()
+    HERE.became_clone(Fork(1, "", "", ()), Connection(ours))
+    threads.append(threading.Thread(target=look))
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [False, True] and not HERE.came_along
+    ours.close()
+    theirs.close()

@@ -19,11 +19,18 @@ from sfparallel.runtime.lowlevel import AtFork, Ticket, TicketState, assume_iden
 class Checkpointing(Protocol):
     """What a line to the supervisor can do beyond `Hypervisor`, if VMs are forked and not processes."""
 
-    def checkpoint(self) -> Moment:
-        """Keep the state of this VM; returns again in every clone made from it."""
+    def checkpoint(self, within_s: float | None = None) -> Moment:
+        """Keep the state of this VM; returns again in every clone made from it.
 
-    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
-        """Make clones from a checkpoint; what they print is labelled with `first` and the numbers after it."""
+        Args:
+            within_s: the time after which it shall not be kept any more.
+
+        Raises:
+            RegionTimeout: it was not kept in time, and will not be.
+        """
+
+    def create(self, ticket: int, checkpoint: int, first: int = 1, within_s: float | None = None) -> Batch:
+        """Make clones from a checkpoint; what they print is labelled with `first` and the numbers after it. The rest as above."""
 
     def drop(self, checkpoint: int) -> None:
         """Forget a checkpoint."""
@@ -52,9 +59,10 @@ class Checkpoint:
             StateError: it belongs to another VM: this is a clone.
             Closed: it was closed.
         """
-        if self.rank or self._generation != HERE.generation:
-            raise StateError("this checkpoint belongs to the VM that made it; this is a clone",
-                             hint="a clone makes checkpoints of its own with checkpoint_parent()")
+        hint = "a clone makes checkpoints of its own with checkpoint_parent()"
+        HERE.require_own(self._generation, "this checkpoint belongs", hint)
+        if self.rank:
+            raise StateError("this checkpoint belongs to the parent; this is a clone", hint=hint)
         if self._closed:
             raise Closed("this checkpoint was closed", hint="make a new one with checkpoint_parent()")
         return self._number
@@ -104,8 +112,11 @@ def checkpoint_parent() -> Checkpoint:
         return Checkpoint(moment.number, rank)
 
 
-def keep_state() -> tuple[Moment, Hypervisor, Renewal]:
+def keep_state(within_s: float | None = None) -> tuple[Moment, Hypervisor, Renewal]:
     """Make a checkpoint, without renewing the Python-level identity in its clones: the caller does, before anything else.
+
+    Args:
+        within_s: see `Checkpointing`.
 
     Returns:
         how the call returned, the line by which it did, and what will renew the identity.
@@ -118,7 +129,7 @@ def keep_state() -> tuple[Moment, Hypervisor, Renewal]:
         flush_output()
         HERE.about_to_fork()
         try:
-            moment = require_checkpoints(line).checkpoint()
+            moment = require_checkpoints(line).checkpoint(within_s)
         except SfError:
             HERE.give_back(line)
             raise

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sfparallel import wire
 from sfparallel.errors import ProtocolError
+from sfparallel.text import shown
 
 MAX_HEADER_BYTES = 16 << 20
 """A header holds a small pickle, the text of an error, or the names of collected files."""
@@ -39,6 +40,7 @@ class Kind(enum.StrEnum):
     WHO_LEFT = "who left"
     DONE = "done"
     UNFIT = "unfit"
+    FAILED = "failed"
     READY = "ready"
     BACK = "back"
     KEYS = "keys"
@@ -48,7 +50,8 @@ class Kind(enum.StrEnum):
 
 
 FROM_CLONES = {kind.value: kind for kind in
-               (Kind.RESULT, Kind.ERROR, Kind.COMM, Kind.WHO_LEFT, Kind.DONE, Kind.UNFIT, Kind.READY, Kind.BACK)}
+               (Kind.RESULT, Kind.ERROR, Kind.COMM, Kind.WHO_LEFT, Kind.DONE, Kind.UNFIT, Kind.FAILED, Kind.READY,
+                Kind.BACK)}
 
 
 class FileNote(NamedTuple):
@@ -63,9 +66,9 @@ class Message(NamedTuple):
 
     Attributes:
         key: what RESULT and ERROR answer.
-        frames: the pickle of RESULT, ERROR or UNFIT and its buffers; none for an error that could not be pickled.
+        frames: the pickle of RESULT, ERROR, UNFIT or FAILED and its buffers; none for an error that could not be pickled.
         files, contents: collected files of a RESULT.
-        error: type, message and traceback of ERROR or UNFIT, as text.
+        error: type, message and traceback of ERROR, UNFIT or FAILED, as text.
         keys: what BACK gives back.
         ran_ns: how long the key took, 0 if nobody measured.
     """
@@ -101,7 +104,7 @@ def decode(rank: int, parts: Sequence[Any]) -> Message | BadMessage:
         header = _header(parts[0])
         claimed = header.get("rank")
         if type(claimed) is not int or claimed != rank:
-            raise ProtocolError(f"a message that claims to come from rank {_shown(claimed)}")
+            raise ProtocolError(f"a message that claims to come from rank {shown(claimed)}")
         return _decode(rank, header, parts[1:])
     except ProtocolError as error:
         return BadMessage(rank, str(error))
@@ -137,7 +140,7 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
     name = header.get("kind")
     kind = FROM_CLONES.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ProtocolError(f"a message of the unknown kind {_shown(name)}")
+        raise ProtocolError(f"a message of the unknown kind {shown(name)}")
     if kind is Kind.RESULT or kind is Kind.ERROR:
         frames, key, ran_ns = _frames(header, beside), _whole(header, "key"), _whole(header, "ran_ns", 0)
         if kind is Kind.ERROR:
@@ -147,7 +150,7 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
         if payload < 1:
             raise ProtocolError(f"a result of {len(frames)} frames with {len(files)} files")
         return Message(kind, rank, key, frames[:payload], files, frames[payload:], ran_ns=ran_ns)
-    if kind is Kind.UNFIT:
+    if kind is Kind.UNFIT or kind is Kind.FAILED:
         return Message(kind, rank, frames=_frames(header, beside), error=_error(header))
     if beside:
         raise ProtocolError(f"a message {kind.value!r} with {len(beside)} frames behind it")
@@ -159,7 +162,7 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
 def _whole(header: dict[Any, Any], name: str, default: int | None = None, highest: int = (1 << _WHOLE_BITS) - 1) -> int:
     value = header.get(name, default)
     if type(value) is not int or not 0 <= value <= highest:
-        raise ProtocolError(f"{name!r} must be a whole number from 0 to {highest}, not {_shown(value)}")
+        raise ProtocolError(f"{name!r} must be a whole number from 0 to {highest}, not {shown(value)}")
     return value
 
 
@@ -178,7 +181,7 @@ def _frames(header: dict[Any, Any], beside: Sequence[memoryview]) -> Sequence[me
 def _keys(header: dict[Any, Any]) -> list[int]:
     keys = header.get("keys")
     if not isinstance(keys, list) or not 0 < len(keys) <= MAX_KEYS or any(type(key) is not int or key < 0 for key in keys):
-        raise ProtocolError(f"'keys' must be a list of 1 to {MAX_KEYS} whole numbers, not {_shown(keys)}")
+        raise ProtocolError(f"'keys' must be a list of 1 to {MAX_KEYS} whole numbers, not {shown(keys)}")
     return keys
 
 
@@ -196,7 +199,7 @@ def _error(header: dict[Any, Any]) -> dict[str, str]:
 def _files(header: dict[Any, Any]) -> list[FileNote]:
     listed = header.get("files", [])
     if not isinstance(listed, list) or len(listed) > MAX_FRAMES:
-        raise ProtocolError(f"'files' must be a list of at most {MAX_FRAMES}, not {_shown(listed)}")
+        raise ProtocolError(f"'files' must be a list of at most {MAX_FRAMES}, not {shown(listed)}")
     notes = [_file(each) for each in listed]
     if len({note.path for note in notes}) < len(notes):
         raise ProtocolError("the same file twice")
@@ -215,12 +218,3 @@ def _file(each: Any) -> FileNote:
     if pure.is_absolute() or ".." in pure.parts or not pure.name or too_long:
         raise ProtocolError(f"a file {path[:100]!r}, which is not below the current folder")
     return FileNote(str(pure), _whole(each, "mode", highest=0o777))
-
-
-def _shown(value: Any) -> str:
-    """A value of a clone's for people: neither long nor deep."""
-    if isinstance(value, bool | int | float | None):
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value[:40])
-    return f"a {type(value).__name__}"

@@ -11,7 +11,6 @@ import fnmatch
 import glob
 import mmap
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -140,6 +139,8 @@ class Collector:
     @staticmethod
     def _write_one(target: Path, mode: int, content: memoryview) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
+        import tempfile  # late: it imports `random`, and a program may have a module of its own of that name
+
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with open(descriptor, "wb") as file:

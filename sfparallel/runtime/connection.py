@@ -77,15 +77,14 @@ class Connection:
         return Grant(number=reply["ticket"], granted=reply["granted"])
 
     def clone(self, ticket: int, clones: int, context: bytes, within_s: float | None = None) -> Fork:
-        limit: dict[str, Any] = {} if within_s is None else {"within_s": within_s}
-        return _fork(self._request("clone", ticket=ticket, context=context, **limit))
+        return _fork(self._request("clone", ticket=ticket, context=context, **_limit(within_s)))
 
-    def checkpoint(self) -> Moment:
-        reply = self._request("checkpoint")
+    def checkpoint(self, within_s: float | None = None) -> Moment:
+        reply = self._request("checkpoint", **_limit(within_s))
         return Moment(number=reply["checkpoint"], batch=reply["batch"], fork=_fork(reply))
 
-    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
-        reply = self._request("create", ticket=ticket, checkpoint=checkpoint, first=first)
+    def create(self, ticket: int, checkpoint: int, first: int = 1, within_s: float | None = None) -> Batch:
+        reply = self._request("create", ticket=ticket, checkpoint=checkpoint, first=first, **_limit(within_s))
         return Batch(reply["batch"], _siblings(reply))
 
     def drop(self, checkpoint: int) -> None:
@@ -183,6 +182,10 @@ class Connection:
                                      host=message.get("host") or "", console=message.get("console") or "",
                                      end=End(message.get("end", End.DIED)), status=message.get("status", 0)))
         return None
+
+
+def _limit(within_s: float | None) -> dict[str, Any]:
+    return {} if within_s is None else {"within_s": within_s}
 
 
 def _fork(reply: dict[str, Any]) -> Fork:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import zmq
@@ -26,7 +27,8 @@ from sfparallel.runtime.clone_messages import BadMessage, Kind, Message
 from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Lost
-from sfparallel.runtime.payload import Buffer, load_error, loads, message_of
+from sfparallel.runtime.lowlevel import prepare
+from sfparallel.runtime.payload import Buffer, another, load_error, loads, message_of
 from sfparallel.runtime.region import LOSS_GRACE_S, Alarm, bind_link, free_port
 from sfparallel.runtime.roster import Member, Roster, number_of
 from sfparallel.runtime.schedule import Schedule
@@ -72,6 +74,11 @@ class Task(Protocol):
         """This was raised, or went wrong."""
 
 
+def _left_s(end: float | None) -> float | None:
+    """What is left of a time limit, if there is one."""
+    return None if end is None else max(0.0, end - time.monotonic())
+
+
 class _Steward(threading.Thread):
     """Looks after the clones of one crew."""
 
@@ -84,6 +91,9 @@ class Crew:
         chunk: tasks that a clone is given at a time; None: as many as take a few milliseconds (`SHARE_NS`).
         replaces: whether clones that are lost are replaced.
         idle_s: after so many seconds without a task all clones are let go; they are made anew when there are tasks again.
+
+    Attributes:
+        began: when the program asked for the clones, on the monotonic clock; later by what is done once only in a program.
     """
 
     def __init__(self, work: Work, *, chunk: int | None = None, replaces: bool = False, idle_s: float | None = None) -> None:
@@ -91,6 +101,7 @@ class Crew:
         self._replaces = replaces
         self._idle_s = idle_s
         self._generation = HERE.generation
+        self.began = time.monotonic()
         self._lock = threading.Lock()
         self._keys = itertools.count()
         self._arrivals: deque[tuple[int, Task]] = deque()
@@ -119,8 +130,11 @@ class Crew:
 
     # -- calls of the program's threads ----------------------------------------------------------------------------
 
-    def enlist(self) -> int:
+    def enlist(self, timeout_s: float | None = None) -> int:
         """Keep this program's present state, and make the clones. Returns in the parent only.
+
+        Args:
+            timeout_s: the time that this may take.
 
         Returns:
             how many there are.
@@ -128,11 +142,12 @@ class Crew:
         Raises:
             CapacityError: the host cannot hold so many clones.
             OutsideVMError: this is not a VM of sfparallel.
+            RegionTimeout: there was not enough time to make them.
         """
         self.require_program()
         HERE.park_if_ghost()
         self._generation = HERE.generation
-        self._started = time.monotonic()
+        self.began = time.monotonic()
         with contextlib.ExitStack() as stack:
             with HERE.interrupts_deferred():
                 self._line = HERE.take_hypervisor()
@@ -143,10 +158,12 @@ class Crew:
                 stack.callback(self._link.close)
                 self._alarm = stack.enter_context(Alarm())
                 stack.enter_context(HERE.wakes(self))
-                self._checkpoint = self._keep(free_port(hello.address))
+                self.began += prepare(self._line)  # a time limit is for what every call does
+                end = None if timeout_s is None else self.began + timeout_s
+                self._checkpoint = self._keep(free_port(hello.address), _left_s(end))
                 stack.callback(self._drop)
                 self._roster = Roster(self._line, keeper, self._link, self._checkpoint, self._work.ranks)
-                made = self._roster.make(range(self._work.ranks), everyone=self._work.all_ranks)
+                made = self._roster.make(range(self._work.ranks), everyone=self._work.all_ranks, within_s=_left_s(end))
             self._resources = stack.pop_all()
         # A daemon, so that the program can end while clones are at work; who wants them to finish waits for `finish`.
         self._steward = _Steward(target=self._serve, name=f"sf-crew-{self._work.name}", daemon=True)
@@ -162,7 +179,7 @@ class Crew:
         """
         with self._lock:
             if self._broken is not None:
-                raise self._broken
+                raise another(self._broken)
             if self._closing:
                 raise Closed("cannot schedule new tasks after shutdown", hint="make a new Executor")
             self._arrivals.append((next(self._keys), task))
@@ -225,12 +242,16 @@ class Crew:
         """Whether this is the VM that the clones belong to, and not a clone of it."""
         return HERE.generation == self._generation
 
+    def require_ours(self, what: str, hint: str) -> None:
+        """Check the same (see `Here.require_own`)."""
+        HERE.require_own(self._generation, what, hint)
+
     # -- making clones ---------------------------------------------------------------------------------------------
 
-    def _keep(self, port: int) -> int:
+    def _keep(self, port: int, within_s: float | None) -> int:
         """The number of the checkpoint. Clones made from it work and end in here."""
         try:
-            moment, line, renewal = keep_state()
+            moment, line, renewal = keep_state(within_s)
             if moment.fork.rank:
                 number = number_of(moment.batch, moment.fork.rank)
                 live(self._work, Place(line, renewal, self._link, moment.fork, port, number, []))
@@ -384,14 +405,18 @@ class Crew:
     def _read(self, message: Message, member: Member) -> str:
         """Do what a message asks for, or say what is wrong with it."""
         match message.kind:
-            case Kind.READY if member.hand is None:
+            case Kind.READY if member.hand is None and member.failure is None:
                 self._stillborn = 0
                 member.hand = self._schedule.join()
                 self._roster.by_hand[member.hand] = member
-            case Kind.UNFIT if member.hand is None:
+            case Kind.UNFIT if member.hand is None and member.failure is None:
                 error = load_error(message.error, message.frames, str(member))
                 self._break(ExecutorBroken(f"the initializer failed in {member}: {type(error).__qualname__}: {message_of(error)}",
                                            rank=member.place), error)
+            case Kind.FAILED if member.hand is None and member.failure is None:
+                # An error of this clone. What it has printed comes before the news of its end.
+                member.failure = load_error(message.error, message.frames, str(member))
+                self._link.send(member.number, Kind.RELEASE)
             case Kind.BACK if member.hand is not None:
                 for key in reversed(message.keys):
                     if not self._schedule.take_back(member.hand, key):
@@ -419,7 +444,7 @@ class Crew:
         task = self._tasks.pop(key)
         self._attempts.pop(key, None)
         if self._first_s is None:
-            self._first_s = time.monotonic() - self._started
+            self._first_s = time.monotonic() - self.began
         error: BaseException | None = None
         value = None
         if message.kind is Kind.RESULT:
@@ -452,6 +477,10 @@ class Crew:
             return
         if isinstance(event, Answer):
             self._on_bad(member, "an answer with its exit, which only ranks of regions do")
+        elif member.failure is not None:
+            name = type(member.failure).__qualname__
+            cause = f"a function of sf.on_clone failed: {name}: {message_of(member.failure)}"
+            self._lose(replace(event, cause=cause))
         elif member.hand is not None and self._schedule.in_hand(member.hand):
             member.doomed = True
             self._losses.append((time.monotonic() + LOSS_GRACE_S, event))
@@ -490,7 +519,7 @@ class Crew:
     def _last_one_gone(self, event: Lost, member: Member) -> None:
         if not len(self._roster) or self._stillborn >= STILLBORN_LIMIT:
             text = f"nobody is left to work: the last clone, rank {member.place}, was lost: {event.cause}"
-            self._break(member.lost(event, text))
+            self._break(member.lost(event, text), member.failure)
 
     # -- ends ------------------------------------------------------------------------------------------------------
 
@@ -501,7 +530,7 @@ class Crew:
             if self._broken is None:
                 self._broken = error
             self._closing = True
-        self._fail_all(lambda: error)
+        self._fail_all(lambda: another(error))
 
     def _fail_all(self, make: Callable[[], BaseException]) -> None:
         self._take_arrivals()
@@ -519,7 +548,7 @@ class Crew:
 
     def _see_off(self) -> None:
         """The end of the crew: everybody goes, and everything is given back."""
-        now = time.monotonic() - self._started
+        now = time.monotonic() - self.began
         self._roster.report(now if self._first_s is None else self._first_s, now)
         if self._killed or self._broken is not None:
             self._roster.kill()

@@ -246,6 +246,7 @@ class Executor(concurrent.futures.Executor):
 
     def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], users: Any) -> TaskFuture[Any]:
         future: TaskFuture[Any] = TaskFuture()
+        HERE.park_if_ghost()  # not with the lock, which a rank may want that uses this executor, too
         with self._lock:
             self._check_open()
             crew = self._our_crew() or self._enlist()

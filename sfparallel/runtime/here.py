@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from sfparallel.bootstrap import orders
-from sfparallel.errors import OutsideVMError
+from sfparallel.errors import OutsideVMError, StateError
 from sfparallel.runtime import connection
 from sfparallel.runtime.hypervisor import Fork, Hello, Hypervisor
 
@@ -118,7 +118,6 @@ class Here:
         """Held while a thread makes what all threads of this process use."""
         self._waiting: list[Orphanable] = []
         self._parents_threads: tuple[threading.Thread, ...] = ()
-        self._other_threads: tuple[threading.Thread, ...] = ()
         self._idle: list[Hypervisor] = []
         self._hello: Hello | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -173,16 +172,19 @@ class Here:
             self._waiting.remove(orphan)
 
     def about_to_fork(self) -> None:
-        """Note in the parent what clones would otherwise have to look for."""
+        """Count forks in the parent."""
         self.forks += 1
-        own = threading.current_thread()
-        self._other_threads = tuple(thread for thread in threading.enumerate() if thread is not own)
 
     def became_clone(self, fork: Fork, hypervisor: Hypervisor, batch: int = 0) -> None:
         """First thing in a clone: from here on this process is not the parent any more.
 
         `batch` tells clones of one checkpoint apart that were made at different times and have the same rank.
         """
+        # All of now: while a fork waits for QEMU, the program goes on in the parent, and begins others. They must be known for
+        # what they are before the generation tells them where they are: they go on while this one comes back from its request.
+        own = threading.current_thread()
+        others = threading.enumerate() if hypervisor.keeps_threads else ()
+        self._parents_threads = tuple(each for each in others if each is not own)
         self.generation += 1
         self.rank = fork.rank
         self.seed_path = (*self.seed_path, self.forks, *([batch] if batch else []), fork.rank)
@@ -203,7 +205,6 @@ class Here:
         # The parent's other lines stay open but unused: closing them would cost wake-ups on the way to the user's function.
         self._ghosts.append(self._idle)
         self._idle = []
-        self._parents_threads = self._other_threads
         if self._parents_threads:
             for orphan in self._waiting:
                 orphan.wake()
@@ -229,8 +230,24 @@ class Here:
     @property
     def is_ghost(self) -> bool:
         """Whether the calling thread came along from the parent into a region's clone."""
-        return (self.membership is not None and bool(self._parents_threads)
-                and threading.current_thread() in self._parents_threads)
+        return self.membership is not None and self.came_along
+
+    @property
+    def came_along(self) -> bool:
+        """Whether this is a clone, and the calling thread is another one of the parent's than the one that forked."""
+        return bool(self._parents_threads) and threading.current_thread() in self._parents_threads
+
+    def require_own(self, generation: int, what: str, hint: str) -> None:
+        """Check that something which was made in `generation` is this VM's own. If it is not, a thread that came along from the
+        parent waits for ever, as processes do that came along: it has its answer in the parent, where it goes on, too.
+
+        Raises:
+            StateError: it is the parent's.
+        """
+        if generation != self.generation:
+            if self.came_along:
+                connection.park()
+            raise StateError(f"{what} to the parent; this is a clone", hint=hint)
 
     @contextlib.contextmanager
     def interrupts_deferred(self) -> Iterator[None]:

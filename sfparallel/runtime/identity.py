@@ -40,16 +40,17 @@ class Renewal:
     """
 
     def __init__(self, modules: Mapping[str, Any] = sys.modules, timers: Sequence[int] = TIMERS) -> None:
-        self._random = modules.get("random")
-        self._tempfile = modules.get("tempfile")
-        self._uuid = modules.get("uuid")
+        # A program may have modules of its own with these names.
+        self._random = _with(modules, "random", "_inst")
+        self._tempfile = _with(modules, "tempfile", "_name_sequence")
+        self._uuid = _with(modules, "uuid", "_last_timestamp")
         self._openssls = openssl_pools()
         self._renew_numba = _numba_renewer(modules["numba._helperlib"]) if "numba._helperlib" in modules else None
         self._asyncio = modules.get("asyncio.events")
         self._reset_sqlite = _sqlite_reset(modules["_sqlite3"]) if "_sqlite3" in modules else None
         # A forked process has none of its parent's timers (fork(2)), whose signals would strike every clone.
         self._timers = [timer for timer in timers if signal.getitimer(timer) != (0.0, 0.0)]
-        numpy_random = modules.get("numpy.random")
+        numpy_random = _with(modules, "numpy.random", "mtrand")
         self._renew_numpy = _renewer(numpy_random) if numpy_random is not None else None
 
     def apply(self, entropy: bytes) -> None:
@@ -99,6 +100,12 @@ class Renewal:
             local = getattr(self._asyncio._event_loop_policy, "_local", None)
             if local is not None:
                 vars(local).clear()  # of this thread: others go on with theirs
+
+
+def _with(modules: Mapping[str, Any], name: str, attribute: str) -> Any:
+    """A module that has an attribute which is known of it, else None."""
+    module = modules.get(name)
+    return module if hasattr(module, attribute) else None
 
 
 def _numba_renewer(helper: Any) -> Callable[[], None]:

@@ -222,7 +222,7 @@ class LocalLine:
         cradle.fill(pids)
         return Fork(0, self._job.address, "", self._siblings(pids))
 
-    def checkpoint(self) -> Moment:
+    def checkpoint(self, within_s: float | None = None) -> Moment:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
         try:
@@ -249,7 +249,7 @@ class LocalLine:
         seeds[number] = Seed(ours)
         return Moment(number, 0, Fork(0, self._job.address, "", ()))
 
-    def create(self, ticket: int, checkpoint: int, first: int = 1) -> Batch:
+    def create(self, ticket: int, checkpoint: int, first: int = 1, within_s: float | None = None) -> Batch:
         seed = self._job.seeds.get(checkpoint)
         if seed is None:
             raise StateError(f"there is no checkpoint {checkpoint} here", hint="make one with checkpoint_parent")

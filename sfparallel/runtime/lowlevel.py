@@ -54,9 +54,8 @@ class Ticket:
             StateError: it is not.
             Closed: its clones were joined or killed already.
         """
-        if self._generation != HERE.generation:
-            raise StateError(f"ticket {self.number} belongs to the parent; this is a clone",
-                             hint="a clone ends with sf.exit(), or asks for a ticket of its own")
+        HERE.require_own(self._generation, f"ticket {self.number} belongs",
+                         hint="a clone ends with sf.exit(), or asks for a ticket of its own")
         if self.state in states:
             return
         if self.state is TicketState.CLOSED:
@@ -118,8 +117,10 @@ def prepare(hypervisor: Hypervisor, *, whole_program: bool = False) -> float:
         return 0.0
     begun = time.monotonic()
     HERE.warm = not whole_program
-    from sfparallel.runtime.warm import warm_up
-    warm_up(whole_program=whole_program)
+    # The program may have modules of its own with the names of others; whatever needs those tells about it.
+    with contextlib.suppress(ImportError, AttributeError):
+        from sfparallel.runtime.warm import warm_up
+        warm_up(whole_program=whole_program)
     return time.monotonic() - begun
 
 

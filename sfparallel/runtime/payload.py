@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import pickle
 import traceback
@@ -198,6 +199,18 @@ def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str
     error = _stand_in(description, loaded, where)
     error.add_note(note)
     return error
+
+
+def another(error: BaseException) -> BaseException:
+    """The same error for one more who raises it: traceback and notes, which grow with that, are its own."""
+    with UsersCode():
+        copied = copy.copy(error)
+        if type(copied) is type(error):
+            copied.__cause__, copied.__suppress_context__ = error.__cause__, error.__suppress_context__
+            if notes := getattr(error, "__notes__", None):
+                copied.__notes__ = list(notes)
+            return copied.with_traceback(None)
+    return _stand_in(_describe(error), error, "the parent")
 
 
 def for_future(error: BaseException, where: str) -> BaseException:

@@ -3,7 +3,7 @@ https://numpy.org/doc/stable/reference/random/parallel.html)."""
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,13 +41,18 @@ class Streams:
         self._generators.pop(key, None)
 
 
+def _fresh() -> int:
+    """A seed that nobody else has. (`secrets` imports `random`, and a program may have a module of its own of that name.)"""
+    return int.from_bytes(os.urandom(16), "little")
+
+
 def region_streams(seed: int | None, job_seed: int | None) -> Streams:
     """Streams of the region that is forked next: from its own seed, else a branch of the job's, else from fresh entropy."""
     if seed is not None:
         return Streams(seed)
     if job_seed is not None:
         return Streams(job_seed, (*HERE.seed_path, HERE.forks + 1))
-    return Streams(secrets.randbits(128))
+    return Streams(_fresh())
 
 
 def rng() -> np.random.Generator:
@@ -62,5 +67,5 @@ def rng() -> np.random.Generator:
         return membership.streams.generator(membership.key)
     if HERE.own_streams is None:
         seed = HERE.require_vm().seed
-        HERE.own_streams = Streams(secrets.randbits(128)) if seed is None else Streams(seed, HERE.seed_path)
+        HERE.own_streams = Streams(_fresh()) if seed is None else Streams(seed, HERE.seed_path)
     return HERE.own_streams.generator(None)

@@ -27,6 +27,7 @@ class Member:
         ticket, rank: what the supervisor knows it by.
         hand: what the schedule knows it by, once it has asked for work.
         doomed: it is lost, but answers of it may still be on their way.
+        failure: why it ends, as it has said itself.
     """
 
     place: int
@@ -36,6 +37,7 @@ class Member:
     host: str
     hand: int | None = None
     doomed: bool = False
+    failure: BaseException | None = None
 
     def __str__(self) -> str:
         return f"rank {self.place} (host {self.host})" if self.host else f"rank {self.place}"
@@ -81,14 +83,18 @@ class Roster:
     def __len__(self) -> int:
         return len(self.members)
 
-    def make(self, places: Iterable[int], *, everyone: bool) -> int:
+    def make(self, places: Iterable[int], *, everyone: bool, within_s: float | None = None) -> int:
         """Make clones for these places, or (without `everyone`) for as many of them as fit.
+
+        Args:
+            within_s: the time after which there shall be none any more.
 
         Returns:
             how many.
 
         Raises:
             CapacityError: too few fit.
+            RegionTimeout: they were not made in time, and will not be.
         """
         wanted = list(places)
         grant = self._line.request_ticket(len(wanted))
@@ -97,7 +103,7 @@ class Roster:
             raise CapacityError(f"{len(wanted)} clones do not fit on this host now; {grant.granted} would", fits=grant.granted,
                                 hint="use a smaller n, or give each VM less memory (sfrun --memory)")
         # From here on: when the request fails, the supervisor has closed the ticket.
-        batch = self._keeper.create(grant.number, self._checkpoint, wanted[0])
+        batch = self._keeper.create(grant.number, self._checkpoint, wanted[0], within_s)
         members = [Member(place, number_of(batch.number, clone.rank), grant.number, clone.rank, clone.host)
                    for place, clone in zip(wanted, batch.clones, strict=False)]
         for member, clone in zip(members, batch.clones, strict=True):

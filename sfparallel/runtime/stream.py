@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
-from sfparallel.errors import RankError, RegionTimeout, SfError, StateError, UsageError
+from sfparallel.errors import RankError, RegionTimeout, SfError, UsageError
 from sfparallel.runtime.api import ErrorMode, check_common, name_of
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
@@ -104,7 +104,7 @@ class ResultStream(Iterator[R], Generic[R]):
         self._shelf = _Shelf(ordered=ordered)
         self._buffersize = buffersize
         self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline = None if timeout_s is None else crew.began + timeout_s
         self._on_error = on_error
         self._progress = progress
         self._more = True
@@ -119,8 +119,7 @@ class ResultStream(Iterator[R], Generic[R]):
     def __next__(self) -> R:
         if self._closed:
             raise StopIteration
-        if not self._crew.is_ours:
-            raise StateError("these results belong to the parent; this is a clone", hint="a clone starts maps of its own")
+        self._crew.require_ours("these results belong", hint="a clone starts maps of its own")
         try:
             return self._next()
         except BaseException:
@@ -193,9 +192,9 @@ class ResultStream(Iterator[R], Generic[R]):
             return None
         answer = self._shelf.take(None if self._deadline is None else self._deadline - time.monotonic())
         if answer is None:
+            self._crew.require_ours("these results belong", hint="a clone starts maps of its own")
             late = self._given - self._taken
-            raise RegionTimeout(f"parallel_imap took longer than {self._timeout_s} s; {late} items have no result yet",
-                                missing=[], hint="use a longer timeout=; results that were taken are good")
+            raise _timed_out(self._timeout_s, f"{late} items have no result yet; results that were taken are good")
         return answer
 
     def _conclude(self) -> None:
@@ -277,10 +276,17 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
         inputs_come=True,
         inputs=inputs,
     ), chunk=chunksize)
-    clones = crew.enlist() if first else 0
+    try:
+        clones = crew.enlist(timeout) if first else 0
+    except RegionTimeout as error:
+        raise _timed_out(timeout, "no clone was made") from error
     buffersize = buffersize or LOOK_AHEAD * clones * (chunksize or 1)
     return ResultStream(crew, itertools.chain(first, items), ordered=ordered, buffersize=buffersize, timeout_s=timeout,
                         on_error=OnError(on_error), progress=Progress(name_of(fn), total, progress))
+
+
+def _timed_out(timeout_s: float | None, found: str) -> RegionTimeout:
+    return RegionTimeout(f"parallel_imap took longer than {timeout_s} s; {found}", missing=[], hint="use a longer timeout=")
 
 
 def _packed(item: tuple[Any, ...]) -> list[Buffer] | Exception:

@@ -6,9 +6,10 @@ under TCG, eight clones that asked for `sf.comm()` answered after 4.8 to 5.8 s w
 
 from __future__ import annotations
 
+import _random
 import contextlib
+import importlib.util
 import os
-import random
 from types import SimpleNamespace
 
 import zmq
@@ -18,7 +19,7 @@ from sfparallel.runtime import api, collect, region  # noqa: F401
 from sfparallel.runtime.emulation import is_emulated
 from sfparallel.runtime.identity import ENTROPY_BYTES, Renewal
 from sfparallel.runtime.link import set_up_dealer
-from sfparallel.runtime.payload import IN_BAND_BYTES, dump_error, dumps, load_error, loads
+from sfparallel.runtime.payload import IN_BAND_BYTES, UsersCode, dump_error, dumps, load_error, loads
 
 
 def warm_up(*, whole_program: bool = False) -> None:
@@ -31,9 +32,9 @@ def warm_up(*, whole_program: bool = False) -> None:
         whole_program: clones will run all of it, and import themselves what it asks for.
     """
     is_emulated()
-    if not whole_program:
-        # Where numpy cannot be imported, a program that does not ask for it need not know.
-        with contextlib.suppress(ImportError):
+    if not whole_program and _has_numpy():
+        # Where it cannot be imported, whatever that raises, a program that does not ask for it need not know.
+        with UsersCode():
             from sfparallel.runtime import by_value, communicator, rng  # noqa: F401
             from sfparallel.runtime.mpi import comm, endpoint  # noqa: F401
             rng.Streams(0).generator(0).random()
@@ -45,9 +46,21 @@ def warm_up(*, whole_program: bool = False) -> None:
         raise ValueError("warming up")
     except ValueError as error:
         load_error(*dump_error(error, 0), "rank 0")
-    own = SimpleNamespace(_inst=random.Random(), _random=random._random)  # type: ignore[attr-defined]
-    stand_ins = {"random": own, "tempfile": SimpleNamespace(), "uuid": SimpleNamespace()}
+    stand_ins = {"random": SimpleNamespace(_inst=_Generator(), _random=_random),
+                 "tempfile": SimpleNamespace(_name_sequence=None), "uuid": SimpleNamespace(_last_timestamp=None)}
     Renewal(stand_ins, timers=()).apply(os.urandom(ENTROPY_BYTES))
+
+
+class _Generator(_random.Random):
+    """What `random.Random` is, without that module, of which name a program may have one of its own."""
+
+    gauss_next: float | None = None
+
+
+def _has_numpy() -> bool:
+    """Whether numpy is what it is elsewhere: a program may have a numpy.py of its own, which is run when the program says so."""
+    found = importlib.util.find_spec("numpy")
+    return found is not None and found.submodule_search_locations is not None
 
 
 def _exchange(router: zmq.Socket[bytes], dealer: zmq.Socket[bytes]) -> None:

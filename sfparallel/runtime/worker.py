@@ -159,21 +159,24 @@ class _Worker:
 
     def _report_for_work(self, failure: BaseException | None) -> bool:
         """Say that this clone is ready for work, or that it will never be."""
+        if failure is not None:
+            return self._decline(Kind.FAILED, failure)
         try:
-            if failure is not None:
-                raise failure
             if self._work.prepare is not None:
                 self._work.prepare()
                 lowlevel.flush_output()
         except BaseException as error:
-            description, frames = dump_error(error, self._rank)
-            lowlevel.flush_output()
-            self._link.send(Kind.UNFIT, frames, error=description)
-            while self._link.receive().kind is not Kind.RELEASE:
-                pass
-            return False
+            return self._decline(Kind.UNFIT, error)
         self._link.send(Kind.READY)
         return True
+
+    def _decline(self, kind: Kind, error: BaseException) -> bool:
+        description, frames = dump_error(error, self._rank)
+        lowlevel.flush_output()
+        self._link.send(kind, frames, error=description)
+        while self._link.receive().kind is not Kind.RELEASE:
+            pass
+        return False
 
     def _answer(self, failure: BaseException | None) -> None:
         """Work on one key and send the result, or what was raised, whatever it is."""

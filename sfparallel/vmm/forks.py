@@ -75,22 +75,17 @@ class Forks:
         # sf.parallel says what it forks for and counts ranks from 0; the low-level calls say nothing and count from 1.
         ticket.label_base = 0 if message["context"] else 1
         ticket.world = self._settings.world and not self._tickets.is_clone(vm)
-        now = asyncio.get_running_loop().time
-        until = None if message["within_s"] is None else now() + message["within_s"]
-        limit = asyncio.timeout_at(until)
+        limit = _Limit(message["within_s"])
         with contextlib.ExitStack() as stack:
             try:
                 # Two programs of one VM may fork it one after the other. Other VMs go their own way meanwhile.
-                async with limit, vm.save_lock:
+                async with limit.waits, vm.save_lock:
                     self._require_asker(ticket)
                     stack.enter_context(self._pool.held())
                     saved, clones, report = await self._fork(vm, ticket, message, limit)
             except (SfError, OSError) as error:  # TimeoutError is an OSError
                 ticket.give_up()
-                if until is not None and now() >= until:
-                    answer = {"error": "timeout", "message": f"there was not enough time to fork: {error}"}
-                else:
-                    answer = failure(error)
+                answer = limit.failure(error)
                 if vm.state not in (VmState.FROZEN, VmState.FREEZING):
                     return answer
                 vm.thaw(thaw(channel, {"id": message["id"], **answer}))
@@ -125,14 +120,14 @@ class Forks:
         return shells
 
     async def _fork(
-        self, vm: Vm, ticket: Ticket, message: dict[str, Any], limit: asyncio.Timeout
+        self, vm: Vm, ticket: Ticket, message: dict[str, Any], limit: _Limit
     ) -> tuple[Saved, list[dict[str, Any]], ForkReport]:
         """Save the VM and thaw it with its answer; what is returned is for `_launch`."""
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
             self._require_asker(ticket)
-            checkpoint = await engine.save(vm, self._store, report, freeze_limit_s=_end_wait(limit))
+            checkpoint = await engine.save(vm, self._store, report, freeze_limit_s=limit.end_wait())
             try:
                 self._require_asker(ticket)
             except StateError:
@@ -181,20 +176,23 @@ class Forks:
 
     async def checkpoint(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
         asker = (vm, channel)
+        limit = _Limit(message["within_s"])
         try:
-            async with vm.save_lock:
+            async with limit.waits, vm.save_lock:
                 check_checkpoints(self._saved.count(vm))
                 self._capacity.grant(1, running=0, warm=0)  # it takes memory as a clone does
                 self._keeping.add(asker)
                 report = self._new_report(0, vm)
-                checkpoint = await engine.save(vm, self._store, report)
+                checkpoint = await engine.save(vm, self._store, report, freeze_limit_s=limit.end_wait())
                 if asker not in self._keeping:
                     checkpoint.close()
                     raise StateError("the program that asked for the checkpoint has ended")
         except (SfError, OSError) as error:
-            if vm.state not in (VmState.FROZEN, VmState.FREEZING):
-                raise
-            vm.thaw(thaw(channel, {"id": message["id"], **failure(error, "clone_failed")}))
+            frozen = vm.state in (VmState.FROZEN, VmState.FREEZING)
+            answer = limit.failure(error, "clone_failed" if frozen else "")
+            if not frozen:
+                return answer
+            vm.thaw(thaw(channel, {"id": message["id"], **answer}))
             return None
         finally:
             self._keeping.discard(asker)
@@ -204,23 +202,25 @@ class Forks:
         self._on_report(report)
         return None
 
-    async def create(self, vm: Vm, channel: int, message: dict[str, Any]) -> None:
+    async def create(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any] | None:
         """Clones of a checkpoint: as for a fork, but for the save; the VM that asks goes on meanwhile."""
         ticket = self._tickets.find(vm, channel, message["ticket"])
         ticket.require(TicketState.GRANTED)
         saved = self._saved.find(vm, message["checkpoint"])
         ticket.state = TicketState.CLONING
         ticket.label_base = message["first"]
+        limit = _Limit(message["within_s"])
         try:
-            async with saved.lock:
+            async with limit.waits, saved.lock:
                 self._require_asker(ticket)
                 with self._pool.held():
-                    await self._create_clones(vm, ticket, message)
-        except (SfError, OSError):
+                    await self._create_clones(vm, ticket, message, limit)
+        except (SfError, OSError) as error:
             ticket.give_up()
-            raise
+            return limit.failure(error)
+        return None
 
-    async def _create_clones(self, vm: Vm, ticket: Ticket, message: dict[str, Any]) -> None:
+    async def _create_clones(self, vm: Vm, ticket: Ticket, message: dict[str, Any], limit: _Limit) -> None:
         ticket.report = report = self._new_report(ticket.granted, vm)
         shells = await self._take_shells(report)
         try:
@@ -230,6 +230,7 @@ class Forks:
         except StateError:
             self._pool.give_back(shells)
             raise
+        limit.end_wait()
         saved.batches += 1
         clones = self._start(ticket, shells, report, saved.channel)
         vm.send(FrameType.REPLY, pack({"id": message["id"], "batch": saved.batches, "clones": clones}), ticket.channel)
@@ -260,10 +261,26 @@ class Forks:
         self._saved.drop_all()
 
 
-def _end_wait(limit: asyncio.Timeout) -> float:
-    """From here on the wait may not be cut short, for a VM is being saved. Returns how long it may take to freeze."""
-    until = limit.when()
-    if until is None:
-        return FREEZE_TIMEOUT_S
-    limit.reschedule(None)
-    return min(FREEZE_TIMEOUT_S, until - asyncio.get_running_loop().time())
+class _Limit:
+    """The time that a request for clones has, as the program that asks says.
+
+    Attributes:
+        waits: bounds what may be given up.
+    """
+
+    def __init__(self, within_s: float | None) -> None:
+        self._now = asyncio.get_running_loop().time
+        self._until = None if within_s is None else self._now() + within_s
+        self.waits = asyncio.timeout_at(self._until)
+
+    def end_wait(self) -> float:
+        """From here on the wait may not be cut short, for a VM is being saved, or clones begin. Returns how long a VM may take to
+        freeze."""
+        self.waits.reschedule(None)
+        return FREEZE_TIMEOUT_S if self._until is None else min(FREEZE_TIMEOUT_S, self._until - self._now())
+
+    def failure(self, error: SfError | OSError, kind: str = "") -> dict[str, Any]:
+        """What is answered to a request that failed."""
+        if self._until is not None and self._now() >= self._until:
+            return {"error": "timeout", "message": f"there was not enough time to fork: {error}"}
+        return failure(error, kind)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfparallel.errors import UsageError
+from sfparallel.text import shown
 from sfparallel.wire import MAX_MESSAGE_BYTES, unpack
 
 ANSWER_BYTES = 64 << 10
@@ -128,14 +129,16 @@ _COUNT = whole(1, (1 << 63) - 1)
 _NUMBER = Field(whole(0, (1 << 63) - 1))
 _STATUS = Field(whole(-(1 << 31), (1 << 31) - 1))
 _SOME_RANKS = Field(_ranks, required=False)
+_LIMIT = Field(_seconds, required=False)
 
 REQUESTS: dict[str, Op] = {
     "hello": Op({}),
     "ticket": Op({"n": Field(_COUNT)}),
     "clone": Op({"ticket": _NUMBER, "context": Field(_some_bytes(CONTEXT_BYTES), required=False, default=b""),
-                 "within_s": Field(_seconds, required=False)}),
-    "checkpoint": Op({}),
-    "create": Op({"ticket": _NUMBER, "checkpoint": _NUMBER, "first": Field(whole(0, (1 << 31) - 1), required=False, default=1)}),
+                 "within_s": _LIMIT}),
+    "checkpoint": Op({"within_s": _LIMIT}),
+    "create": Op({"ticket": _NUMBER, "checkpoint": _NUMBER, "first": Field(whole(0, (1 << 31) - 1), required=False, default=1),
+                  "within_s": _LIMIT}),
     "drop": Op({"checkpoint": _NUMBER}),
     "join": Op({"ticket": _NUMBER}),
     "kill": Op({"ticket": _NUMBER, "ranks": _SOME_RANKS}),
@@ -166,7 +169,7 @@ def decode(payload: bytes) -> Request:
             raise BadRequest(f"the id of a request must be {error}") from None
     op = message.get("op")
     if not isinstance(op, str) or op not in REQUESTS:
-        raise BadRequest(f"the supervisor knows no request {_shown(op)}", number=number)
+        raise BadRequest(f"the supervisor knows no request {shown(op)}", number=number)
     wanted = REQUESTS[op]
     if wanted.answered and number is None:
         raise BadRequest(f"the request {op!r} has no id, so that it cannot be answered", op)
@@ -181,13 +184,4 @@ def _read(op: str, number: int | None, name: str, field: Field, message: dict[An
     try:
         return field.check(message[name])
     except ValueError as error:
-        raise BadRequest(f"{name!r} of the request {op!r} must be {error}, not {_shown(message[name])}", op, number) from None
-
-
-def _shown(value: Any) -> str:
-    """A value from a guest for people: neither long nor deep."""
-    if isinstance(value, bool | int | float | None):
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value[:40])
-    return f"a {type(value).__name__}"
+        raise BadRequest(f"{name!r} of the request {op!r} must be {error}, not {shown(message[name])}", op, number) from None
