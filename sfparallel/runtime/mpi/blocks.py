@@ -15,7 +15,7 @@ from sfparallel.runtime.mpi.buffers import is_in_place
 from sfparallel.runtime.mpi.collectives import Collective, raw
 from sfparallel.runtime.mpi.constants import PROC_NULL, ROOT
 from sfparallel.runtime.mpi.core import Call, CommCore, Prepared
-from sfparallel.runtime.mpi.errors import CODES, ERR_OP, MPIException
+from sfparallel.runtime.mpi.errors import ERR_OP, MPIException, mismatch
 from sfparallel.runtime.mpi.info import INFO_NULL, Info
 from sfparallel.runtime.mpi.messages import EMPTY, Block, _integers, simple, vector, vector_w
 from sfparallel.runtime.mpi.op import SUM, Op
@@ -26,17 +26,17 @@ def _take(records: Any, blocks: Sequence[Block], skip: int = -1) -> None:
     """Put gathered records where they belong."""
     for record, block in zip(records, blocks, strict=True):
         if record.rank != skip:
-            fill(block, record.view, record.nbytes)
+            fill(block, record.view, record.nbytes, f"rank {record.rank}")
 
 
-def fill(block: Block, data: Any, nbytes: int) -> None:
+def fill(block: Block, data: Any, nbytes: int, who: str = "another rank") -> None:
     """Put packed data into a block.
 
     Raises:
-        MPIException: it is too long.
+        MPIException: it is not as long as that.
     """
-    if nbytes > block.nbytes:
-        raise MPIException(CODES["ERR_TRUNCATE"], f"{nbytes} bytes for a buffer of {block.nbytes}")
+    if nbytes != block.nbytes:
+        raise mismatch(nbytes, block.nbytes, who)
     if nbytes:
         block.put(data, nbytes)
 
@@ -157,7 +157,7 @@ class BlockCollectives(Runs):
             else:
                 record = yield from collectives.scatter(call.local, payloads, root)
             if record is not None and not in_place:
-                fill(block, record.view, record.nbytes)
+                fill(block, record.view, record.nbytes, f"rank {root}")
 
         return steps
 
@@ -175,8 +175,8 @@ class BlockCollectives(Runs):
                 return
             places = [target.place() for target in targets]
             mine = block.read()
-            if len(mine) > len(places[core.rank]):
-                raise MPIException(CODES["ERR_TRUNCATE"], f"{len(mine)} bytes for a buffer of {len(places[core.rank])}")
+            if len(mine) != len(places[core.rank]):
+                raise mismatch(len(mine), len(places[core.rank]), f"rank {core.rank}")
             if len(mine):
                 places[core.rank][:len(mine)] = mine.data
             yield from collectives.allgather_into(call.local, places)
@@ -207,7 +207,9 @@ class BlockCollectives(Runs):
                 receives = yield from between.alltoall(call, payloads, places)
             else:
                 receives = yield from collectives.alltoall(call.local, payloads, places)
-            for target, op in zip(targets, receives, strict=True):
+            for rank, (target, op) in enumerate(zip(targets, receives, strict=True)):
+                if op.nbytes != target.nbytes:
+                    raise mismatch(op.nbytes, target.nbytes, f"rank {rank}")
                 target.put(op.buffer, op.nbytes)
 
         return steps

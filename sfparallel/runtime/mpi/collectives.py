@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sfparallel.runtime.mpi.endpoint import Endpoint
-from sfparallel.runtime.mpi.errors import ERR_UNKNOWN, MPIException
+from sfparallel.runtime.mpi.errors import ERR_UNKNOWN, MPIException, mismatch
 from sfparallel.runtime.mpi.matching import Buffer, RecvOp, SendOp
 from sfparallel.runtime.mpi.pickling import Payload
 
@@ -191,7 +191,9 @@ def bcast_into(ch: Channel, place: memoryview, root: int) -> Collective:
     elif ch.me == root:
         yield from _spread(ch, raw(place), root)
     else:
-        yield from _spread(ch, None, root, place)
+        op = yield from _spread(ch, None, root, place)
+        if op.flags & _LARGE or op.nbytes != place.nbytes:
+            raise mismatch(op.nbytes, place.nbytes, f"rank {root}")
 
 
 def _spread(ch: Channel, payload: Payload | None, root: int, place: memoryview | None = None) -> Generator[Wait, None, Any]:
@@ -202,7 +204,7 @@ def _spread(ch: Channel, payload: Payload | None, root: int, place: memoryview |
     if relative:
         op = ch.recv((relative - lowest + root) % ch.size, place)
         yield [op]
-        payload = (op.flags, [op.payload], op.nbytes) if place is None else raw(place[:op.nbytes])
+        payload = (op.flags, [op.payload if place is None else place[:op.nbytes]], op.nbytes)
     assert payload is not None
     sends = []
     step = lowest >> 1
@@ -227,13 +229,18 @@ def bcast_large(ch: Channel, place: memoryview, root: int) -> Collective:
     cuts = _cuts(place.nbytes, n)
     lowest = relative & -relative if relative else 1 << (n - 1).bit_length()
     if relative:
-        yield [ch.recv((relative - lowest + root) % n, place[cuts[relative]:cuts[min(relative + lowest, n)]])]
+        part = place[cuts[relative]:cuts[min(relative + lowest, n)]]
+        op = ch.recv((relative - lowest + root) % n, part)
+        yield [op]
+        # The flag tells a part from the whole of one that is shorter (`_spread`).
+        if not op.flags & _LARGE or op.nbytes != part.nbytes:
+            raise mismatch(op.nbytes, part.nbytes, f"rank {root}")
     step = lowest >> 1
     sends = []
     while step:
         if relative + step < n:
             part = place[cuts[relative + step]:cuts[min(relative + 2 * step, n)]]
-            sends.append(ch.send((relative + step + root) % n, raw(part)))
+            sends.append(ch.send((relative + step + root) % n, (_LARGE, *raw(part)[1:])))
         step >>= 1
     yield sends
     parts = [place[cuts[i]:cuts[i + 1]] for i in range(n)]
@@ -247,8 +254,11 @@ def _ring(ch: Channel, parts: Sequence[memoryview], mine: int, *, receives: bool
     for k in range(n - 1):
         pending: list[SendOp | RecvOp] = [ch.send((ch.me + 1) % n, raw(parts[(mine - k) % n]))] if sends else []
         if receives:
-            pending.append(ch.recv((ch.me - 1) % n, parts[(mine - k - 1) % n]))
+            op = ch.recv((ch.me - 1) % n, parts[(mine - k - 1) % n])
+            pending.append(op)
         yield pending
+        if receives and op.nbytes != parts[(mine - k - 1) % n].nbytes:
+            raise mismatch(op.nbytes, parts[(mine - k - 1) % n].nbytes, f"rank {(ch.me - k - 1) % n}")
 
 
 # Gather, scatter, and from all to all
@@ -340,8 +350,10 @@ def allgather_into(ch: Channel, parts: Sequence[memoryview]) -> Collective:
         return
     records = yield from allgather(ch, raw(parts[ch.me]))
     for part, record in zip(parts, records, strict=True):
+        if record.nbytes != part.nbytes:
+            raise mismatch(record.nbytes, part.nbytes, f"rank {record.rank}")
         if record.rank != ch.me and record.nbytes:
-            part[:record.nbytes] = record.view
+            part[:] = record.view
 
 
 def alltoall(ch: Channel, payloads: Sequence[Payload], places: Sequence[memoryview | None]) -> Collective:

@@ -123,19 +123,21 @@ class TypeCore(Core):
             count += 1
         return count if not rest else c.UNDEFINED
 
-    def basic_sizes(self) -> list[int]:
-        """Sizes of the elementary items of one element."""
+    def basic_sizes(self, *, halves: bool = False) -> list[int]:
+        """Sizes of the elementary items of one element; `halves`: complex numbers count as two."""
+        if self.kind == "c" and halves:
+            return [self.size // 2] * 2
         if self.combiner == c.COMBINER_NAMED:
             if self.dtype is not None and self.dtype.names:
                 return [self.dtype[name].itemsize for name in self.dtype.names]
             return [self.size] if self.size else []
         types = self.contents[3]
         if len(types) == 1:
-            below = types[0].basic_sizes()
+            below = types[0].basic_sizes(halves=halves)
             return below * (self.size // sum(below)) if below else []
         sizes: list[int] = []
         for blocklength, each in zip(self.contents[0][1:], types, strict=False):
-            sizes += each.basic_sizes() * blocklength
+            sizes += each.basic_sizes(halves=halves) * blocklength
         return sizes
 
 

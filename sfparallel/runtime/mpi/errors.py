@@ -150,6 +150,12 @@ def error(code: int, detail: str = "") -> MPIException:
     return MPIException(code, detail)
 
 
+def mismatch(sent: int, expected: int, who: str) -> MPIException:
+    """For a collective call in which ranks disagree about how much travels. The standard wants them to agree to the byte: what is
+    shorter would leave a part of the result as it was."""
+    return MPIException(ERR_TRUNCATE, f"{who} gave {sent} bytes, where {expected} are expected; counts and types must agree")
+
+
 def call_user(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function of the program's on behalf of MPI: what it raises is shown, and becomes an error code."""
     try:

@@ -468,7 +468,8 @@ class Engine:
         if op.buffer is None:
             op.payload = payload
         elif op.nbytes > len(op.buffer):
-            op.error = MPIException(CODES["ERR_TRUNCATE"], f"{op.nbytes} bytes for a buffer of {len(op.buffer)}")
+            detail = f"{op.nbytes} bytes from rank {op.source} of COMM_WORLD, for a buffer of {len(op.buffer)}"
+            op.error = MPIException(CODES["ERR_TRUNCATE"], detail)
         elif op.nbytes and not (isinstance(payload, memoryview) and payload.obj is op.buffer.obj):
             op.buffer[:op.nbytes] = payload
         op.done = True

@@ -9,12 +9,17 @@ from sfparallel.runtime.mpi import between, collectives, reductions
 from sfparallel.runtime.mpi.collectives import Collective
 from sfparallel.runtime.mpi.core import Call, CommCore, Prepared
 from sfparallel.runtime.mpi.op import SUM, Op
-from sfparallel.runtime.mpi.pickling import pickle
+from sfparallel.runtime.mpi.pickling import PLAIN, pickle
 
 
 def _copy(obj: Any) -> Any:
     flags, frames, _ = pickle.payload(obj)
     return pickle.object(b"".join(frames), flags)
+
+
+def _apart(result: Any, given: Any) -> Any:
+    """What a reduction returns: not the caller's own object, though it may be what came out (MAX, say)."""
+    return _copy(result) if result is given and type(result) not in PLAIN else result
 
 
 def _values(records: Sequence[Any] | None) -> list[Any] | None:
@@ -122,7 +127,8 @@ class ObjectCollectives:
             return between.reduce_objects(core, sendobj, codec, root, timeout)
         if core.size == 1:
             return _copy(sendobj)
-        return core.run("reduce", lambda call: reductions.reduce(call.local, codec.own(sendobj), codec, root), timeout)
+        result = core.run("reduce", lambda call: reductions.reduce(call.local, codec.own(sendobj), codec, root), timeout)
+        return _apart(result, sendobj)
 
     def allreduce(self, sendobj: Any, op: Op | Callable[[Any, Any], Any] = SUM, *, timeout: float | None = None) -> Any:
         """The same at all ranks."""
@@ -132,7 +138,8 @@ class ObjectCollectives:
             return between.allreduce_objects(core, sendobj, codec, timeout)
         if core.size == 1:
             return _copy(sendobj)
-        return core.run("allreduce", lambda call: reductions.allreduce(call.local, codec.own(sendobj), codec), timeout)
+        result = core.run("allreduce", lambda call: reductions.allreduce(call.local, codec.own(sendobj), codec), timeout)
+        return _apart(result, sendobj)
 
 
 class ObjectScans:
@@ -149,7 +156,8 @@ class ObjectScans:
         if core.size == 1:
             return _copy(sendobj)
         codec = _objects(op)
-        return core.run("scan", lambda call: reductions.scan(call.local, codec.own(sendobj), codec, exclusive=False), timeout)
+        result = core.run("scan", lambda call: reductions.scan(call.local, codec.own(sendobj), codec, exclusive=False), timeout)
+        return _apart(result, sendobj)
 
     def exscan(self, sendobj: Any, op: Op | Callable[[Any, Any], Any] = SUM, *, timeout: float | None = None) -> Any:
         """Objects of the ranks before this one, combined by `op`; None at rank 0."""

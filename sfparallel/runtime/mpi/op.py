@@ -72,12 +72,14 @@ class OpCore(Core):
         if core.is_contiguous:
             self.function(buffer(left), buffer.frombuffer(right), datatype)
             return right
-        _, end = core.span(count)
-        inputs, result = np.zeros(end, np.uint8), np.zeros(end, np.uint8)
-        core.unpack(left, inputs, 0, count)
-        core.unpack(right, result, 0, count)
+        # Whole elements, with what fills up the end of the last one.
+        first, end = core.span(count)
+        first, end = min(0, first), max(end, count * core.extent)
+        inputs, result = np.zeros(end - first, np.uint8), np.zeros(end - first, np.uint8)
+        core.unpack(left, inputs, -first, count)
+        core.unpack(right, result, -first, count)
         self.function(buffer(inputs), buffer.frombuffer(result), datatype)
-        return core.pack(result, 0, count)
+        return core.pack(result, -first, count)
 
 
 _LOGICAL_TYPES = {f"MPI_{name}" for name in LOGICAL_NAMES}

@@ -15,6 +15,7 @@ from sfparallel.runtime.mpi.messages import EMPTY, Block, simple
 from sfparallel.runtime.mpi.pickling import Payload, pickle
 from sfparallel.runtime.mpi.request import (
     Finished,
+    FromNobody,
     Persistent,
     Prequest,
     Receiving,
@@ -48,7 +49,7 @@ class _Probe:
     """Waits for a message without receiving it."""
 
     def __init__(self, core: CommCore, source: int, tag: int) -> None:
-        self._core, self._source, self._tag = core, source, tag
+        self._core, self._source, self._tag = core, source, int(tag)
         self.arrival: Arrival | None = None
         self.error: BaseException | None = None
 
@@ -106,6 +107,8 @@ class PointToPoint:
 
     def _post_send(self, peer: int, tag: int, payload: Payload, flags: int = 0) -> SendOp:
         core = self._core
+        if type(tag) is not int:
+            tag = int(tag)  # floats are cut, as for mpi4py; so for the calls below
         with core.endpoint.lock:
             op = core.engine.send(peer, core.ctx, tag, payload[1], payload[2], payload[0] | flags)
             if peer == core.endpoint.rank:
@@ -114,6 +117,8 @@ class PointToPoint:
 
     def _post_recv(self, peer: int, tag: int, place: memoryview | None) -> RecvOp:
         core = self._core
+        if type(tag) is not int:
+            tag = int(tag)
         with core.endpoint.lock:
             op = core.engine.recv(core.ctx, peer, tag, place, core.sources - core.acknowledged if peer < 0 else ())
             if op.done:
@@ -183,6 +188,8 @@ class PointToPoint:
         if peer == PROC_NULL:
             return
         # What `_send` does, for most messages without more calls.
+        if type(tag) is not int:
+            tag = int(tag)
         flags, frames, nbytes = pickle.payload(obj)
         core = self._core
         endpoint = core.endpoint
@@ -298,7 +305,7 @@ class PointToPoint:
         send = self._isend(payload, dest, sendtag)
         receive = self._irecv(source, recvtag, block, send.op if isinstance(send, Sending) else None)
         if isinstance(receive, Finished) and isinstance(send, Sending):
-            return Request._of(send)
+            return Request._of(FromNobody(send.endpoint, send.owner, send.op))
         return Request._of(receive)
 
     def Sendrecv_replace(self, buf: Any, dest: int, sendtag: int = 0, source: int = ANY_SOURCE, recvtag: int = ANY_TAG,

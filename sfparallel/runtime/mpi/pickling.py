@@ -19,7 +19,7 @@ ALIGN = 64
 OUT_OF_BAND_BYTES = 16 << 10
 """Smaller buffers stay in the pickle: a copy costs less than a part of its own."""
 
-_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 """Types whose objects have no buffers to leave out, and are always pickled."""
 
 _COUNT = struct.Struct("<Q")
@@ -99,7 +99,7 @@ class Pickle:
         if not self._own:
             data = self.dumps(obj)
             return 0, [data], len(data)
-        if type(obj) in _PLAIN:
+        if type(obj) in PLAIN:
             data = python_pickle.dumps(obj, 5)
             return 0, [data], len(data)
         outside: list[memoryview] = []

@@ -12,7 +12,7 @@ import numpy as np
 from sfparallel.runtime.mpi.buffers import Bytes
 from sfparallel.runtime.mpi.collectives import LARGE_BYTES, Channel, Collective, raw, scatter
 from sfparallel.runtime.mpi.datatype import TypeCore
-from sfparallel.runtime.mpi.errors import ERR_TRUNCATE, MPIException
+from sfparallel.runtime.mpi.errors import mismatch
 from sfparallel.runtime.mpi.matching import RecvOp, SendOp
 from sfparallel.runtime.mpi.op import OpCore
 from sfparallel.runtime.mpi.pickling import Payload, pickle
@@ -88,7 +88,7 @@ class Memory:
     def combine(self, left: Bytes, right: Bytes) -> Bytes:
         # numpy would repeat a single element for all others.
         if len(left) != len(right):
-            raise MPIException(ERR_TRUNCATE, f"ranks sent {len(left)} and {len(right)} bytes to be combined")
+            raise mismatch(len(left), len(right), "another rank")
         return self._op.combine(self._core, left, right)
 
     def own(self, value: Bytes) -> Bytes:

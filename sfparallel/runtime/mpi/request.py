@@ -96,6 +96,15 @@ class Sending(RequestCore):
         return [] if self.op.done else [self.op.dest]
 
 
+class FromNobody(Sending):
+    """A send, with a receive from PROC_NULL."""
+
+    def result(self, status: Status | None) -> Any:
+        super().result(status)
+        if status is not None:
+            status.set_all(PROC_NULL, ANY_TAG, 0)
+
+
 class Receiving(RequestCore):
     """A receive, of an object or into a block; with a send if it is both (`Isendrecv`)."""
 

@@ -255,9 +255,9 @@ class Topocomm(Intracomm):
         def steps(call: Call) -> Collective:
             places: list[memoryview | None] = [target.place() for target in targets]
             receives = yield from _exchange(core, call, [raw(block.read()) for block in sends], places)
-            for target, op in zip(targets, receives, strict=True):
+            for source, target, op in zip(sources, targets, receives, strict=True):
                 if op is not None:
-                    fill(target, op.buffer[:op.nbytes], op.nbytes)
+                    fill(target, op.buffer[:op.nbytes], op.nbytes, f"rank {source}")
 
         return steps
 

@@ -289,6 +289,8 @@ class Datatype(Attributes, Handle):
         data, core = byte_array(outbuf, readonly=False), check_type(self._core)
         count = _elements(data, core)
         packed = byte_array(inbuf, readonly=True)[position:position + count * core.size]
+        if position < 0 or len(packed) != count * core.size:
+            raise MPIException(CODES["ERR_TRUNCATE"], "the buffer holds less than that")
         core.unpack(_swapped(packed, core), data, 0, count)
         return position + len(packed)
 
@@ -313,10 +315,9 @@ def _swapped(packed: Bytes, core: TypeCore) -> Bytes:
     """Packed data in the other byte order."""
     out = packed.copy()
     at = 0
-    sizes = core.basic_sizes()
+    sizes = core.basic_sizes(halves=True)
     if len(set(sizes)) == 1:
-        size = sizes[0] // 2 if core.kind == "c" else sizes[0]
-        return out.reshape(-1, size)[:, ::-1].ravel()
+        return out.reshape(-1, sizes[0])[:, ::-1].ravel()
     while sizes and at < len(out):
         for size in sizes:
             out[at:at + size] = out[at:at + size][::-1]
