@@ -142,6 +142,10 @@ class HostWork:
         self._timer: asyncio.TimerHandle | None = None
         self._ended: asyncio.Future[None] | None = None
 
+    def is_free(self, vm: Vm) -> bool:
+        """Whether what is asked for by a VM now could be done here at once."""
+        return not vm.congested and (vm, Way.HERE) not in self._lines and not self._ended
+
     def add(self, vm: Vm, way: Way, piece: Piece) -> None:
         """Do it when the VM has read earlier answers.
 
@@ -152,9 +156,6 @@ class HostWork:
             return
         line = self._lines.get((vm, way))
         if not line:
-            if way is Way.HERE and not vm.congested:
-                piece.take(piece.do())
-                return
             line = self._lines[vm, way] = _Line(vm, way)
         line.waiting.append(piece)
         line.size += piece.size + _PIECE_COST_BYTES
