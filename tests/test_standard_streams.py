@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -178,3 +179,31 @@ def test_a_program_s_name_is_escaped_in_the_list_of_jobs(tmp_path: Path) -> None
             process.kill()
     assert rb"bad\x1b]0;title" in ended.stdout
     assert _obeyed(ended.stdout) == []
+
+
+@pytest.mark.parametrize("words", [["sfrun", "no_such.py"], ["sf", "image", "rm", "no such"], ["sfrun", "--no-such"]])
+def test_an_error_does_not_go_to_standard_output_where_standard_error_is_closed(sfrun: Sfrun, words: list[str]) -> None:
+    ended = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "-", BIN / words[0], *words[1:]], stdout=subprocess.PIPE,
+                           cwd=sfrun.folder, timeout=60, check=False)  # fmt: skip
+    assert ended.returncode in (2, 70) and ended.stdout == b""
+
+
+@pytest.mark.needs("qemu", "image", "root")
+def test_streams_that_do_not_block(sfrun: Sfrun) -> None:
+    """A pipe is so for all who have it, when one of them (node, say) has set O_NONBLOCK."""
+    (our_input, theirs), (output, their_output) = (os.pipe()[::-1], os.pipe())
+    program = sfrun.write("print('ready', flush=True); print(input()); print('x' * 400_000)")
+    for descriptor in (theirs, their_output):
+        os.set_blocking(descriptor, False)
+    with subprocess.Popen([BIN / "sfrun", program], cwd=sfrun.folder, stdin=theirs, stdout=their_output) as process:
+        os.close(theirs)
+        os.close(their_output)
+        with open(our_input, "wb") as keys, open(output, "rb") as shown:
+            assert shown.readline() == b"ready\n"
+            keys.write(b"typed late\n")
+            keys.flush()
+            process.poll()
+            assert shown.readline() == b"typed late\n"
+            select.select([], [], [], 1.0)  # until the pipe is full
+            assert shown.read() == b"x" * 400_000 + b"\n"
+    assert process.returncode == 0

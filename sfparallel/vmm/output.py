@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import re
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -180,7 +181,10 @@ class _Outlet:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(stream, view) :]
+                try:
+                    view = view[os.write(stream, view) :]
+                except BlockingIOError:  # who shares this stream has made it so (O_NONBLOCK is of the open file)
+                    _wait_for(stream, select.POLLOUT)
         except OSError as error:
             self._loop.call_soon_threadsafe(self._on_error, stream, error)
             return False
@@ -194,6 +198,12 @@ class _Outlet:
             self._limit = max(self.LIMIT_BYTES, min(self._limit, self._waiting + self.LIMIT_BYTES))
         if room:
             self._loop.call_soon_threadsafe(self._on_room)
+
+
+def _wait_for(descriptor: int, event: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    poll.poll()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 _MODES = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)
 
@@ -23,6 +25,10 @@ def open_closed() -> tuple[int, ...]:
         opened = os.open(os.devnull, _MODES[number])
         assert opened == number, f"descriptor {number} was free, but {opened} was opened"
         os.set_inheritable(number, True)
+    # Python has None in their place, and print(file=None) prints to standard output.
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", "backslashreplace"))
     return closed
 
 

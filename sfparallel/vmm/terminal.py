@@ -88,19 +88,24 @@ class Input:
 
         What is typed while another process group has the terminal is that one's: nothing is read then, nor is it an end of file.
         """
-        if not self.is_terminal:
+        poll = select.poll()
+        poll.register(STDIN, select.POLLIN)
+        while not self.is_terminal:
             try:
                 data = os.read(STDIN, _PIECE_BYTES)
+            except BlockingIOError:  # who shares it has made it so (O_NONBLOCK is of the open file)
+                poll.poll()
+                continue
             except OSError:
                 data = b""
             return data, not data
-        poll = select.poll()
-        poll.register(STDIN, select.POLLIN)
         with _blocked(signal.SIGTTIN):
             while True:
                 events = poll.poll()
                 try:
                     data = os.read(STDIN, _PIECE_BYTES)
+                except BlockingIOError:
+                    continue
                 except OSError as error:
                     if error.errno != errno.EIO or _hung_up(events):
                         return b"", True
