@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import math
 import os
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sfparallel
-from sfparallel.config import CACHE_HINT, LOG, SETTINGS, cache_folder, parse_size
-from sfparallel.errors import SfError, StateError, UsageError
+from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
+from sfparallel.errors import StateError, UsageError
 from sfparallel.text import in_one_line, nearest, printable
 from sfparallel.vmm import standard_streams
+from sfparallel.vmm.command_errors import errors_told, say
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
 from sfparallel.vmm.options import JobOptions, Program, RunIn, libvirt_uri
-from sfparallel.vmm.processes import address_space_hint
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
     from sfparallel.vmm.image import Recipe
 
-EXIT_USAGE = 2
-EXIT_FAILED = 70
 LEAST_MEMORY_BYTES = 256 << 20
 """Below this a guest does not get through its boot."""
 MOST_CPUS = 64
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
-
 
 def _tell(line: str) -> None:
     """An answer, on standard output; names in it are those of files, and of other users' programs."""
@@ -92,34 +82,6 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
-
-
-@contextlib.contextmanager
-def _errors_told(command: str) -> Iterator[None]:
-    """Turn errors into one clear message and an exit code; a traceback would only hide it."""
-    try:
-        yield
-    except SfError as error:
-        if LOG.get() == "debug":
-            _say(traceback.format_exc())
-        _say(f"{command}: {error}")
-        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if LOG.get() == "debug" or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM):
-            raise
-        hint = CACHE_HINT if error.errno == errno.EROFS else "`sf doctor` says what this machine lacks"
-        _say(f"{command}: {error}\n  hint: {hint}")
-        sys.exit(EXIT_FAILED)
-    except (MemoryError, ImportError, RuntimeError, SystemError) as error:
-        # Without memory, a library cannot be mapped (ImportError), a thread not be started (RuntimeError), and some C code of
-        # modules fails without saying why (SystemError).
-        hint = address_space_hint() or ""
-        if LOG.get() == "debug" or not hint:
-            raise
-        _say(f"{command}: out of memory: {error}\n  hint: {hint}")
-        sys.exit(EXIT_FAILED)
 
 
 def _sfrun_parser() -> _Parser:
@@ -207,7 +169,7 @@ def _environment(pairs: Sequence[str]) -> dict[str, str | None]:
 def sfrun(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sfrun`."""
     closed = standard_streams.open_closed()
-    with _errors_told("sfrun"):
+    with errors_told("sfrun"):
         sys.exit(_sfrun(sys.argv[1:] if arguments is None else arguments, closed))
 
 
@@ -246,12 +208,12 @@ def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
                              hint=f"let it listen on 127.0.0.1:{host}, without --forward")  # fmt: skip
     from sfparallel.vmm.local_job import run
 
-    return run(job_options, _say)
+    return run(job_options, say)
 
 
 def _run_job(options: JobOptions, places: Places, pid: int) -> int:
     """The job itself, in the process and the namespaces that are its own."""
-    with _errors_told("sfrun"):
+    with errors_told("sfrun"):
         # Late: it imports numpy and more, which `sfrun --help` and usage errors need not wait for.
         from sfparallel.vmm.job import run
 
@@ -340,7 +302,7 @@ def _sf_parser() -> _Parser:
 def sf(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sf`."""
     standard_streams.open_closed()
-    with _errors_told("sf"):
+    with errors_told("sf"):
         options = _sf_parser().parse(arguments)
         _start_log()
         sys.exit(_COMMANDS[options.command](options))
@@ -380,7 +342,7 @@ def _image(options: argparse.Namespace) -> int:
         recipe = _recipe(options)
         if old := images.replaced_by(recipe):
             kept = "" if options.base == options.name else f"; to add to it, say --from {options.name}"
-            _say(f"sf: the image {options.name!r} that is there, {old.describe()}, will be replaced{kept}")
+            say(f"sf: the image {options.name!r} that is there, {old.describe()}, will be replaced{kept}")
         with StageDisplay(f"image {options.name}") as display:
             image = images.build(recipe, display)
         _tell(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")

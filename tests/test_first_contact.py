@@ -15,13 +15,14 @@ from sfparallel import cli
 from sfparallel.errors import UsageError
 from sfparallel.runtime.api import Options
 from sfparallel.text import nearest
+from sfparallel.vmm import command_errors
 
 
 def refused(command: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The last line of what a command says which does not take these words."""
     with pytest.raises(SystemExit) as ended:
         command([*words])
-    assert ended.value.code == cli.EXIT_USAGE
+    assert ended.value.code == command_errors.EXIT_USAGE
     return capsys.readouterr().err.splitlines()[-1]
 
 

@@ -133,6 +133,14 @@ def test_a_program_that_cannot_be_loaded_is_told(monkeypatch: pytest.MonkeyPatch
         broken.close()
 
 
+def test_a_launcher_that_was_closed_is_not_started_anew(bench: Bench) -> None:
+    closed = bench.pid
+    bench.launcher.close()
+    with pytest.raises(VMError, match="closed: the job ends"):
+        asyncio.run(bench.child())
+    assert bench.pid == closed
+
+
 def test_close_ends_a_launcher_that_stands_still(bench: Bench) -> None:
     os.kill(bench.pid, signal.SIGSTOP)
     bench.launcher.close()

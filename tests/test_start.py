@@ -17,6 +17,7 @@ import pytest
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
 from sfparallel.vmm import locks, template
+from sfparallel.vmm.command_errors import errors_told
 from sfparallel.vmm.vm import Sockets, Vm
 from sfparallel.vmm.waiting import in_thread, within
 from tests.conftest import BIN, Sfrun, command_of, descendants, machines_of
@@ -81,8 +82,9 @@ def test_a_qemu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @vms
+@pytest.mark.parametrize("has", ["", "/memory"], ids=["starts", "loads"])
 def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
-    sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch
+    sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch, has: str
 ) -> None:
     monkeypatch.setenv("SF_START_LIMIT", "10")
     process = sfrun.start("print('ran')")
@@ -91,11 +93,12 @@ def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
         assert process.poll() is None
         # Not the launcher, which another one would replace: it has that name from its first shell on.
         if any(command_of(pid).startswith("sf-launcher") for pid in descendants(process.pid)):
-            shells = [pid for pid in machines_of(process.pid) if "-incoming" in command_of(pid)]
+            found = [pid for pid in machines_of(process.pid) if "-incoming" in command_of(pid)]
+            shells = [pid for pid in found if has in Path(f"/proc/{pid}/maps").read_text()]
     os.kill(shells[0], signal.SIGSTOP)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 70 and out == ""
-    assert "waited 10 s in vain for" in err, err
+    assert "waited 10 s in vain for" in err and "parent VM is lost" not in err, err
 
 
 def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +181,17 @@ def test_a_damaged_template_heals_and_then_does_in_a_cache_that_cannot_be_writte
     assert other.code == 70 and "Read-only" in other.err and "SF_CACHE" in other.err and "sf image build" in other.err
 
 
+@vms
+def test_a_template_that_cannot_be_made_leaves_nothing(sfrun: Sfrun, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu = cache / "qemu"
+    qemu.write_text('#!/bin/sh\n[ "$1" = --version ] && exec qemu-system-x86_64 --version\nexec false\n')
+    qemu.chmod(0o755)
+    monkeypatch.setenv("SF_QEMU", str(qemu))
+    ended = sfrun("print(1)", *SMALL)
+    assert ended.code == 70 and "template did not start" in ended.err, ended.err
+    assert list((cache / "templates").iterdir()) == []
+
+
 def test_a_manifest_of_which_a_crash_has_left_half_is_none(tmp_path: Path) -> None:
     for text, is_one in (("{", False), ("", False), ("[]", False), ("{}", True)):
         (tmp_path / "manifest.json").write_text(text)
@@ -208,6 +222,19 @@ def test_an_empty_environment(sfrun: Sfrun) -> None:
     ended = subprocess.run(["env", "-i", f"SF_CACHE={cache_folder()}", BIN / "sfrun", program], capture_output=True, text=True,
                            cwd=sfrun.folder, timeout=120)  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "[0, 1]\n"), ended.stderr
+
+
+@pytest.mark.parametrize(("option", "files"), [("--local", 8), pytest.param("", 24, marks=vms)])
+def test_a_limit_of_open_files_is_named(sfrun: Sfrun, option: str, files: int) -> None:
+    command = f"ulimit -n {files}; exec {BIN / 'sfrun'} {option} -c 'print(1)'"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=120)
+    assert ended.returncode == 70 and "ulimit -n" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+def test_a_thread_that_cannot_be_started_is_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), errors_told("sfrun"):
+        raise RuntimeError("can't start new thread")  # as threading says it
+    assert "ulimit -u" in capsys.readouterr().err
 
 
 @vms

@@ -19,7 +19,7 @@ from typing import Any
 
 from sfparallel import bootstrap
 from sfparallel.config import LIBVIRT_REMEDY, QEMU
-from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError
+from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfError, UsageError, VMError
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
@@ -99,6 +99,7 @@ class Job:
         self._started = time.monotonic()
         self._interrupted = False
         self._guest_told = False
+        self._ending = False
         self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
         self._terminal = terminal.streams()
@@ -270,6 +271,10 @@ class Job:
 
     async def _end(self) -> None:
         """End all VMs and wait until the kernel has let go of them."""
+        self._ending = True
+        # First of all: who saves or loads one of them waits for its answers, even when cancelled.
+        for vm in list(self._vms):
+            vm.kill()
         if self._regions:
             await self._regions.close()
         if self._pool:
@@ -307,13 +312,20 @@ class Job:
         self._next_number = max(self._next_number, number + 1)
         try:
             vm = await start_shell(spec, number, network, launcher=launcher)
+            self._watch(vm)
         except BaseException:
             self._free_numbers.append(number)
             raise
-        self._watch(vm)
         return vm
 
     def _watch(self, vm: Vm) -> None:
+        """Take a VM that has started in.
+
+        Raises:
+            VMError: it has ended already, and nobody else would tell.
+        """
+        if vm.state is VmState.GONE:
+            raise VMError(f"{vm.name} ended as soon as it had started: {vm.cause}")
         self._vms.add(vm)
         vm.events.on_frame = self._frame
         vm.events.on_exited = self._exited
@@ -366,7 +378,7 @@ class Job:
             self._regions.vm_gone(vm, cause)
         if vm is self._parent:
             if not self._done.done():
-                if not self._stopped.done():  # else we ended it ourselves
+                if not self._stopped.done() and not self._ending:  # else we ended it ourselves
                     tail = vm.console_tail()
                     self._say(f"sfrun: the parent VM is lost: {cause}" + (f"\n{tail}" if tail else ""))
                 self._done.set_result(EXIT_PARENT_LOST)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from sfparallel import native
 from sfparallel.errors import ProtocolError, VMError
 from sfparallel.vmm import native_parts
+from sfparallel.vmm.command_errors import hint_for
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Launcher:
         self._argv = argv
         self._environment = {"PATH": os.environ.get("PATH", ""), "LD_PRELOAD": library, "SFPAGE_LAUNCHER": str(_SOCKET)}
         self._serial = 0
+        self._closed = False
         self._turn = asyncio.Lock()
         self._start()
 
@@ -58,7 +60,7 @@ class Launcher:
                 self._pid = native.spawn(self._argv, output=2, fds={_SOCKET: theirs.fileno()}, env=self._environment)
             except OSError as error:
                 ours.close()
-                raise VMError(f"cannot run {self._argv[0]}: {error}", hint="see `sf doctor`") from error
+                raise VMError(f"cannot run {self._argv[0]}: {error}", hint=hint_for(error)) from error
         self._control = ours
 
     async def launch(self, fds: Mapping[int, int], control: int) -> int:
@@ -78,8 +80,10 @@ class Launcher:
             try:
                 status, pid = await self._order(fds, control)
             except VMError as error:
+                if self._closed:
+                    raise
                 log.warning("%s; another one is started", error.message)
-                self.close()
+                self._end_process()
                 self._start()
                 status, pid = await self._order(fds, control)
         if status:
@@ -96,6 +100,8 @@ class Launcher:
         targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
         self._serial = (self._serial + 1) & 0xFFFF
+        if self._closed:
+            raise VMError("the launcher of shells is closed: the job ends")
         try:
             self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -122,7 +128,11 @@ class Launcher:
                 return status, pid
 
     def close(self) -> None:
-        """End the launcher and wait for it; its shells live on."""
+        """End the launcher and wait for it; its shells live on. There will be no other."""
+        self._closed = True
+        self._end_process()
+
+    def _end_process(self) -> None:
         self._control.close()
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)  # it would end by itself, unless somebody has stopped it

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from sfparallel import bootstrap, native
 from sfparallel.text import printable
 from sfparallel.vmm import job_control, processes, signals
+from sfparallel.vmm.command_errors import errors_told
 from sfparallel.vmm.confinement import block_waited, unblock_waited, wait_for
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.options import JobOptions
@@ -71,7 +72,10 @@ def _supervise(options: JobOptions, front: int, interrupts: signals.Interrupts) 
         async def job() -> int:
             return await LocalSupervisor(options, front, interrupts).run()
 
-        code = job_control.run(job())
+        with errors_told("sfrun"):
+            code = job_control.run(job())
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
     except BaseException:
         print(printable(traceback.format_exc()), file=sys.stderr)
     finally:

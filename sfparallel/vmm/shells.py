@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from sfparallel import native
 from sfparallel.errors import UsageError, VMError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
+from sfparallel.vmm.command_errors import hint_for
 from sfparallel.vmm.launcher import Launcher
 from sfparallel.vmm.machine import (
     DATA_SLOTS,
@@ -88,8 +90,13 @@ async def start_shell(
             try:
                 pid = native.spawn(argv, output=for_qemu, fds=fds, env=environment)
             except OSError as error:
-                raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint="see `sf doctor`") from error
-        vm = Vm(name, pid, Sockets(qmp, agent, paging, console), child=True, number=number)
+                raise VMError(f"{name}: cannot run {spec.qemu}: {error}", hint=hint_for(error)) from error
+        try:
+            vm = Vm(name, pid, Sockets(qmp, agent, paging, console), child=True, number=number)
+        except BaseException:  # no descriptor for it, say: nobody else would reap it
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         vm.disks = spec.data_images
         ours.pop_all()
     try:

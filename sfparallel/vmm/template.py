@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import locks
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
+from sfparallel.vmm.command_errors import hint_for
 from sfparallel.vmm.kvm import host_processor
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, Boot, MachineSpec
@@ -58,7 +60,10 @@ def qemu_version(qemu: str) -> str:
             [qemu, "--version"], capture_output=True, text=True, check=True, timeout=step_limit_s()
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise EnvironmentProblem(f"cannot run {qemu}: {error}", hint="apt install qemu-system-x86") from error
+        hint = "apt install qemu-system-x86"
+        if isinstance(error, OSError) and error.errno != errno.ENOENT:
+            hint = hint_for(error)
+        raise EnvironmentProblem(f"cannot run {qemu}: {error}", hint=hint) from error
     found = re.search(r"version (.*)", output)
     return found[1] if found else output.strip()
 
@@ -120,10 +125,12 @@ async def ensure_template(
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_suffix(".lock")
         async with _locked(lock, say):
-            if not _is_template(folder):
-                say("booting the guest once to make a template")
-                await _make(spec, boot, manifest, folder, say)
-            lock.unlink(missing_ok=True)
+            try:
+                if not _is_template(folder):
+                    say("booting the guest once to make a template")
+                    await _make(spec, boot, manifest, folder, say)
+            finally:
+                lock.unlink(missing_ok=True)
     except (OSError, PagingRefused) as error:
         reason = error.message if isinstance(error, PagingRefused) else error
         raise ImageBuildError(
@@ -166,12 +173,13 @@ async def _boot(spec: MachineSpec, boot: Boot) -> Vm:
     """A guest whose agent is up and has frozen it."""
     # Data disks are no part of a template: they are plugged in when its guest runs.
     vm = await start_shell(replace(spec, data_images=()), 0, None, boot=boot, name="template")
+    booted = vm.wait_frozen(BOOT_TIMEOUT_S)
     try:
-        booted = vm.wait_frozen(BOOT_TIMEOUT_S)
         async with within(step_limit_s(), "QEMU to run the guest"):
             await vm.qmp.execute("cont")
         await booted
     except BaseException as error:
+        booted.close()
         vm.kill()
         if vm.failure:
             raise _wrong_processor(spec, vm.failure) from error
@@ -192,7 +200,9 @@ def _wrong_processor(spec: MachineSpec, findings: str) -> EnvironmentProblem:
         log.debug("computed wrong: %s", line)
     emulated = spec.accelerator is Accelerator.TCG
     who = "emulated by" if emulated else "that KVM passes on through"
-    hint = "use another version of QEMU (SF_QEMU)" + (", or a host with KVM" if emulated else ", or emulation (SF_ACCEL=tcg)")
+    # Under KVM it is the processor itself that computes, or another hypervisor below this host.
+    hint = ("use another version of QEMU (SF_QEMU), or a host with KVM" if emulated else
+            "use emulation (SF_ACCEL=tcg), or another host: it is this host's processor, or the hypervisor that it runs under")
     return EnvironmentProblem(
         f"the guest's processor computes wrong, so that no template was made: -cpu {spec.cpu_model}, {who} QEMU "
         f"{qemu_version(spec.qemu)}\n  {first}{others}",

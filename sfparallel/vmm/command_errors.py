@@ -1,0 +1,65 @@
+"""Errors as users of the commands see them: one clear message with a hint, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+import traceback
+from collections.abc import Iterator
+
+from sfparallel.config import CACHE_HINT, LOG
+from sfparallel.errors import SfError, UsageError
+from sfparallel.text import printable
+from sfparallel.vmm.processes import address_space_hint
+
+EXIT_USAGE = 2
+EXIT_FAILED = 70
+
+_DOCTOR = "`sf doctor` says what this machine lacks"
+_HINTS = {
+    errno.ENOSPC: _DOCTOR, errno.EACCES: _DOCTOR, errno.EPERM: _DOCTOR, errno.ENOMEM: _DOCTOR, errno.EROFS: CACHE_HINT,
+    errno.EMFILE: "raise the limit of open files: `ulimit -n 4096`; each clone takes about 10",
+    errno.ENFILE: "the host's limit of open files is reached (sysctl fs.file-max)",
+    errno.EAGAIN: "the limit of processes and threads is reached: `ulimit -u`, or pids.max of this control group",
+}  # fmt: skip
+"""Errors of the system that are the machine's, and what to do about them."""
+_NO_THREAD = "can't start new thread"
+
+
+def say(line: str) -> None:
+    """Show the user a line."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def hint_for(error: OSError) -> str:
+    """What to do about an error of the system."""
+    return _HINTS.get(error.errno or 0, "see `sf doctor`")
+
+
+@contextlib.contextmanager
+def errors_told(command: str) -> Iterator[None]:
+    """Turn errors into one clear message and an exit code; a traceback would only hide it."""
+    try:
+        yield
+    except SfError as error:
+        if LOG.get() == "debug":
+            say(traceback.format_exc())
+        say(f"{command}: {error}")
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if LOG.get() == "debug" or error.errno not in _HINTS:
+            raise
+        say(f"{command}: {error}\n  hint: {_HINTS[error.errno]}")
+        sys.exit(EXIT_FAILED)
+    except (MemoryError, ImportError, RuntimeError, SystemError) as error:
+        # Without memory, a library cannot be mapped (ImportError), a thread not be started (RuntimeError), and some C code of
+        # modules fails without saying why (SystemError).
+        no_thread = str(error) == _NO_THREAD
+        hint = address_space_hint() or (_HINTS[errno.EAGAIN] if no_thread else None)
+        if LOG.get() == "debug" or not hint:
+            raise
+        say(f"{command}: {'' if no_thread else 'out of memory: '}{error}\n  hint: {hint}")
+        sys.exit(EXIT_FAILED)
