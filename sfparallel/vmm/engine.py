@@ -24,6 +24,7 @@ from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan, copy_pages
 from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.shells import plug_data_disks
 from sfparallel.vmm.vm import FREEZE_TIMEOUT_S, Vm, VmState
+from sfparallel.vmm.waiting import step_limit_s, within
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +258,13 @@ async def launch(
     async def start(birth: Birth) -> None:
         shell = birth.shell
         try:
-            await load(shell)
+            async with within(step_limit_s(), f"{shell.name} to load the state"):
+                await load(shell)
             await muster.wait()
             async with waking:
                 resuming = time.monotonic()
-                await shell.resume()
+                async with within(step_limit_s(), f"{shell.name} to run"):
+                    await shell.resume()
                 resumed = time.monotonic()
                 report.note(shell.name, Phase.CONT, resuming, resumed)
                 shell.thaw(birth.thaw)

@@ -18,7 +18,7 @@ from pathlib import Path
 import sfparallel
 from sfparallel.config import CACHE_HINT, cache_folder
 from sfparallel.errors import EnvironmentProblem
-from sfparallel.vmm import subprocesses
+from sfparallel.vmm import locks, subprocesses
 from sfparallel.vmm.native_parts import AGENT, CPU_CHECK, TOOLS, has_sources, require
 
 _PACKAGE = Path(sfparallel.__file__).parent
@@ -105,8 +105,9 @@ def build(program: Path) -> Path:
         output = cache_folder() / folder.name / digest[:16]
         output.mkdir(parents=True, exist_ok=True)
     subprocesses.require("make", TOOLS)
-    subprocesses.run(["make", "-s", "-C", folder, f"OUT={output}", f"{output}/{program.name}"],
-                     what=f"build the guest's {program.name}")  # fmt: skip
+    with locks.folder_locked(output):  # two starts at once; make sees what the other one has made
+        subprocesses.run(["make", "-s", "-C", folder, f"OUT={output}", f"{output}/{program.name}"],
+                         what=f"build the guest's {program.name}")  # fmt: skip
     return output / program.name
 
 

@@ -41,7 +41,10 @@ async def start_domain(
     stack.push_async_callback(_close, connection)
     folder = connection.folder
     paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
-    models = () if connection.embedded else await in_thread(connection.security_models)
+    models: tuple[str, ...] = ()
+    if not connection.embedded:
+        async with within(_LIBVIRT_LIMIT_S, "libvirt to name its security models", hint="is that daemon alive? see `sf doctor`"):
+            models = await in_thread(connection.security_models)
     confinement = None if connection.embedded else Confinement(os.geteuid(), os.getegid(), models)
     xml = domain_xml(spec, name, paths, LIBRARY, confinement)
     async with within(_LIBVIRT_LIMIT_S, "libvirt to start the parent", hint="see libvirt's log of this domain"):
@@ -50,7 +53,9 @@ async def start_domain(
         async with within(step_limit_s(), "the sockets of the parent's QEMU"):
             vm = await _connected(paths)
     except BaseException:
-        domain.destroy()
+        with contextlib.suppress(SfError):  # it goes with the connection as well
+            async with within(_CLOSE_LIMIT_S, "libvirt to destroy the parent"):
+                await in_thread(domain.destroy)
         raise
     try:
         await vm.prepare(spec.memory_bytes)

@@ -144,7 +144,11 @@ class Pool:
         Raises:
             VMError: some could not be started; those that could are back in the pool.
         """
-        taken = [self._ready.popleft() for _ in range(min(n, len(self._ready)))]
+        taken: list[Vm] = []
+        while self._ready and len(taken) < n:
+            shell = self._ready.popleft()
+            if shell.state is VmState.SHELL:  # else its end is about to be told
+                taken.append(shell)
         starts = [asyncio.ensure_future(self._start()) for _ in range(n - len(taken))]
         try:
             if starts:

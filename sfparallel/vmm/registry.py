@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sfparallel.config import cache_folder
-from sfparallel.errors import ProtocolError
+from sfparallel.errors import EnvironmentProblem, ProtocolError
 from sfparallel.text import in_one_line
 from sfparallel.wire import pack, unpack
 
-_NAME = re.compile(r"@sfparallel/job/(\d+)$")
+_NAME = re.compile(r"@(sfparallel/job/[\d.]+)$")
+_MOST_OF_A_NUMBER = 100
 _ANSWER_TIMEOUT_S = 2.0
 
 
@@ -45,23 +48,34 @@ async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
             with contextlib.suppress(OSError):
                 await writer.drain()
 
-    return await asyncio.start_unix_server(answer, path=f"\0sfparallel/job/{pid}")
+    # Elsewhere in this network namespace there may be a process of the same number: in a container with the host's network, say.
+    for number in range(_MOST_OF_A_NUMBER):
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(f"\0sfparallel/job/{pid}" + (f".{number}" if number else ""))
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return await asyncio.start_unix_server(answer, sock=sock)
+    raise EnvironmentProblem(f"{_MOST_OF_A_NUMBER} jobs are known as {pid}", hint="see @sfparallel/job in /proc/net/unix")
 
 
-def _job_pids() -> list[int]:
+def _names() -> list[str]:
     # proc(5): the last column is the path; abstract names begin with @.
     with open("/proc/net/unix") as table:
         found = (_NAME.search(line.rstrip()) for line in table)
-        return sorted({int(match[1]) for match in found if match})
+        return sorted({match[1] for match in found if match})
 
 
 async def running_jobs() -> list[JobStatus]:
     """All jobs of this machine that answer."""
     jobs = []
-    for pid in _job_pids():
+    for name in _names():
         with contextlib.suppress(OSError, TimeoutError, ProtocolError, TypeError):
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                reader, writer = await asyncio.open_unix_connection(path=f"\0sfparallel/job/{pid}")
+                reader, writer = await asyncio.open_unix_connection(path=f"\0{name}")
                 with contextlib.closing(writer):
                     jobs.append(JobStatus(**unpack(await reader.read())))
     return jobs

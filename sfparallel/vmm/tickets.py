@@ -56,6 +56,7 @@ class Ticket:
         label_base: with what number the labels of their output begin.
         world: they run the whole program, as ranks.
         joining: its owner waits for nothing but their end.
+        unwanted: its owner wants none of them any more.
         before: the newest number of a ticket or checkpoint of the job when the clones were made.
     """
 
@@ -70,6 +71,7 @@ class Ticket:
     state: TicketState = TicketState.GRANTED
     members: dict[int, Member] = field(default_factory=dict)
     report: ForkReport | None = None
+    unwanted: bool = False
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _joiner: asyncio.Future[bool] | None = None
 
@@ -81,6 +83,8 @@ class Ticket:
     def start(self, members: list[Member]) -> None:
         """The clones exist from here on."""
         self.require(TicketState.CLONING)
+        if self.unwanted:
+            raise StateError(f"the clones of ticket {self.number} are not wanted any more")
         self.members = {member.rank: member for member in members}
         self.state = TicketState.RUNNING
         self.check()
@@ -101,7 +105,8 @@ class Ticket:
             self._joiner.set_result(True)
 
     def discard(self, ranks: Collection[int] | None = None) -> None:
-        """End clones now; their death is no loss."""
+        """End clones now, and let none begin any more if it is all; their death is no loss."""
+        self.unwanted |= ranks is None
         for member in self.members.values():
             if ranks is None or member.rank in ranks:
                 member.discarded = True
@@ -175,10 +180,10 @@ class Tickets:
 
     def start(self, ticket: Ticket, members: list[Member]) -> None:
         """The ticket's clones exist from here on."""
-        for member in members:
-            self._clones[member.vm] = (ticket, member)
         ticket.before = self._newest
         ticket.start(members)
+        for member in members:
+            self._clones[member.vm] = (ticket, member)
 
     def clone(self, vm: Vm) -> tuple[Ticket, Member] | None:
         """What a VM is a clone of; None for the parent, and for VMs that are gone."""

@@ -15,7 +15,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,10 @@ class Vm:
         self._let_go_on()
         self.closing.close()
         self.cause = self.cause or cause
+        # Not now: what its last frames ask for (the answer of a clone, say) is dealt with by tasks that are about to run.
+        self._loop.call_soon(self._tell_end)
+
+    def _tell_end(self) -> None:
         self.events.on_gone(self, self.cause)
         # The VM, its monitor and its port refer to each other, until the collector comes; its map is as large as half a MiB.
         self.memory = None
@@ -387,11 +391,18 @@ class Vm:
         """Take what comes from the agent port again."""
         self._port.resume_reading()
 
-    async def wait_frozen(self, timeout_s: float) -> Frozen:
-        """Wait for the agent's FROZEN frame (a boot ends with one)."""
+    def wait_frozen(self, timeout_s: float) -> Coroutine[Any, Any, Frozen]:
+        """Wait for the agent's FROZEN frame (a boot ends with one): it may come from this call on, also before the `await`.
+
+        Raises:
+            GuestError: it does not come in time.
+        """
         self._frozen = self._loop.create_future()
+        return self._wait_frozen(self._frozen, timeout_s)
+
+    async def _wait_frozen(self, frozen: asyncio.Future[Frozen], timeout_s: float) -> Frozen:
         try:
-            return await asyncio.wait_for(self._frozen, timeout_s)
+            return await asyncio.wait_for(frozen, timeout_s)
         except TimeoutError:
             self._frozen = None
             message = f"{self.name}: the guest did not come to rest within {timeout_s:.0f} s"
