@@ -7,8 +7,8 @@
 
     results = simulate(1.5)         # under `sfrun`: eight clones of this VM, eight results
 
-Names are imported when they are first used: the host's half of the package does without ZeroMQ and numpy, and the guest's without
-libvirt.
+Names are imported when they are first used: the host's half of the package does not need ZeroMQ or numpy, and the guest's
+half does not need libvirt.
 """
 
 from __future__ import annotations

@@ -1,30 +1,31 @@
 """Every error that sfparallel raises.
 
     SfError
-    ├── UsageError              the call cannot mean anything (bad argument, bad combination)
+    ├── UsageError              invalid arguments, or an invalid combination of them
     │   └── OutsideVMError      a runtime call outside a VM started by sfrun
     ├── StateError              the object is in another state than the call requires
     ├── EnvironmentProblem      the machine lacks something (`sf doctor` says what)
     │   ├── ImageMissing        no such guest image
     │   ├── ImageBuildError     `sf image build` failed
-    │   └── CapacityError       the host cannot hold so many clones (`.fits` says how many)
+    │   └── CapacityError       the clones do not fit in the host's memory (`.fits` clones would)
     ├── VMError                 a virtual machine, or the program that runs it, failed
     │   ├── QmpError            QEMU refused a monitor command
     │   ├── PagingError         the paging layer inside QEMU failed (vmm.paging.PagingRefused: it refused an operation)
     │   ├── GuestError          the guest agent failed or broke the protocol
-    │   └── CloneLost           a clone ended before it answered, or sent what no clone sends (`.rank`, `.cause`)
+    │   └── CloneLost           a clone ended before it answered, or violated the protocol (`.rank`, `.cause`)
+    │       └── PeerLost        a rank that an MPI call waits for (runtime.mpi.errors); also an MPI.Exception
     ├── NetworkError            the clone network could not be set up or used
-    ├── ProtocolError           bytes on a wire that no correct peer sends
+    ├── ProtocolError           a peer violated the wire protocol
     ├── RegionError             a parallel region ended without all of its results
     │   ├── RankError           the function raised in one or more ranks (`.errors`)
     │   ├── RankExit            the function called sys.exit or sf.exit in a rank (`.rank`, `.code`)
     │   ├── RegionTimeout       not all ranks answered in time (`.missing`)
     │   └── CollectConflict     two ranks wrote the same collected file
     ├── ExecutorBroken          the initializer of an Executor failed in a clone (`.rank`); also a BrokenExecutor
-    ├── RemoteError             an exception of a rank that cannot travel, or must not be raised here as it is (`.type_name`,
-    │                           `.traceback_text`); also a RuntimeError
-    ├── ResultNotPicklable      a rank's result cannot travel
-    └── Closed                  you closed it: a call after `shutdown`, `kill` or `exit`; also a RuntimeError
+    ├── RemoteError             replaces an exception of a rank that cannot be pickled, or must not be raised as it is
+    │                           (`.type_name`, `.traceback_text`); also a RuntimeError
+    ├── ResultNotPicklable      a rank's result cannot be pickled
+    └── Closed                  a call on something that you closed, joined or killed; also a RuntimeError
 
 Errors cross clones, so all of them pickle: they keep their constructor's keyword arguments in attributes.
 Every message says what happened and, where there is one, what to do next (`hint`).
@@ -70,7 +71,7 @@ class SfError(Exception):
 
 
 class UsageError(SfError, ValueError):
-    """The call cannot mean anything."""
+    """Invalid arguments."""
 
 
 class OutsideVMError(UsageError):
@@ -94,7 +95,7 @@ class ImageBuildError(EnvironmentProblem):
 
 
 class CapacityError(EnvironmentProblem):
-    """The host cannot hold so many clones.
+    """The clones do not fit in the host's memory.
 
     Attributes:
         fits: the number of clones that would fit now.
@@ -126,7 +127,7 @@ class CloneLost(VMError):
 
     Attributes:
         rank: its rank in the parallel region.
-        cause: what the hypervisor, the agent or the console say about it.
+        cause: why it was lost, as reported by the hypervisor, the agent or the console.
         host: name of the host on which it ran.
         console: the end of its console output, possibly empty.
         results: results of the ranks that answered, by rank (filled in by the region).
@@ -147,7 +148,7 @@ class NetworkError(SfError):
 
 
 class ProtocolError(SfError):
-    """Bytes on a wire that no correct peer sends."""
+    """A peer violated the wire protocol."""
 
 
 class RegionError(SfError):
@@ -179,8 +180,8 @@ class RankExit(RegionError):
     """The function ended its rank by `sys.exit` or `sf.exit` instead of returning a result.
 
     Attributes:
-        rank: the rank that did.
-        code: what it passed (None without an argument).
+        rank: the rank that ended.
+        code: the argument of the call (None without one).
     """
 
     def __init__(self, message: str, *, rank: int, code: object, results: dict[int, Any] | None = None,
@@ -222,7 +223,7 @@ class ExecutorBroken(SfError, BrokenExecutor):
     """The clones of an Executor cannot work: its initializer failed in one of them.
 
     Attributes:
-        rank: that clone.
+        rank: the clone in which it failed.
     """
 
     def __init__(self, message: str, *, rank: int, hint: str | None = None) -> None:
@@ -231,8 +232,8 @@ class ExecutorBroken(SfError, BrokenExecutor):
 
 
 class RemoteError(SfError, RuntimeError):
-    """Stands for an exception of a rank that cannot be pickled, or not be unpickled, so that only its text arrives; or for one
-    that would steer the code that it passes through (StopIteration, say), which is its `__cause__` then.
+    """Replaces an exception of a rank that cannot be pickled or unpickled, so that only its text arrives, or one that would
+    control the flow of the receiving code, such as StopIteration, which is then its `__cause__`.
 
     Attributes:
         type_name: module and name of the original exception's type.
@@ -250,4 +251,4 @@ class ResultNotPicklable(SfError):
 
 
 class Closed(SfError, RuntimeError):
-    """The object was closed by its user: this call comes after `shutdown`, `kill` or `exit`."""
+    """A call on an object that the program has closed, joined, killed or shut down."""

@@ -62,7 +62,7 @@ def check_common(timeout: float | None, on_error: str, seed: int | None) -> None
 
 
 class RegionFuture(Future[T]):
-    """The outcome of a region that runs while the program goes on. `cancel` kills its clones."""
+    """The result of a region that runs while the program continues. `cancel` kills its clones."""
 
     def __init__(self, region: Region) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class RegionFuture(Future[T]):
         return not self.done()
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the outcome; Ctrl-C meanwhile kills the clones."""
+        """Wait for the result; Ctrl-C during the wait kills the clones."""
         try:
             return super().result(timeout)
         except KeyboardInterrupt:
@@ -108,7 +108,7 @@ class RegionFuture(Future[T]):
 class ParallelFunction(Generic[P, T]):
     """A function whose calls run in clones, one call per rank; made by `parallel`.
 
-    Calling it returns the list of results in the order of ranks, or what `merge` makes of it.
+    A call returns the list of results in rank order, or the value of `merge`.
     """
 
     __name__: str
@@ -128,7 +128,7 @@ class ParallelFunction(Generic[P, T]):
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> RegionFuture[T]:
         """Fork now and gather in the background.
 
-        Clones of a future that nobody waits for end with the program.
+        If the program does not wait for the future, its clones end with the program.
 
         Returns:
             a future; `result()` is what the call would return.
@@ -142,7 +142,7 @@ class ParallelFunction(Generic[P, T]):
         return future
 
     def options(self, **changes: Any) -> ParallelFunction[P, Any]:
-        """The same function with other options; those not given stay. See `parallel` for their names."""
+        """The same function with other options; options not given stay the same. See `parallel` for their names."""
         return ParallelFunction(self._function, _replace(self._options, changes))
 
     def __get__(self, instance: object, owner: type | None = None) -> ParallelFunction[Any, T]:
@@ -224,28 +224,28 @@ def parallel(fn: Callable[P, R], /, *, n: int | None = None, timeout: float | No
 
 
 def parallel(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
-    """Make a function run in n clones of this VM at every call, each with its own rank; a decorator, with or without options.
+    """Make each call of a function run in n clones of this VM, each with its own rank; a decorator, with or without options.
 
-    Each clone continues from the very state that the program is in: globals, arguments and open files are there, nothing is
-    pickled on the way in. Results come back in the order of ranks. Clones see changes of nobody else, and nobody sees theirs.
+    Each clone continues from the program's current state, with its globals, arguments and open files; nothing is pickled on the
+    way in. Results are returned in rank order. The changes of a clone are private to it.
 
     Args:
         n: number of clones; default: `sfrun -n`, else the number of CPUs.
         timeout: seconds for the whole call.
         on_error: "raise": the exception of the first rank that fails is raised, with rank and remote traceback in a note and the
-            other ranks' results in `.sf_results`. "return": exceptions stand in the list. "gather": all ranks are waited for,
-            then RankError is raised if any failed.
-        merge: function of the list of results; the call returns what it returns.
-        collect: glob or globs, relative to the current folder, of files that clones write and the parent shall have.
+            other ranks' results in `.sf_results`. "return": the list has exceptions in place of results. "gather": all ranks
+            finish, then RankError is raised if any failed.
+        merge: function of the list of results; the call returns its value.
+        collect: glob or globs, relative to the current folder, of files written by clones to bring back to the parent.
         seed: seed of `sf.rng()`; with it, every rank has the same numbers in every run.
-        progress: True shows answers as they come, on stderr.
+        progress: True reports answers on stderr as they arrive.
 
     Returns:
         a ParallelFunction, with `.options(...)`, `.submit(...)` and `.__wrapped__`.
 
     Raises:
-        UsageError: an option is wrong. The call itself raises CapacityError, CloneLost, RegionTimeout, RankError,
-        CollectConflict, OutsideVMError, and whatever the function raises.
+        UsageError: an option is invalid. The call itself raises CapacityError, CloneLost, RegionTimeout, RankError,
+        CollectConflict, OutsideVMError, and any exception that the function raises.
     """
     checked = _replace(Options(), options)
     if fn is None:
@@ -271,19 +271,19 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: L
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
                  timeout: float | None = None, on_error: ErrorMode = "raise", seed: int | None = None,
                  progress: bool | None = None) -> list[R] | list[R | Exception]:
-    """`list(map(fn, *iterables))` in clones. Items are in every clone's memory by the fork itself; what clones get, on demand,
-    are item numbers.
+    """`list(map(fn, *iterables))` in clones. The fork puts all items into every clone's memory; only item numbers are sent, on
+    demand.
 
     Args:
-        fn: called once per item, in some clone.
+        fn: called once per item, in one of the clones.
         iterables: as for `map`; they are read to the end of the shortest one before the fork.
-        n: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit. Never more than items.
-        chunksize: items that a clone takes at a time; default: large shares first, single items near the end.
+        n: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit; at most one per item.
+        chunksize: items that a clone takes at a time; default: large chunks first, single items near the end.
         timeout: seconds for the whole call.
-        on_error: as for `parallel`, with items in place of ranks. When a clone is lost, "raise" raises CloneLost; otherwise
-            the item that it was working on fails with CloneLost, and its other items go to other clones.
-        seed: seed of `sf.rng()`; streams belong to items, so the result does not depend on n.
-        progress: True shows finished items, on stderr.
+        on_error: as for `parallel`, for items instead of ranks. When a clone is lost, "raise" raises CloneLost; otherwise
+            the item that it was working on fails with CloneLost, and its other items are given to other clones.
+        seed: seed of `sf.rng()`; each item has its own stream, so the result does not depend on n.
+        progress: True reports finished items on stderr.
 
     Returns:
         results in the order of items.

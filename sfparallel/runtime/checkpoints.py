@@ -37,10 +37,10 @@ class Checkpointing(Protocol):
 
 
 class Checkpoint:
-    """One immutable state of this VM, from which clones can be made at any later time; `close` it to give its memory back.
+    """One immutable state of this VM, from which clones can be created at any later time; `close` it to free its memory.
 
     Attributes:
-        rank: 0 in the VM that made the checkpoint; 1..m in a clone that was made from it.
+        rank: 0 in the VM that created the checkpoint; 1..m in a clone of it.
     """
 
     def __init__(self, number: int, rank: int) -> None:
@@ -68,7 +68,7 @@ class Checkpoint:
         return self._number
 
     def close(self) -> None:
-        """Give up the checkpoint; clones that were made from it go on. Does nothing in a clone."""
+        """Free the checkpoint; existing clones of it continue. Does nothing in a clone."""
         if self._closed or self.rank or self._generation != HERE.generation:
             return
         line = HERE.take_hypervisor()
@@ -90,17 +90,17 @@ def require_checkpoints(line: object) -> Checkpointing:
 
 
 def checkpoint_parent() -> Checkpoint:
-    """Keep this VM's present state: memory, processes, open files. This VM goes on.
+    """Save this VM's current state: memory, processes, open files. This VM continues.
 
-    The call returns once more in every clone that `create_clones` makes from the checkpoint later: a clone begins here, and
-    tells what it is by `rank`.
+    The call returns again in every clone that `create_clones` later creates from the checkpoint: a clone starts here, and `rank`
+    tells it apart.
 
     Returns:
         the checkpoint; its `rank` is 0 in this VM, and 1..m in the clones.
 
     Raises:
         OutsideVMError: this is not a VM of sfparallel.
-        VMError: the state could not be kept; the VM goes on.
+        VMError: the state could not be saved; the VM continues.
     """
     with HERE.interrupts_deferred():
         moment, line, renewal = keep_state()
@@ -139,7 +139,7 @@ def keep_state(within_s: float | None = None) -> tuple[Moment, Hypervisor, Renew
 
 
 def create_clones(checkpoint: Checkpoint, ticket: Ticket) -> None:
-    """Make `ticket.granted` clones of an earlier state of this VM: in them, `checkpoint_parent` returns, with ranks 1..m.
+    """Create `ticket.granted` clones of an earlier state of this VM: in them, `checkpoint_parent` returns, with ranks 1..m.
 
     May be called any number of times for one checkpoint, each time with a new ticket. This VM is not stopped for it.
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def comm() -> Intracomm:
-    """The communicator of the region that this rank belongs to; outside a region, in the parent: rank 0 of 1.
+    """The communicator of the region that this rank belongs to; in the parent, outside a region, it is rank 0 of 1.
 
     Returns:
         `sfparallel.MPI.COMM_WORLD`.
 
     Raises:
         OutsideVMError: this is not a VM of sfparallel.
-        StateError: this is a clone made with `sf.clone`, which belongs to no region.
+        StateError: this is a clone created with `sf.clone`, which belongs to no region.
     """
     if HERE.membership is None:
         if HERE.rank:

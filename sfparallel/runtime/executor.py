@@ -33,8 +33,8 @@ class TaskFuture(Future[T]):
     """The outcome of one task.
 
     Attributes:
-        rank: the clone that has it, or had it last; None before it was begun.
-        attempts: how often it was begun.
+        rank: the number of the clone that has the task or had it last; None before it was started.
+        attempts: how often it was started.
     """
 
     rank: int | None = None
@@ -94,18 +94,18 @@ class _Known:
 class Executor(concurrent.futures.Executor):
     """A `concurrent.futures.Executor` whose workers are clones of this VM.
 
-    The clones are made by the first `submit`, all at once, and work with the memory that the program has at that moment; so do
-    those that replace lost ones later. `refresh` makes new ones, with the memory of that moment. Tasks are sent to clones as
-    pickles (protocol 5, large buffers beside them): functions of modules and of the main module by name, others by value.
+    The first `submit` creates all clones, with the memory that the program has at that time; clones that replace lost ones later
+    have the same memory. `refresh` creates new ones with the program's current memory. Tasks are pickled and sent to clones
+    (protocol 5, with large buffers beside the pickle): functions of modules and of the main module by name, others by value.
 
     Args:
         max_workers: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit.
         initializer: called in each clone before its first task. It is not pickled, nor are its arguments.
         initargs: its arguments.
-        retries: how often a task is begun anew whose clone is lost; then its future fails with CloneLost.
-        idle_timeout: seconds without a task after which the clones are let go. The next task has them made anew, with the same
-            memory. Default: they stay.
-        seed: seed of `sf.rng()`, whose streams belong to tasks, in the order in which they were submitted.
+        retries: retries after a lost clone. When they are used up, the task's future fails with CloneLost.
+        idle_timeout: seconds without a task after which the clones are discarded. The next task creates new ones with the same
+            memory. Default: they are kept.
+        seed: seed of `sf.rng()`; each task has its own stream, in the order of submission.
     """
 
     _crews: ClassVar[weakref.WeakSet[Crew]] = weakref.WeakSet()
@@ -142,7 +142,7 @@ class Executor(concurrent.futures.Executor):
     # -- what concurrent.futures has -------------------------------------------------------------------------------
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
-        """Have `fn(*args, **kwargs)` computed in a clone.
+        """Compute `fn(*args, **kwargs)` in a clone.
 
         Returns:
             its future, with `.rank` and `.attempts`.
@@ -150,7 +150,7 @@ class Executor(concurrent.futures.Executor):
         Raises:
             Closed: after `shutdown`.
             ExecutorBroken: the initializer failed in a clone.
-            CapacityError: the host cannot hold so many clones (only a call that makes clones).
+            CapacityError: the clones do not fit in the host's memory (only from a call that creates clones).
         """
         return self._submit(fn, args, kwargs, fn)
 
@@ -161,13 +161,13 @@ class Executor(concurrent.futures.Executor):
         Args:
             fn: called once per item.
             iterables: as for `map`. Without `buffersize` they are read to the end now, else as results are taken.
-            timeout: seconds from now until a result must be there.
+            timeout: seconds from now within which results must arrive.
             chunksize: items that are one task.
-            buffersize: at most so many tasks have been submitted whose results have not been taken.
-            ordered: results come in the order of items; False: as they are computed.
+            buffersize: maximum number of submitted tasks whose results have not been taken.
+            ordered: results in the order of items; False: in the order in which they are computed.
 
         Raises:
-            TimeoutError: when a result is taken that is not there in time.
+            TimeoutError: when a result is taken that has not arrived in time.
         """
         check_count("chunksize", chunksize)
         if buffersize is not None:
@@ -183,11 +183,11 @@ class Executor(concurrent.futures.Executor):
         return _results(futures, chunks, refill, deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks, and let the clones go when all are done.
+        """Accept no more tasks, and discard the clones when all tasks are done.
 
         Args:
             wait: whether to return only then.
-            cancel_futures: cancel tasks that have not begun.
+            cancel_futures: cancel tasks that have not started.
         """
         with self._lock:
             self._shutdown = True
@@ -206,7 +206,7 @@ class Executor(concurrent.futures.Executor):
     # -- what it has beyond that -----------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Make new clones, with the memory that the program has now. Waits until all tasks are done that were submitted before.
+        """Create new clones with the memory that the program has now. Waits for all tasks that were submitted before.
 
         Raises:
             StateError: called by a future's callback, for which the clones would have to wait.
@@ -227,7 +227,7 @@ class Executor(concurrent.futures.Executor):
                 self._enlist()
 
     def kill(self) -> None:
-        """Take no more tasks, and discard the clones now, whatever they are doing: futures that are not done fail with Closed."""
+        """Accept no more tasks, and discard the clones at once: futures that are not done fail with Closed."""
         with self._lock:
             self._shutdown = True
             crews = self._our_crews()
@@ -382,7 +382,7 @@ def _run_chunk(fn: Callable[..., T], items: list[tuple[Any, ...]]) -> list[T]:
 
 
 def register_joblib() -> None:
-    """Make the joblib backend "sf" known: under `joblib.parallel_config("sf")`, `joblib.Parallel` runs in clones.
+    """Register the joblib backend "sf": with `joblib.parallel_config("sf")`, `joblib.Parallel` runs in clones.
 
     Raises:
         UsageError: joblib is not installed here.

@@ -298,10 +298,10 @@ def in_clone() -> bool:
 
 
 def on_clone(hook: CloneHook) -> CloneHook:
-    """Register a function to be called first thing in every clone, after its identity is new; usable as a decorator.
+    """Register a function to be called at the start of every clone, after it has its new identity; usable as a decorator.
 
     Args:
-        hook: called with the clone's rank, in order of registration. What it raises is an error of that rank.
+        hook: called with the clone's rank, in order of registration. An exception in it is an error of that rank.
 
     Returns:
         `hook` itself.

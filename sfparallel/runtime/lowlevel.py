@@ -32,8 +32,8 @@ class Ticket:
     """Permission for `granted` clones, for one fork.
 
     Attributes:
-        granted: how many clones; at most as many as were asked for.
-        state: where the ticket is in its life.
+        granted: number of clones that it permits, at most the number requested.
+        state: granted, cloned or closed.
     """
 
     def __init__(self, hypervisor: Hypervisor, number: int, granted: int) -> None:
@@ -88,7 +88,7 @@ def check_count(name: str, value: object) -> int:
 
 
 def request_ticket(n: int) -> Ticket:
-    """Ask for permission to make up to n clones.
+    """Request permission to create up to n clones.
 
     Returns:
         a ticket for `ticket.granted` <= n clones.
@@ -172,10 +172,10 @@ class AtFork:
 
 
 def clone(ticket: Ticket) -> int:
-    """Fork this VM: the call returns in the parent and in `ticket.granted` clones of it, each inside a VM of its own.
+    """Fork this VM: the call returns in the parent and in `ticket.granted` clones of it, each in its own VM.
 
     Args:
-        ticket: from `request_ticket`; good for one fork.
+        ticket: from `request_ticket`; valid for one fork.
 
     Returns:
         0 in the parent, 1..m in the clones.
@@ -208,10 +208,10 @@ def assume_identity(renewal: Renewal | None, entropy: bytes, rank: int, *, reads
 
 
 def exit(status: int = 0) -> NoReturn:
-    """End this clone; never returns. Within a parallel region this is an error of the rank, as `sys.exit` is.
+    """End this clone; never returns. In a parallel region this is an error of the rank, like `sys.exit`.
 
     Args:
-        status: 0..255, what `sf.join` reports for this rank.
+        status: 0..255, which `sf.join` reports for this rank.
 
     Raises:
         StateError: this is the parent.
@@ -252,7 +252,7 @@ def join(ticket: Ticket) -> dict[int, int | None]:
 
 
 def kill(ticket: Ticket) -> None:
-    """End all clones of the ticket now; also gives back a ticket that was not used."""
+    """End all clones of the ticket at once; also releases a ticket that was not used."""
     ticket.require(TicketState.GRANTED, TicketState.CLONED)
     ticket.hypervisor.kill(ticket.number, None)
     ticket.close()

@@ -56,8 +56,8 @@ def region_streams(seed: int | None, job_seed: int | None) -> Streams:
 
 
 def rng() -> np.random.Generator:
-    """The random generator of this rank, or of the current item in a map: its numbers depend on the seed and on the rank (or item
-    index) only, so that a map gives the same results for every n. Outside a region: the VM's own.
+    """The random generator of this rank or, in a map, of the current item. Its numbers depend only on the seed and on the rank
+    (or item index), so a map gives the same results for every n. Outside a region, it is the VM's own generator.
 
     Raises:
         OutsideVMError: this is not a VM of sfparallel.

@@ -94,7 +94,7 @@ class _Item:
 class ResultStream(Iterator[R], Generic[R]):
     """The results of `parallel_imap`, one after the other; an iterator and a context manager.
 
-    `close` ends it early: the clones are discarded.
+    `close` ends it early and discards the clones.
     """
 
     def __init__(self, crew: Crew, items: Iterator[list[Buffer] | Exception], *, ordered: bool, buffersize: int,
@@ -127,7 +127,7 @@ class ResultStream(Iterator[R], Generic[R]):
             raise
 
     def close(self) -> None:
-        """Discard the clones, whatever they are doing, and wait until they are gone."""
+        """Discard the clones, even while they work, and wait until they are gone."""
         if self._closed:
             return
         self._closed = True
@@ -226,26 +226,26 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: 
 def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
                   ordered: bool = True, buffersize: int | None = None, timeout: float | None = None,
                   on_error: ErrorMode = "raise", seed: int | None = None, progress: bool | None = None) -> ResultStream[Any]:
-    """`map(fn, *iterables)` in clones, lazily: items are read while results are taken, so that they may be endless.
+    """A lazy `map(fn, *iterables)` in clones: items are read while results are taken, so iterables may be endless.
 
-    The clones are made by this call and have its memory; only the items are sent to them (pickle protocol 5, large buffers
-    beside it). A clone gets its next item as soon as it has answered.
+    This call creates the clones, with the program's memory; only the items are sent to them (pickle protocol 5, with large
+    buffers beside it). A clone gets its next item as soon as it has answered.
 
     Args:
-        fn: called once per item, in some clone.
+        fn: called once per item, in one of the clones.
         iterables: as for `map`. They are read in the thread that takes the results.
-        n: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit. Never more than items.
-        chunksize: items that a clone is sent at a time; default: as many as take a few milliseconds. Those that wait behind one
-            that takes long are given to others.
-        ordered: results come in the order of items; False: as they are computed.
-        buffersize: at most so many items have been read whose results have not been taken; default: 8 for each clone, times
-            `chunksize`.
+        n: number of clones; default: `sfrun -n`, else the number of CPUs, or as many as fit; at most one per item.
+        chunksize: items that are sent to a clone at a time; default: as many as take a few milliseconds. Items queued behind a
+            slow one are given to other clones.
+        ordered: results in the order of items; False: in the order in which they are computed.
+        buffersize: maximum number of items that have been read but whose results have not been taken; default: 8 for each
+            clone, times `chunksize`.
         timeout: seconds for the whole map.
-        on_error: "raise": the exception of an item is raised in its turn, and the clones are discarded. "return": it comes in
-            place of the result. "gather": it is kept, and RankError is raised at the end. When a clone is lost, the item that it
-            was working on fails with CloneLost, and its other items go to other clones.
-        seed: seed of `sf.rng()`; streams belong to items, so the result does not depend on n.
-        progress: True shows finished items, on stderr.
+        on_error: "raise": the exception of an item is raised at its place, and the clones are discarded. "return": it is
+            returned in place of the result. "gather": it is kept, and RankError is raised at the end. When a clone is lost, the
+            item that it was working on fails with CloneLost, and its other items are given to other clones.
+        seed: seed of `sf.rng()`; each item has its own stream, so the result does not depend on n.
+        progress: True reports finished items on stderr.
 
     Returns:
         an iterator over the results. Its `close`, or the end of a `with` block, discards the clones early.
