@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def _git(*arguments: str) -> str:
 
 
 def revision() -> dict[str, str]:
-    """The commit, and the tree of what is measured: figures of equal trees belong together.
+    """The day, the commit, and the tree of what is measured: figures of equal trees belong together.
 
     A "+" behind either says that files differed from it.
     """
     changed = "+" if _git("status", "--porcelain", "--untracked-files=no", "--", "sfparallel") else ""
     return {
+        "day": datetime.now(UTC).strftime("%Y-%m-%d"),
         "revision": (_git("rev-parse", "--short=12", "HEAD") or "unknown") + changed,
         "measured": (_git("rev-parse", "--short=12", "HEAD:sfparallel") or "unknown") + changed,
     }

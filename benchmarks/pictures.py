@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -27,6 +29,23 @@ def save(figure: Figure, folder: Path, name: str, description: str) -> list[Path
     figure.savefig(png, metadata={"Software": None})
     _describe(svg, figure, description)
     return [svg, png]
+
+
+def source(figure: Figure, machine: Mapping[str, Any], runs: Iterable[Mapping[str, str]], marks: str) -> None:
+    """Below a picture: the machine, and what was measured when.
+
+    Args:
+        machine: of `host.describe`.
+        runs: of `host.revision`, for each part of the data.
+        marks: what the marks are.
+    """
+    runs = list(runs)
+    revisions, days = (", ".join(sorted({run[key] for run in runs})) for key in ("revision", "day"))
+    figure.supxlabel(
+        f"{machine['cores']} cores, {machine['memory_gib']:.0f} GiB, QEMU {machine['qemu'].split(' ')[0]} with "
+        f"{machine['accelerator'].upper()}, Linux {machine['kernel']}; sfparallel {revisions}; {days}\n{marks}",
+        fontsize=7.5, color="#555555",
+    )  # fmt: skip
 
 
 def _describe(svg: Path, figure: Figure, description: str) -> None:

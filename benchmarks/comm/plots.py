@@ -1,4 +1,4 @@
-"""The pictures, drawn from the data file and nothing else. Medians; the lower end of each bar is the fastest repetition."""
+"""The pictures, drawn from the data file and nothing else: medians."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def messages(data: dict[str, Any]) -> Figure:
         row[0].set(title=f"{title}: one way", xlabel="bytes", ylabel="ms", xscale="log", ylim=(0, None))
         row[1].set(title=f"{title}: bandwidth", xlabel="bytes", ylabel="MB/s", xscale="log", ylim=(0, None))
     panels[0][0].legend()
+    pictures.source(figure, data["machine"], data["results"], "medians")
     return figure
 
 
@@ -59,6 +60,7 @@ def collectives(data: dict[str, Any]) -> Figure:
         axes.set_xticks(clones, [str(each) for each in clones])
         axes.minorticks_off()
     figure.axes[0].legend()
+    pictures.source(figure, data["machine"], data["results"], "medians, until the last rank is done")
     return figure
 
 

@@ -20,7 +20,8 @@ def text(data: dict[str, Any]) -> str:
     """All tables, as Markdown. Medians, in microseconds."""
     library = next(result["library"] for result in data["results"] if result["library"]).splitlines()[0].strip()
     rows = [pair for result in data["results"] for pair in pairs(result)]
-    lines = [f"{documents.machine(data['machine'])}. The other library: mpi4py on {library}.", ""]
+    days, revisions = (", ".join(sorted({result[key] for result in data["results"]})) for key in ("day", "revision"))
+    lines = [f"{documents.machine(data['machine'])}; {days}, revision `{revisions}`. The other library: mpi4py on {library}.", ""]
     lines += ["![Time and bandwidth of messages between two clones, by their size](performance/messages.svg)", "",
               "![Collective calls, by the number of clones](performance/collectives.svg)", "",
               "Between two clones, one way, in microseconds:", ""]  # fmt: skip

@@ -70,14 +70,8 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axe
 
 def _source(figure: Figure, results: Results, *parts: str, marks: str = "marks: median; bars: lowest and highest sample") -> None:
     """Below a picture: the machine, and what was measured when."""
-    machine = results.machine
     runs = [run for part in parts if part in results.parts for run in results.parts[part]["runs"]]
-    revisions = sorted({run["revision"] for run in runs})
-    days = sorted({run["begun"][:10] for run in runs})
-    text = (f"{machine['cores']} cores, {machine['memory_gib']:.0f} GiB, QEMU {machine['qemu'].split(' ')[0]} with "
-            f"{machine['accelerator'].upper()}, Linux {machine['kernel']}; sfparallel {', '.join(revisions)}; {', '.join(days)}\n"
-            f"{marks}")  # fmt: skip
-    figure.supxlabel(text, fontsize=7.5, color="#555555")
+    pictures.source(figure, results.machine, [{**run, "day": run["begun"][:10]} for run in runs], marks)
 
 
 def time_to_n(results: Results) -> Figure:
@@ -96,7 +90,6 @@ def time_to_n(results: Results) -> Figure:
     axes.set_yscale("log")
     for data, label, color, marker, style in ways:
         _line(axes, data, label, color, marker, style)
-    axes.axhline(SNOWFLOCK_MS, color=BLACK, linewidth=1, linestyle=":")
     axes.plot([SNOWFLOCK_CLONES], [SNOWFLOCK_MS], color=BLACK, marker="*", markersize=11, linestyle="none",
               label="SnowFlock, as published: 32 clones in 800 ms\n(Xen on a cluster of machines, TOCS 2011)")  # fmt: skip
     counts = sorted({x for data, *_ in ways for x, _ in data} | {SNOWFLOCK_CLONES})
@@ -105,7 +98,7 @@ def time_to_n(results: Results) -> Figure:
     _log_ticks(axes.yaxis, [value for value in _decades(low, high) if f"{value:e}"[0] == "1"])
     axes.set_xlabel("n: clones, VMs or processes")
     axes.set_ylabel("time (ms, logarithmic)")
-    axes.set_title("Time until n workers are there")
+    axes.set_title("Time to start n workers")
     handles, labels = axes.get_legend_handles_labels()
     published = next(i for i, label in enumerate(labels) if label.startswith("SnowFlock"))
     order = [*(i for i in range(len(labels)) if i != published), published]
@@ -115,17 +108,17 @@ def time_to_n(results: Results) -> Figure:
 
 
 def _stack(axes: Axes, results: Results, phases: Sequence[tuple[str, str, str]], unit_ms: float) -> None:
-    """One bar for each n: medians of the phases on top of each other; the whiskers are those of the whole."""
+    """One bar for each n: each phase from the median of the milestone before it to that of its own, so that the top is the median
+    of the whole; the whiskers are those of the whole."""
     points = sorted(results.points("clones"), key=lambda pair: float(pair[0]["n"]))
     for place, (_, samples) in enumerate(points):
         bottom = 0.0
         for i in range(len(phases)):
             name, label, color = phases[i]
-            before = "shells" if i == 0 else phases[i - 1][0]
-            spans = [sample["milestones_ms"][name] - (sample["milestones_ms"][before] if i else 0.0) for sample in samples]
-            height = Spread.of(spans).median / unit_ms
-            axes.bar(place, height, 0.7, bottom, color=color, edgecolor="white", linewidth=0.4, label=None if place else label)
-            bottom += height
+            top = Spread.of([sample["milestones_ms"][name] for sample in samples]).median / unit_ms
+            axes.bar(place, top - bottom, 0.7, bottom, color=color, edgecolor="white", linewidth=0.4,
+                     label=None if place else label)  # fmt: skip
+            bottom = top
         whole = Spread.of([sample["milestones_ms"][phases[-1][0]] / unit_ms for sample in samples])
         axes.vlines(place, whole.low, whole.high, color=BLACK, linewidth=1)
         axes.text(place, max(whole.high, bottom), f" {whole.median:.3g}\n", ha="center", va="bottom", fontsize=8, linespacing=0.4)
@@ -219,7 +212,7 @@ def private(results: Results) -> Figure:
     axes.set_xscale("symlog", linthresh=1, linscale=0.5)  # linear up to 1, since there is a 0
     _log_ticks(axes.xaxis, sorted({x for x, _ in (*written, *read)}))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("memory of the parent that each clone touches (MiB)")
+    axes.set_xlabel("memory of the parent that each clone touches (MiB; logarithmic above 1)")
     axes.set_ylabel("anonymous memory of its QEMU (MiB)")
     axes.set_title("Private memory of a clone")
     axes.legend(loc="upper left")

@@ -31,9 +31,9 @@ def bars(data: dict[str, Any]) -> Figure:
         axis.margins(x=0.25)
         axis.locator_params(axis="x", nbins=4)
     axes[0].invert_yaxis()  # which all share: the first on top, as in the table
-    specification, where = data["specification"], data["machine"]
-    figure.suptitle(f"{specification['workers']} workers, {specification['items']} tasks; "
-                    f"{where['processor']}, {where['cores']} cores, {where['accelerator'].upper()}", fontsize=9)
+    specification = data["specification"]
+    figure.suptitle(f"{specification['workers']} workers, {specification['items']} tasks", fontsize=9)
+    pictures.source(figure, data["machine"], [data], "bars: median")
     return figure
 
 

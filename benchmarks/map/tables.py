@@ -16,8 +16,9 @@ def text(data: dict[str, Any]) -> str:
     found = {(row["pool"], row["task"], row["chunksize"]): documents.whole(statistics.median(row["us_per_task"])) for row in rows}
     lines = [[pool, *(found.get((pool, *case), "-") for case in cases)] for pool in pools]
     return "\n".join([
-        f"{documents.machine(data['machine'])}; revision `{data['revision']}`. {specification['workers']} workers, "
-        f"{specification['items']} tasks, median of {specification['repeat']} maps, in microseconds per task.", "",
+        f"{documents.machine(data['machine'])}; {data['day']}, revision `{data['revision']}`. "
+        f"{specification['workers']} workers, {specification['items']} tasks, "
+        f"median of {specification['repeat']} maps, in microseconds per task.", "",
         "![Microseconds per task, for each pool, kind of task and chunksize](performance/map.svg)", "",
         *documents.table(["pool", *(f"{task}, chunksize {chunksize}" for task, chunksize in cases)], lines),
     ])  # fmt: skip

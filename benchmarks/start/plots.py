@@ -24,9 +24,8 @@ def starts(data: dict[str, Any]) -> Figure:
             axis.plot([place] * len(values), values, "o", color=COLOURS[cold], alpha=0.6)
         axis.set_xticks(range(len(kinds)), [f"core {core}\n{'cold' if cold else 'warm'}" for core, cold in kinds])
         axis.set(title=title, ylabel="s", xlim=(-0.5, len(kinds) - 0.5), ylim=(0, None))
-    where = data["machine"]
-    figure.suptitle(f"{len(rows)} starts of sfrun -c pass; {where['processor']}, {where['cores']} cores, "
-                    f"{where['accelerator'].upper()}", fontsize=9)
+    figure.suptitle(f"{len(rows)} starts of sfrun -c pass", fontsize=9)
+    pictures.source(figure, data["machine"], [data], "each start is one mark")
     return figure
 
 

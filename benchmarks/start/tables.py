@@ -21,7 +21,8 @@ def text(data: dict[str, Any]) -> str:
     used = [row["cpu_s"] for row in rows]
     loads = [row["load"] for row in rows]
     return "\n".join([
-        f"{documents.machine(data['machine'])}; revision `{data['revision']}`. {len(rows)} starts, in seconds; the load "
+        f"{documents.machine(data['machine'])}; {data['day']}, revision `{data['revision']}`. "
+        f"{len(rows)} starts, in seconds; the load "
         f"average was {min(loads):.1f} to {max(loads):.1f}. The longest took {max(walls) / min(walls):.2f} times as long as the "
         f"shortest, and {max(used) / min(used):.2f} times as much of a processor's time.", "",
         "![Seconds of each start, by core and cache](performance/start.svg)", "",
