@@ -31,7 +31,13 @@ REST = [
     "test_subclass", "test_ulfm",
 ]
 
+UTILITIES = ["test_util_dtlib", "test_util_pkl5"]
+"""Of `mpi4py.util`. Left out: test_util_pool, which takes minutes, and passes; test_util_sync, which counts by windows."""
+
 LEFT_OUT = {
+    "TestUtilDTLib.testMissingNumPy": "numpy is always there",
+    "TestUtilDTLib.testStruct": "thousands of combinations, which take minutes, and pass",
+    "test_util_pkl5.*.testIrecv": "irecv works for objects of any size, where mpi4py's pkl5 refuses it",
     "TestOp.testCreateMany": "a limit of 32 operations, which only a C library needs",
     "*.TestErrhandler*.testCreate": "a limit of 32 error handlers, which only a C library needs",
     "TestMessageRMA": "windows are not offered",
@@ -107,6 +113,77 @@ def test_what_has_to_pass(suite: Path, ranks: int) -> None:
 
 def test_the_rest(suite: Path) -> None:
     run(suite, 3, REST, "--local")
+
+
+def test_utilities(suite: Path) -> None:
+    run(suite, 1, UTILITIES, "--local")
+
+
+def test_ranks_in_turn(tmp_path: Path) -> None:
+    (tmp_path / "turns.py").write_text(
+        "from mpi4py import MPI\n"
+        "from mpi4py.util.sync import Mutex, Sequential\n"
+        "comm, path = MPI.COMM_WORLD, 'turns.txt'\n"
+        "for turn in range(3):\n"
+        "    with Sequential(comm):\n"
+        "        with open(path, 'a') as file:\n"
+        "            file.write(f'{comm.rank}')\n"
+        "    comm.barrier()\n"
+        "try:\n"
+        "    Mutex(comm=comm)\n"
+        "except NotImplementedError as error:\n"
+        "    assert 'one rank grant turns' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('a mutex without windows')\n"
+    )
+    ended = subprocess.run([str(BIN / "sfrun"), "--local", "-n", "3", "--mpi4py", "turns.py"], cwd=tmp_path, capture_output=True,
+                           text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "turns.txt").read_text() == "012" * 3
+
+
+POOL = """
+from mpi4py.util.pool import Pool, ThreadPool
+
+def square(x):
+    return x * x
+
+def divide(x, y):
+    return x / y
+
+told = []
+for kind in (Pool, ThreadPool):
+    with kind(2) as pool:
+        assert pool.apply(divide, (6, 3)) == pool.apply(divide, kwds={"x": 4, "y": 2}) == 2
+        assert pool.map(square, range(7)) == [x * x for x in range(7)] == list(pool.imap(square, range(7), 2))
+        assert sorted(pool.imap_unordered(square, range(7))) == [x * x for x in range(7)]
+        assert pool.starmap(divide, [(6, 3), (9, 3)]) == list(pool.istarmap(divide, iter([(6, 3), (9, 3)]))) == [2, 3]
+        good = pool.map_async(square, [1, 2, 3], chunksize=2, callback=told.append)
+        bad = pool.starmap_async(divide, [(1, 1), (1, 0)], error_callback=told.append)
+        assert good.get(60) == [1, 4, 9] and good.successful()
+        bad.wait(60)
+        assert bad.ready() and not bad.successful()
+        try:
+            bad.get()
+        except ZeroDivisionError:
+            pass
+        assert pool.map_async(square, []).get(60) == []
+    pool.join()
+    try:
+        pool.apply_async(square, (1,))
+    except RuntimeError:
+        print("closed")
+print(*sorted(map(repr, told)))
+"""
+
+
+def test_a_pool(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    ended = subprocess.run([str(BIN / "sfrun"), "--local", "-n", "1", "--mpi4py", "pool.py"], cwd=tmp_path, capture_output=True,
+                           text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    told = "ZeroDivisionError('division by zero') ZeroDivisionError('division by zero') [1, 4, 9] [1, 4, 9]"
+    assert ended.stdout.replace("[0] ", "").split("\n") == ["closed", "closed", told, ""]
 
 
 def demo(suite: Path, words: str, ranks: int) -> subprocess.CompletedProcess[str]:

@@ -498,9 +498,9 @@ def create(datatype: Datatype, combiner: str, params: dict[str, Any], free: bool
 
 
 def alignment(datatype: Datatype) -> int | None:
-    """Alignment of an elementary type in memory, None for others (mpi4py's `_typealign`)."""
+    """Alignment of a predefined type in memory, None for others (mpi4py's `_typealign`)."""
     core = datatype._core
-    if core is None or not make.type_code(core)[0]:
+    if core is None or not (make.type_code(core)[0] or core.kind == "pair"):
         return None
     return int(core.align) or None
 
