@@ -33,6 +33,7 @@ GOOD: dict[Kind, dict[str, Any]] = {
     Kind.DONE: {},
     Kind.UNFIT: {"error": ERROR, "pickle": b"x"},
     Kind.FAILED: {"error": ERROR, "pickle": b"x"},
+    Kind.PARTS: {"count": 1, "nbytes": 5},
     Kind.BACK: {"keys": [1, 2]},
 }  # fmt: skip
 

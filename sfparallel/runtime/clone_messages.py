@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 
 from sfparallel import wire
 from sfparallel.errors import ProtocolError
+from sfparallel.runtime.parts import MAX_FRAMES
 from sfparallel.text import shown
 
 MAX_HEADER_BYTES = 16 << 20
 """A header holds a small pickle, the text of an error, or the names of collected files."""
-
-MAX_FRAMES = 1 << 17
-"""Large buffers and collected files of one message. Frames may be of any size: so may results."""
 
 MAX_KEYS = 1 << 16
 _PATH_BYTES = 4096
@@ -32,7 +30,7 @@ _WHOLE_BITS = 63
 
 
 class Kind(enum.StrEnum):
-    """Kinds of messages; up to BACK from clone to parent, the others from parent to clone."""
+    """Kinds of messages; up to PARTS from clone to parent, the others from parent to clone."""
 
     RESULT = "result"
     ERROR = "error"
@@ -43,6 +41,7 @@ class Kind(enum.StrEnum):
     FAILED = "failed"
     READY = "ready"
     BACK = "back"
+    PARTS = "parts"
     KEYS = "keys"
     LOST = "lost"
     LEFT = "left"
@@ -51,7 +50,7 @@ class Kind(enum.StrEnum):
 
 FROM_CLONES = {kind.value: kind for kind in
                (Kind.RESULT, Kind.ERROR, Kind.COMM, Kind.WHO_LEFT, Kind.DONE, Kind.UNFIT, Kind.FAILED, Kind.READY,
-                Kind.BACK)}
+                Kind.BACK, Kind.PARTS)}
 
 
 class FileNote(NamedTuple):
@@ -71,6 +70,7 @@ class Message(NamedTuple):
         error: type, message and traceback of ERROR, UNFIT or FAILED, as text.
         keys: what BACK gives back.
         ran_ns: how long the key took, 0 if nobody measured.
+        parts, nbytes: how many, and how long, are the parts that PARTS announces: of a message that comes in pieces behind it.
     """
 
     kind: Kind
@@ -82,6 +82,8 @@ class Message(NamedTuple):
     error: dict[str, str] = {}  # noqa: RUF012 (nobody writes to it)
     keys: Sequence[int] = ()
     ran_ns: int = 0
+    parts: int = 0
+    nbytes: int = 0
 
 
 class BadMessage(NamedTuple):
@@ -156,6 +158,8 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
         raise ProtocolError(f"a message {kind.value!r} with {len(beside)} frames behind it")
     if kind is Kind.BACK:
         return Message(kind, rank, keys=_keys(header))
+    if kind is Kind.PARTS:
+        return Message(kind, rank, parts=_whole(header, "count", highest=MAX_FRAMES + 1), nbytes=_whole(header, "nbytes"))
     return Message(kind, rank)
 
 

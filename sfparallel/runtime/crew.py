@@ -314,7 +314,7 @@ class Crew:
                 return
             self._deal()
             self._complete()
-            wait_s = self._wait_s()
+            wait_s = self._link.patience(self._wait_s())
             self._hungry = len(self._roster) < self._work.ranks or bool(self._schedule.idle())
             # Dealing may have found that the last tasks were cancelled: then nothing will come that ends the poll.
             done = self._closing and not self._tasks

@@ -8,8 +8,9 @@ alone (closing it would wake two more threads on the way to the user's function)
 The answer of a rank that is small goes another way, if the supervisor takes it: with the clone's exit, over the line by which it
 was made (`pack_answer`). A TCP connection and its handshake are most of what a clone does for a trivial function otherwise.
 
-A message is [header (msgpack map), payload frames...], and read by `clone_messages`. Who sent it is not believed but checked:
-ZeroMQ tells the address of the peer, and the clone network lets nobody send from another's.
+A message is [header (msgpack map), payload frames...], and read by `clone_messages`; from a clone, if it is large, it comes in
+pieces (`parts`). Who sent it is not believed but checked: ZeroMQ tells the address of the peer, and the clone network lets nobody
+send from another's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from typing import Any, NamedTuple
 import zmq
 
 from sfparallel import wire
+from sfparallel.errors import ProtocolError
 from sfparallel.runtime.clone_messages import BadMessage, Kind, Message, claims, decode
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.inflow import LOOK_S, Inflow
+from sfparallel.runtime.parts import PIECE_BYTES, Incoming, pieces
 from sfparallel.runtime.payload import IN_BAND_BYTES, Buffer
 from sfparallel.runtime.strangers import Strangers
 
@@ -37,8 +41,8 @@ HANDSHAKE_MS = 300_000
 
 BACKLOG = 4096
 
-UNREAD = 1000
-"""So many messages of one connection wait in this process; the rest waits where it comes from."""
+UNREAD = 8
+"""So many messages of one connection wait in this process, or pieces of large ones; the rest waits where it comes from."""
 
 TURN = 64
 """So many messages are taken before whoever takes them looks at all else again."""
@@ -91,6 +95,9 @@ class ParentLink:
         self._calls: zmq.Socket[bytes] | None = None
         """Readable when somebody has connected."""
         self._port = int(self.endpoint.rpartition(":")[2])
+        self._inflow = Inflow(self._port)
+        self._incoming: dict[tuple[bytes, str], Incoming | None] = {}
+        """What comes in pieces, by connection; None where they are of a rank that was forgotten, and not wanted."""
         self._called: Counter[str] = Counter()
         self.drained = False
         """Whether the last `take` left nothing behind."""
@@ -136,6 +143,7 @@ class ParentLink:
         self._former[rank] = address
         self._left_behind.add(address)
         self._routes.pop(rank, None)
+        self._incoming = {line: None if line[1] == address else coming for line, coming in self._incoming.items()}
         if self._ranks.get(address) == rank:  # it may belong to another one by now
             del self._ranks[address]
 
@@ -148,6 +156,9 @@ class ParentLink:
         self.drained = False
         if self._calls is not None:
             yield from self._take_calls(self._calls)
+        for address, count in self._inflow.overfull():
+            if (rank := self._ranks.get(address)) is not None:
+                yield BadMessage(rank, f"{count >> 20} MiB that are no whole message")
         for _ in range(most):
             # Asked first, because an exception (zmq.Again) costs more than a message.
             if not int(router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -156,6 +167,12 @@ class ParentLink:
             message = self._next()
             if message is not None:
                 yield message
+
+    def patience(self, wait_s: float | None) -> float | None:
+        """How long to wait for messages at most, of `wait_s`: what never becomes one has to be noticed, too."""
+        if not self._inflow:
+            return wait_s
+        return LOOK_S if wait_s is None else min(wait_s, LOOK_S)
 
     def send(self, rank: int, kind: Kind, **fields: Any) -> bool:
         """Send to a rank that was heard before; False if it was not (ZeroMQ cannot reach it then)."""
@@ -196,7 +213,7 @@ class ParentLink:
                 continue  # it is closed already
             try:
                 # By now the descriptor may be another one's.
-                rank = self._count_call(sock) if sock.getsockname()[1:] == (self._port,) else None
+                rank = self._count_call(sock, fd) if sock.getsockname()[1:] == (self._port,) else None
             except OSError:
                 continue
             finally:
@@ -204,11 +221,13 @@ class ParentLink:
             if rank is not None:
                 yield BadMessage(rank, f"more than {MOST_CALLS} connections")
 
-    def _count_call(self, sock: socket.socket) -> int | None:
+    def _count_call(self, sock: socket.socket, fd: int) -> int | None:
         """Cut a connection off that is too much; the rank that has made it, the first time."""
-        address = sock.getpeername()[0]
+        peer = sock.getpeername()
+        address = peer[0]
         self._called[address] += 1
         if self._called[address] <= MOST_CALLS:
+            self._inflow.opened(peer, fd)
             return None
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # ZeroMQ finds the end of the stream, and closes it
@@ -223,21 +242,57 @@ class ParentLink:
         if router.getsockopt(zmq.RCVMORE):
             # Only frames tell the peer's address. It is asked for each time: a peer may give its connection any name (ZMTP's
             # routing id), so that a name of today may have been somebody else's yesterday.
-            header = router.recv(copy=False)
-            address = _peer(header)
-            parts.append(header.bytes)
+            first = router.recv(copy=False)
+            address = _peer(first)
+            parts.append(first.buffer)
             if router.getsockopt(zmq.RCVMORE):
                 parts += [frame.buffer for frame in router.recv_multipart(copy=False)]
+            for part in parts:
+                self._inflow.took(address, len(part))
+        line = route, address
         rank = self._ranks.get(address)
         if rank is None:
             if address not in self._left_behind:
                 self._strangers.note(f"it came from {address}" if address else
                                      "its sender has no address: it speaks another version of ZeroMQ's protocol, or none")
+            else:
+                self._incoming[line] = None
             return None
-        message = decode(rank, parts)
+        coming = self._incoming.get(line)
+        if coming is not None:
+            if failed := self._feed(coming, parts):
+                return BadMessage(rank, failed)
+            if not coming.complete:
+                return None
+            del self._incoming[line]
+            parts = coming.parts
+        message = decode(rank, [bytes(part) for part in parts[:1]] + parts[1:])
         if isinstance(message, BadMessage):
-            # Its predecessor at that address may have said something before it went.
-            return None if self._former.get(claims(parts)) == address else message
+            if line not in self._incoming and self._former.get(claims(parts)) != address:
+                return message
+            # Its predecessor at that address had said something before it went; pieces may follow.
+            self._incoming[line] = None
+            return None
+        if message.kind is Kind.PARTS:
+            try:
+                self._incoming[line] = Incoming(message.parts, message.nbytes)
+            except ProtocolError as error:
+                return BadMessage(rank, error.message)
+            return None
+        return self._counted(message, route)
+
+    def _feed(self, coming: Incoming, parts: Sequence[memoryview]) -> str:
+        """Take a piece; what is wrong with it."""
+        if len(parts) != 1:
+            return f"{len(parts)} frames where a piece of a message was expected"
+        try:
+            coming.feed(parts[0])
+        except ProtocolError as error:
+            return error.message
+        return ""
+
+    def _counted(self, message: Message, route: bytes) -> Message | BadMessage:
+        rank = message.rank
         self._routes[rank] = route
         if message.kind is Kind.COMM or message.kind is Kind.WHO_LEFT:
             self._notices[rank] += 1
@@ -294,9 +349,16 @@ class CloneLink:
         self.connect()
         header = {"kind": kind.value, "rank": self.rank, **fields}
         if len(frames) == 1 and len(frames[0]) < IN_BAND_BYTES:
-            self.dealer.send(wire.pack(header | {"pickle": bytes(frames[0])}))
-        else:
-            self.dealer.send_multipart([wire.pack(header), *frames], copy=False)
+            header["pickle"], frames = bytes(frames[0]), ()
+        packed = wire.pack(header)
+        if not frames and len(packed) <= PIECE_BYTES:
+            self.dealer.send(packed)
+            return
+        parts = [packed, *frames]
+        nbytes = sum(map(len, parts))
+        self.dealer.send(wire.pack({"kind": Kind.PARTS.value, "rank": self.rank, "count": len(parts), "nbytes": nbytes}))
+        for piece in pieces(parts):
+            self.dealer.send(piece, copy=len(piece) < IN_BAND_BYTES)
 
     def receive(self) -> Order:
         """Wait for new keys, or the release."""
