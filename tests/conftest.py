@@ -20,6 +20,8 @@ from sfparallel.vmm import image as images
 
 # A shell without job control starts background programs with SIGINT ignored (POSIX), and with them all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):  # nohup(1) ignores the first
+    signal.signal(_number, signal.SIG_DFL)
 
 BIN = Path(sys.prefix) / "bin"
 PATIENCE = float(os.environ.get("SF_TEST_PATIENCE", "1"))
