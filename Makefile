@@ -49,7 +49,7 @@ test-kvm: build ## tests of VMs under a real KVM, in a VM with an emulated AMD p
 	@$(BIN)/sf image build default
 	@$(BIN)/python -m tests.kvm $(ARGS)
 
-test-long: bench-tools ## tests of numpy, scipy and pandas themselves, in a guest; not part of `test`
+test-long: bench-tools ## more tests of numpy, scipy, pandas, joblib and mpi4py themselves; not part of `test`
 	@$(ML_IMAGE)
 	@$(BIN)/pytest -m long
 

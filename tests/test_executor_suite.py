@@ -169,6 +169,7 @@ sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeou
 """
 
 
+@pytest.mark.long
 @pytest.mark.needs("qemu", "ml", "root")
 def test_joblibs_own_tests(sfrun: Sfrun) -> None:
     ended = sfrun(JOBLIB_PROGRAM, "-n", "2", "--image", "ml", "--memory", "1G", "--timeout", "400", args=tuple(JOBLIB_LEFT_OUT),

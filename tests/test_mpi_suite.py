@@ -111,6 +111,7 @@ def test_what_has_to_pass(suite: Path, ranks: int) -> None:
     run(suite, ranks, ACCEPTANCE, "--local")
 
 
+@pytest.mark.long
 def test_the_rest(suite: Path) -> None:
     run(suite, 3, REST, "--local")
 
