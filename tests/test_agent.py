@@ -97,7 +97,7 @@ def test_traceback_is_that_of_the_program_alone(guest: Guest) -> None:
 
 
 def test_script_and_module(guest: Guest) -> None:
-    script = "/usr/lib/python3.11/this.py"
+    script = guest.execute("import sysconfig; print(sysconfig.get_path('stdlib'), end='/this.py')").out
     ended = guest.execute(script, mode="script")
     assert ended.status == 0 and "Beautiful is better than ugly." in ended.out
     guest.run("json.tool", "--compact", mode="module")

@@ -31,7 +31,7 @@ def folder_fixture(sfrun: Sfrun) -> Path:
     library.mkdir()
     shutil.copy(SCIENCE / "analysis.py", sfrun.folder)
     shutil.copy(SCIENCE / "stations.py", library)
-    argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-I/usr/include/python3.11", SCIENCE / "wavelet.c",
+    argv = ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", SCIENCE / "wavelet.c",
             "-o", library / f"wavelet{sysconfig.get_config_var('EXT_SUFFIX')}"]  # fmt: skip
     subprocess.run(argv, check=True)
     return sfrun.folder
