@@ -10,7 +10,7 @@ BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed 
 
 BEGAN := $(shell date +%s)
 
-.PHONY: help build dist bench-tools demo example-render test test-long test-kvm lint \
+.PHONY: help build dist bench-tools demo example-render test test-long test-kvm test-matrix lint \
 	bench bench-fork bench-comm bench-map bench-start clean
 
 help: ## this list
@@ -52,6 +52,9 @@ test-kvm: build ## tests of VMs under a real KVM, in a VM with an emulated AMD p
 test-long: bench-tools ## more tests of numpy, scipy, pandas, joblib and mpi4py themselves; not part of `test`
 	@$(ML_IMAGE)
 	@$(BIN)/pytest -m long
+
+test-matrix: dist ## the wheel on clean roots of Debian 12 and 13, in chroots; ARGS=trixie, TESTS="test_fork test_spmd"
+	@tools/test-matrix $(ARGS)
 
 lint: build ## ruff and mypy
 	@$(RUFF) $(SOURCES)
