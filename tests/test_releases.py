@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +19,7 @@ from sfparallel.errors import EnvironmentProblem, ImageBuildError, UsageError
 from sfparallel.vmm import guest_root, image, releases
 from sfparallel.vmm.apt_sources import parse_deb822, sources_for
 from sfparallel.vmm.releases import GuestPython
+from tests.conftest import Sfrun
 
 OURS = ".".join(map(str, sys.version_info[:2]))
 OTHER = "3.13" if OURS != "3.13" else "3.12"
@@ -210,3 +213,35 @@ def test_compressed_modules_are_unpacked(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "out" / "order").read_text() == "virtio_pci.ko\nfuse.ko\n"
     assert (tmp_path / "out" / "virtio_pci.ko").read_bytes() == b"first"
     assert (tmp_path / "out" / "fuse.ko").read_bytes() == b"second"
+
+
+# -- guests whose Python is not the host's -----------------------------------------------------------------------------
+
+COUNT = """
+import os
+import sfparallel
+package = os.path.dirname(sfparallel.__file__)
+names = [name for _, _, names in os.walk(package) for name in names]
+print(sum(name.endswith(".py") for name in names), sum(name.endswith(".pyc") for name in names))
+"""
+
+
+@pytest.fixture
+def other_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in which the image `default` says that our bytecode is of no use to it."""
+    default = image.find()
+    monkeypatch.setenv("SF_CACHE", str(tmp_path / "cache"))
+    images = tmp_path / "cache" / "images"
+    images.mkdir(parents=True)
+    shutil.copytree(default.folder, images / "default-0", copy_function=os.symlink)
+    manifest = json.loads((default.folder / "manifest.json").read_text())
+    (images / "default-0" / "manifest.json").unlink()
+    (images / "default-0" / "manifest.json").write_text(json.dumps({**manifest, "python_magic": "00000000"}))
+    (images / "default.json").write_text(json.dumps({"folder": "default-0"}))
+
+
+@pytest.mark.needs("qemu", "image", "root")
+def test_a_guest_compiles_what_the_host_cannot(sfrun: Sfrun, other_image: None) -> None:
+    """Once, before the template is taken: programs and clones find all of it compiled."""
+    sources, compiled = map(int, sfrun(COUNT).ok().out.split())
+    assert sources == compiled > 50

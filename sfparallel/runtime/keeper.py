@@ -11,6 +11,7 @@ stdout and stderr. The answers are `{"pid": int}` and, when the program has ende
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import select
 import signal
@@ -23,6 +24,7 @@ from typing import NoReturn
 
 import msgpack
 
+import sfparallel
 from sfparallel import bootstrap
 from sfparallel.errors import GuestError, SfError
 from sfparallel.runtime.copyback import copy_back
@@ -68,6 +70,7 @@ def main() -> None:
     # Nobody but the agent may talk on this socket, and the program must not find it in its environment.
     control = socket.socket(fileno=int(os.environ.pop("SF_KEEPER_FD")))
     control.set_inheritable(False)
+    _compile()
     _rehearse()
     control.send(b"ready")
     while True:
@@ -75,6 +78,15 @@ def main() -> None:
         if not payload:
             sys.exit("keeper: the agent hung up")
         _serve(control, Program.decode(payload), fds)
+
+
+def _compile() -> None:
+    """Compile the package where no bytecode came along: the guest's Python is of another version than the host's. Otherwise each
+    program, and each clone, would compile what it imports."""
+    package = os.path.dirname(sfparallel.__file__)
+    # A module that this process does not import: what it does import, is compiled by now.
+    if not os.path.exists(importlib.util.cache_from_source(f"{package}/runtime/warm.py")):
+        subprocess.run([PYTHON, "-m", "compileall", "-q", package], check=False)
 
 
 def _rehearse() -> None:
