@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sfparallel
-from sfparallel.config import LOG, SETTINGS, cache_folder, parse_size
+from sfparallel.config import LOG, SETTINGS, cache_folder, log_level, parse_size
 from sfparallel.errors import StateError, UsageError
 from sfparallel.text import in_one_line, nearest, printable
 from sfparallel.vmm import standard_streams
@@ -78,10 +78,12 @@ def _unknown(word: str, known: Iterable[str]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """The log quotes what guests, QEMU and libvirt say."""
+    """The log quotes what guests, QEMU and libvirt say. Steps (INFO) come with the time since the start."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        step = record.levelno == logging.INFO
+        level = f"{record.relativeCreated / 1e3:7.2f} s" if step else record.levelname
+        return printable(f"sfrun: {level}: {super().format(record)}")
 
 
 def _sfrun_parser() -> _Parser:
@@ -110,6 +112,9 @@ def _sfrun_parser() -> _Parser:
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="count", default=0, help="print each step of the job; twice: more (SF_LOG)")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print only what fails")
     add("--stats", action="store_true", help="print what each fork cost")
     add("--trace", type=Path, metavar="FILE", help="write every phase of every fork to FILE (Chrome's trace format)")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
@@ -177,6 +182,9 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
     own, mode, words = _split_program(arguments)
     parser = _sfrun_parser()
     options = parser.parse(own)
+    if options.verbose or options.quiet:
+        # Into the environment, where all that asks for it looks.
+        os.environ[LOG.variable] = "error" if options.quiet else "info" if options.verbose == 1 else "debug"
     if not words:
         parser.error("say which script (or -m module, or -c command) to run")
     if options.n is not None and options.n < 1:
@@ -268,8 +276,9 @@ def host_memory_bytes() -> int:
 
 def _start_log() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("sfrun: %(levelname)s: %(message)s"))
-    logging.basicConfig(level=LOG.get().upper(), handlers=[handler])
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=log_level().upper(), handlers=[handler])
+    logging.getLogger("asyncio").setLevel(logging.WARNING)  # which selector it uses is of no use to anybody
 
 
 # -- sf ----------------------------------------------------------------------------------------------------------------

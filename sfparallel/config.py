@@ -31,7 +31,7 @@ CACHE = Setting("SF_CACHE", "", "folder for guest images and templates (default:
 ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; auto probes KVM")
 QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
 CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with per clone when a fork is admitted")
-LOG = Setting("SF_LOG", "warning", "level of the supervisor's log on stderr: debug, info, warning, error")
+LOG = Setting("SF_LOG", "warning", "what sfrun prints to stderr: error (only what fails), warning, info (each step), debug")
 START_LIMIT = Setting("SF_START_LIMIT", "60", "seconds that one step of a start may take before it is taken for hung")
 PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
 
@@ -40,6 +40,23 @@ LIBVIRT_REMEDY = "apt install gcc pkg-config python3-dev libvirt-dev, then pip i
 CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for which `sf image build` is to be run once"
 
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)
+
+
+def log_level() -> str:
+    """The value of SF_LOG.
+
+    Raises:
+        UsageError: it is none of the levels.
+    """
+    level = LOG.get().lower()
+    if level not in ("debug", "info", "warning", "error"):
+        raise UsageError(f"{LOG.variable}={LOG.get()!r} is not a level", hint="set it to error, warning, info or debug")
+    return level
+
+
+def debugging() -> bool:
+    """Whether errors come with a traceback."""
+    return LOG.get().lower() == "debug"
 
 
 def cache_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,12 @@ import pytest
 
 import sfparallel as sf
 from sfparallel import cli
+from sfparallel.config import LOG
 from sfparallel.errors import UsageError
 from sfparallel.runtime.api import Options
 from sfparallel.text import nearest
 from sfparallel.vmm import command_errors
+from tests.conftest import BIN, Sfrun
 
 
 def refused(command: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -113,3 +116,46 @@ def test_nearest() -> None:
     known = ["memory", "mpi4py", "label", *(field for field in Options.__dataclass_fields__)]
     assert [nearest(word, known) for word in ("mem", "memroy", "labels", "xyz", "timout")] == [
         "memory", "memory", "label", None, "timeout"]  # fmt: skip
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+FORKS = """
+import pathlib
+import sfparallel as sf
+
+sf.parallel(n=2)(lambda: 1)()
+pathlib.Path("new").write_text("x")
+"""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.needs("net")
+@pytest.mark.needs("qemu")
+@pytest.mark.needs("image")
+def test_each_step_is_told_on_demand(sfrun: Sfrun) -> None:
+    """In an ordinary job SF_LOG=info used to say nothing at all."""
+    told = sfrun(FORKS, "-v").ok().err.splitlines()
+    steps = ("guest image 'default': ", "template: ", "the parent VM is up (1024 MiB", "fork 1: n=2, parent paused",
+             "changed files are written", "the program has ended with 0; 1 forks")  # fmt: skip
+    lines = [next(i for i, line in enumerate(told) if step in line) for step in steps]
+    assert lines == sorted(lines), told
+    assert all(re.match(r"sfrun: +\d+\.\d\d s: ", told[i]) for i in lines), told
+
+
+def told(tmp_path: Path, *words: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != LOG.variable}
+    return subprocess.run([BIN / "sfrun", "--local", *words, "-c", "import os; print(os.environ.get('SF_LOG'))"], cwd=tmp_path,
+                          env=environment | ({LOG.variable: level} if level else {}), capture_output=True, text=True, timeout=60)
+
+
+def test_quiet_and_levels(tmp_path: Path) -> None:
+    assert "nothing is isolated" in told(tmp_path).stderr
+    for done in (told(tmp_path, "-q"), told(tmp_path, level="error"), told(tmp_path, level="ERROR")):
+        assert (done.returncode, done.stderr) == (0, ""), done
+    assert told(tmp_path, "-v").stdout == "info\n" and told(tmp_path, "-vv").stdout == "debug\n"
+    assert "selector" not in told(tmp_path, "-vv").stderr
+    done = told(tmp_path, level="foo")
+    assert done.returncode == command_errors.EXIT_USAGE and "Traceback" not in done.stderr
+    assert "SF_LOG='foo' is not a level" in done.stderr
+    assert "not allowed with" in told(tmp_path, "-v", "-q").stderr

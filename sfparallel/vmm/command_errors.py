@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-from sfparallel.config import CACHE_HINT, LOG
+from sfparallel.config import CACHE_HINT, debugging
 from sfparallel.errors import SfError, UsageError
 from sfparallel.text import printable
 from sfparallel.vmm.processes import address_space_hint
@@ -43,14 +43,14 @@ def errors_told(command: str) -> Iterator[None]:
     try:
         yield
     except SfError as error:
-        if LOG.get() == "debug":
+        if debugging():
             say(traceback.format_exc())
         say(f"{command}: {error}")
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if LOG.get() == "debug" or error.errno not in _HINTS:
+        if debugging() or error.errno not in _HINTS:
             raise
         say(f"{command}: {error}\n  hint: {_HINTS[error.errno]}")
         sys.exit(EXIT_FAILED)
@@ -59,7 +59,7 @@ def errors_told(command: str) -> Iterator[None]:
         # modules fails without saying why (SystemError).
         no_thread = str(error) == _NO_THREAD
         hint = address_space_hint() or (_HINTS[errno.EAGAIN] if no_thread else None)
-        if LOG.get() == "debug" or not hint:
+        if debugging() or not hint:
             raise
         say(f"{command}: {'' if no_thread else 'out of memory: '}{error}\n  hint: {hint}")
         sys.exit(EXIT_FAILED)

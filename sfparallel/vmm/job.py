@@ -100,6 +100,7 @@ class Job:
         self._interrupted = False
         self._guest_told = False
         self._ending = False
+        self._changes_told = False
         self._reader: Vm | None = None
         self._stdin_taken = asyncio.Event()
         self._terminal = terminal.streams()
@@ -161,6 +162,11 @@ class Job:
         """Show the user a line. May be called in any thread."""
         self._output.write(STDERR, f"{printable(line)}\n".encode())
 
+    def _note(self, line: str) -> None:
+        """What the user may want to know, unless nothing but failures is to be told. May be called in any thread."""
+        if log.isEnabledFor(logging.WARNING):
+            self._say(line)
+
     async def _say_last_words(self) -> None:
         """What we have to say ourselves is to be seen, but nobody who does not read can keep us."""
         with contextlib.suppress(TimeoutError):
@@ -218,6 +224,8 @@ class Job:
             await parent.woken
         async with within(step_limit_s(), "QEMU to plug the parent's data disks"):
             await plug_data_disks(parent, spec.data_images)
+        log.info("the parent VM is up (%d MiB, processors: %d, %s); the program starts",
+                 spec.memory_bytes >> 20, spec.cpus, spec.accelerator.value)
         self._run_program(parent)
         if parent.memory:  # else it is gone already
             self._pool.follow(parent.memory)
@@ -226,7 +234,7 @@ class Job:
     async def _find_template(self) -> tuple[MachineSpec, Path, dict[str, object]]:
         """What the job's VMs are, and where their template is. In threads: Ctrl-C is to work meanwhile."""
         options = self._options
-        data = [await in_thread(data_image, folder, self._say) for folder in options.data]
+        data = [await in_thread(data_image, folder, self._note) for folder in options.data]
 
         def find() -> tuple[MachineSpec, Boot, str]:
             image = images.find(options.image)
@@ -239,7 +247,9 @@ class Job:
 
         async with within(_READ_LIMIT_S, "the guest image to be read, and its initramfs to be made", error=EnvironmentProblem):
             spec, boot, key = await in_thread(find)
-        template, manifest = await ensure_template(spec, boot, key, self._say)
+        log.info("guest image %r: %s", options.image, spec.root_image.parent)
+        template, manifest = await ensure_template(spec, boot, key, self._note)
+        log.info("template: %s", template)
         return spec, template, manifest
 
     async def _start_parent(
@@ -409,6 +419,9 @@ class Job:
         # Only the copy-back of a VM that runs the program itself reaches the host's files.
         rank = self._regions.rank_of(vm)
         if (vm is self._parent or rank is not None) and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
+            if not self._changes_told:
+                self._changes_told = True
+                log.info("changed files are written to the host")
             self._files.change(vm, frame.channel, rank, frame.payload)
             return
         self._regions.request(vm, frame.channel, frame.payload)
@@ -422,6 +435,7 @@ class Job:
         if not self._done.done():
             if os.WIFSIGNALED(report.status) and report.oom_kills:
                 self._say("sfrun: the parent ran out of memory and its kernel killed the program; give it more with --memory")
+            log.info("the program has ended with %d; %d forks", exit_code(report.status), self._forks)
             self._done.set_result(exit_code(report.status))
 
     def _report(self, report: ForkReport) -> None:
@@ -432,6 +446,8 @@ class Job:
             self._options.on_report(report)
         elif self._options.statistics:
             self._say(statistics.describe(report))
+        if log.isEnabledFor(logging.INFO):
+            log.info(statistics.summary(report))
 
     # -- the terminal ------------------------------------------------------------------------------------------------
 

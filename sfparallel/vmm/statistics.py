@@ -11,6 +11,13 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
+def summary(report: ForkReport) -> str:
+    """The same in a line, for the log."""
+    paused = f", parent paused {_ms(report.save.pause)}" if report.save else ""
+    return (f"fork {report.number}: n={report.n}{paused}, all loaded after {_ms(report.loaded)}, "
+            f"last answer after {_ms(report.last_answer)}")
+
+
 def describe(report: ForkReport) -> str:
     """One fork's report: n, parent pause, pages committed, load time, first and last answer, private memory."""
     save, commit = report.save, report.commit
