@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import functools
+import json
 import logging
 import math
 import os
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import sfparallel
 from sfparallel.config import LOG, SETTINGS, cache_folder, log_level, parse_size
-from sfparallel.errors import StateError, UsageError
-from sfparallel.text import in_one_line, nearest, printable
+from sfparallel.errors import UsageError
+from sfparallel.text import nearest, printable
 from sfparallel.vmm import standard_streams
 from sfparallel.vmm.command_errors import errors_told, say
 from sfparallel.vmm.confinement import Places, confine
@@ -301,9 +302,11 @@ def _sf_parser() -> _Parser:
                        help="release of Debian or Ubuntu (default: that of this host, or of --from)")  # fmt: skip
     image.add_parser("list", help="images in the cache folder")
     image.add_parser("rm", help="remove an image").add_argument("name")
-    commands.add_parser("ps", help="jobs that run now")
-    clean = commands.add_parser("clean", help="remove what interrupted builds left, and unused templates")
-    clean.add_argument("--all", action="store_true", help="remove images and data images as well")
+    for name, purpose in (("ps", "jobs that run now"), ("df", "what is in the cache folder, and its size")):
+        commands.add_parser(name, help=purpose).add_argument("--json", action="store_true", help="for programs")
+    clean = commands.add_parser("clean", help="remove what interrupted builds left, and templates; nothing that a job uses")
+    clean.add_argument("names", nargs="*", metavar="NAME", help="remove this, as `sf df` names it; an image with its templates")
+    clean.add_argument("--all", action="store_true", help="remove images, data images and initramfs as well")
     commands.add_parser("settings", help="settings that the environment may override")
     return parser
 
@@ -345,7 +348,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _image(options: argparse.Namespace) -> int:
     from sfparallel.vmm import image as images
     from sfparallel.vmm.progress import StageDisplay
-    from sfparallel.vmm.registry import running_jobs
 
     if options.action == "build":
         recipe = _recipe(options)
@@ -359,27 +361,35 @@ def _image(options: argparse.Namespace) -> int:
         for image in images.list_images():
             _tell(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
-        if options.name in {image.name for image in images.list_images()} and asyncio.run(running_jobs()):
-            raise StateError("a job runs now, and may need the image", hint="wait for it; `sf ps` lists the jobs")
         images.remove(options.name)
     return 0
 
 
 def _ps(options: argparse.Namespace) -> int:
-    from sfparallel.vmm.registry import running_jobs
+    from sfparallel.vmm.registry import running_jobs, table
 
-    print(f"{'PID':>8} {'CLONES':>7} {'FORKS':>6} {'SECONDS':>8}  PROGRAM")
-    for job in asyncio.run(running_jobs()):
-        print(f"{job.pid:8} {job.clones:7} {job.forks:6} {job.seconds:8.0f}  {in_one_line(job.program)}")
+    jobs = asyncio.run(running_jobs())
+    for line in [json.dumps([dataclasses.asdict(job) for job in jobs], indent=1)] if options.json else table(jobs):
+        _tell(line)
+    return 0
+
+
+def _df(options: argparse.Namespace) -> int:
+    from sfparallel.vmm.cache import measured, table
+
+    rows = measured()
+    for line in [json.dumps([row.to_json() for row in rows], indent=1)] if options.json else table(rows):
+        _tell(line)
     return 0
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from sfparallel.vmm.registry import clean, running_jobs
+    from sfparallel.vmm.cache import choose, clean, described_removal
 
-    if jobs := asyncio.run(running_jobs()):
-        raise StateError(f"{len(jobs)} jobs run now, and need the cache folder", hint="wait for them; `sf ps` lists them")
-    for line in clean(everything=options.all):
+    if options.names and options.all:
+        raise UsageError("--all removes everything: names besides it mean nothing")
+    lines = map(described_removal, choose(options.names)) if options.names else clean(everything=options.all)
+    for line in lines:
         _tell(line)
     return 0
 
@@ -391,6 +401,6 @@ def _settings(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "clean": _clean, "settings": _settings}
+_COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "df": _df, "clean": _clean, "settings": _settings}
 
 __all__ = ["sf", "sfrun"]

@@ -61,7 +61,7 @@ def test_image_holds_the_folder_and_is_made_once(folder: Path, tmp_path: Path, c
     subprocess.run(["diff", "-r", "--no-dereference", folder, tmp_path / "out"], check=True)
     assert image.stat().st_size < (3 << 20) + 100_000
     assert data_image(folder, lines.append) == image and len(lines) == 1
-    assert sorted(path.suffix for path in (cache / "data").iterdir()) == [".lock", ".sqfs"]
+    assert sorted(path.suffix for path in (cache / "data").iterdir()) == [".lock", ".source", ".sqfs"]
 
 
 def test_changed_folder_has_a_new_image_and_the_unused_one_goes(folder: Path, cache: Path) -> None:

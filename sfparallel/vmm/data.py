@@ -6,19 +6,17 @@ does not have to unpack. It is kept in the cache folder under a name that says w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, UsageError
-from sfparallel.vmm.locks import locked
+from sfparallel.vmm.locks import locked, taken, use
 from sfparallel.vmm.subprocesses import require, run
 
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
@@ -62,7 +60,8 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job's image of {source}")):
             image = _find_or_build(source, cache, prefix, progress)
-            _hold(image)
+            # Shells of the pool open the image by its name at any time until the job ends.
+            use(image)
             _remove_others(cache, prefix, image)
     except OSError as error:
         raise EnvironmentProblem(f"no image of {source} can be kept in {cache}: {error.strerror}",
@@ -84,6 +83,7 @@ def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[s
             before, content = content, _content(source)
             if content == before:
                 os.rename(unfinished, image)
+                (cache / f"{prefix}.source").write_bytes(os.fsencode(source))  # for `sf df`
                 return image
         finally:
             unfinished.unlink(missing_ok=True)
@@ -137,25 +137,11 @@ def _content(source: Path) -> _Content:
     return _Content(digest.hexdigest(), files, size_bytes)
 
 
-def _hold(image: Path) -> None:
-    """Mark an image as in use until this process ends.
-
-    The descriptor is left open on purpose: shells of the pool open the image by its name at any time until the job ends, and
-    the kernel drops the lock however the process ends.
-    """
-    descriptor = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-
-
 def _remove_others(cache: Path, prefix: str, image: Path) -> None:
     """Under the folder's lock: remove its older images that nobody holds, and what killed builders left."""
     for path in cache.glob(f"{prefix}-*"):
         if path == image:
             continue
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with taken(path) as free:
+            if free:
                 path.unlink()
-        finally:
-            os.close(descriptor)

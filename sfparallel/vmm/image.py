@@ -28,12 +28,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
-from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, UsageError
+from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, StateError, UsageError
 from sfparallel.vmm import subprocesses
 from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.guest_root import MODULES, PipWanted, base_packages, make_root
 from sfparallel.vmm.initramfs import write_initramfs
-from sfparallel.vmm.locks import locked
+from sfparallel.vmm.locks import locked, taken
 from sfparallel.vmm.releases import host_release
 
 BUILDER_VERSION = 2
@@ -137,7 +137,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _load(folder: Path) -> Image | None:
+def load(folder: Path) -> Image | None:
     """The image in a folder; None if there is none, or one of an older format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -154,7 +154,7 @@ def _named(name: str) -> Image | None:
         folder = json.loads((_images() / f"{name}.json").read_text())["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return _load(_images() / str(folder))
+    return load(_images() / str(folder))
 
 
 def find(name: str = "default") -> Image:
@@ -187,17 +187,27 @@ def remove(name: str) -> None:
 
     Raises:
         ImageMissing: there is none.
+        StateError: a job uses it.
     """
     if _named(_check_name(name)) is None:
         raise ImageMissing(f"there is no guest image {name!r}", hint="`sf image list` says which there are")
-    (_images() / f"{name}.json").unlink()
-    for folder in _images().glob(f"{name}-*"):
-        if not re.fullmatch(r"[0-9a-f]{12}", folder.name.removeprefix(f"{name}-")):
-            continue  # of an image whose name begins with this one
+    # An image whose name begins with this one has other folders.
+    folders = [path for path in _images().glob(f"{name}-*") if re.fullmatch(r"[0-9a-f]{12}", path.name.removeprefix(f"{name}-"))]
+    with contextlib.ExitStack() as stack:
+        if not all([stack.enter_context(taken(folder / "root.sqfs")) for folder in folders]):
+            raise StateError(f"a job uses the image {name!r}", hint="wait for it; `sf ps` lists the jobs")
+        (_images() / f"{name}.json").unlink()
         # First out of sight, so that nobody finds half an image.
-        doomed = folder.with_name(f".doomed-{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        doomed = [folder.rename(folder.with_name(f".doomed-{folder.name}")) for folder in folders]
+    for folder in doomed:
+        shutil.rmtree(folder)
+
+
+def forget(folder: Path) -> None:
+    """Let no name mean the image in this folder any more."""
+    for image in list_images():
+        if image.folder == folder:
+            (_images() / f"{image.name}.json").unlink(missing_ok=True)
 
 
 def guest_half(image: Image) -> Path:
@@ -226,7 +236,7 @@ def build(recipe: Recipe, progress: Progress) -> Image:
         _images().mkdir(parents=True, exist_ok=True)
         waits = functools.partial(progress, "waiting for another process that builds this image", None)
         with locked(_images() / f".lock-{folder.name}", waits):
-            image = _load(folder)
+            image = load(folder)
             if image is None:
                 _remove_litter()
                 image = _build(recipe, key, sources, folder, progress)
@@ -249,7 +259,7 @@ def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progr
         os.rename(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    image = _load(folder)
+    image = load(folder)
     if image is None:
         raise ImageBuildError(f"the image just built in {folder} cannot be read", hint="delete that folder and build again")
     return image

@@ -24,7 +24,8 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import job_control, native_parts, pausing, signals, statistics, terminal, time_zone
+from sfparallel.vmm import job_control, locks, native_parts, pausing, signals, statistics, terminal, time_zone
+from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
 from sfparallel.vmm.data import data_image
@@ -238,17 +239,21 @@ class Job:
 
         def find() -> tuple[MachineSpec, Boot, str]:
             image = images.find(options.image)
+            initramfs = images.guest_half(image)
+            _use(image.root, f"the guest image {image.name!r}")
+            _use(initramfs, "the initramfs")
             spec = MachineSpec(
                 accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes,
                 root_image=image.root, data_images=tuple(data), data_slots=DATA_SLOTS if data else options.data_slots,
                 qemu=QEMU.get(),
             )  # fmt: skip
-            return spec, Boot(image.kernel, images.guest_half(image), images.KERNEL_COMMAND_LINE), image.key
+            return spec, Boot(image.kernel, initramfs, images.KERNEL_COMMAND_LINE), image.key
 
         async with within(_READ_LIMIT_S, "the guest image to be read, and its initramfs to be made", error=EnvironmentProblem):
             spec, boot, key = await in_thread(find)
         log.info("guest image %r: %s", options.image, spec.root_image.parent)
         template, manifest = await ensure_template(spec, boot, key, self._note)
+        await in_thread(_use, template / manifests.NAME, "the template")
         log.info("template: %s", template)
         return spec, template, manifest
 
@@ -299,7 +304,8 @@ class Job:
         """What `sf ps` shows."""
         words = ["-m" if self._options.program.mode == "module" else "", *self._options.program.argv]
         return JobStatus(
-            self._pid, " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started
+            self._pid, " ".join(filter(None, words)), len(self._outputs), self._forks, time.monotonic() - self._started,
+            self._options.image,
         )
 
     def _open_files(self) -> None:
@@ -523,6 +529,16 @@ class Job:
         for vm in (self._parent, *self._outputs):
             if vm and vm.woken.done():  # else it has no program yet, or learns its size with its memory
                 vm.send(FrameType.TERMINAL, told)
+
+
+def _use(path: Path, what: str) -> None:
+    """Keep `sf clean` from removing what the job needs until it ends.
+
+    Raises:
+        EnvironmentProblem: it was removed just now.
+    """
+    if not locks.use(path):
+        raise EnvironmentProblem(f"{what} was removed while the job started", hint="start it again")
 
 
 def run(options: JobOptions, places: Places, pid: int) -> int:

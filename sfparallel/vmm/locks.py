@@ -1,4 +1,5 @@
-"""Locks of builders: flock(2) on a file beside what is built, which ends with its holder, however that ends."""
+"""Locks, by flock(2), which end with their holders, however these end: of builders, on a file beside what is built; and of jobs,
+on what they use itself."""
 
 from __future__ import annotations
 
@@ -62,3 +63,60 @@ def folder_locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def use(path: Path) -> bool:
+    """Mark a file as in use until this process ends; False: it is not there any more.
+
+    The descriptor is left open on purpose: the kernel drops the lock however the process ends. Whoever removes the file holds its
+    lock for a moment, so that this hardly ever waits.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if _is_at(descriptor, path):
+        return True
+    os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Hold a file's exclusive lock for the length of a block, if nobody has it; whether that is so. A file that is not there is
+    free."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        free = False
+    else:
+        free = True
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody has the lock, or uses the file."""
+    with taken(path) as ours:
+        return not ours
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file of the cache folder is a builder's lock."""
+    return path.suffix == ".lock" or path.name.startswith(".lock-")
+
+
+def of_builder(path: Path) -> Path:
+    """The lock of the build that an entry of the cache folder comes from."""
+    for prefix in (".build-", ".doomed-"):
+        if path.name.startswith(prefix):  # of an image, which is locked by its name
+            return path.with_name(f".lock-{path.name.removeprefix(prefix)}")
+    return path.with_suffix(".lock")

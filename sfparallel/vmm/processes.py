@@ -37,6 +37,26 @@ def private_memory(pid: int) -> PrivateMemory:
     return PrivateMemory(sum(sizes.values()), anonymous)
 
 
+def memory_of_family(pid: int) -> int:
+    """Memory of a process and all that descend from it, in bytes: what several have mapped counts for each by its share (Pss)."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue  # gone
+        children.setdefault(parent, []).append(int(path.parent.name))
+    total, family = 0, [pid]
+    for member in family:
+        family += children.get(member, [])
+        try:
+            with open(f"/proc/{member}/smaps_rollup") as file:
+                total += next((int(line.split()[1]) << 10 for line in file if line.startswith("Pss:")), 0)
+        except OSError:
+            continue
+    return total
+
+
 def address_space_hint() -> str | None:
     """What to do about a want of memory if this process has a limit of address space; None if it has none."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -1,4 +1,4 @@
-"""Which jobs run, and what interrupted ones left in the cache folder.
+"""Which jobs run.
 
 A job is known by an abstract unix socket (unix(7)): it has no name in a file system and is gone with its process, so that a
 killed job cannot leave a stale entry.
@@ -9,33 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import re
-import shutil
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 
-from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ProtocolError
 from sfparallel.text import in_one_line
+from sfparallel.vmm.processes import memory_of_family
 from sfparallel.wire import pack, unpack
 
 _NAME = re.compile(r"@(sfparallel/job/[\d.]+)$")
 _MOST_OF_A_NUMBER = 100
 _ANSWER_TIMEOUT_S = 2.0
+_CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What `sf ps` shows of a job."""
+    """What a job says of itself.
+
+    Attributes:
+        image: name of its guest image.
+        memory_bytes: of it and its VMs. It does not say so itself: whoever asks looks.
+    """
 
     pid: int
     program: str
     clones: int
     forks: int
     seconds: float
+    image: str = ""
+    memory_bytes: int = 0
 
 
 async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
@@ -69,6 +75,13 @@ def _names() -> list[str]:
         return sorted({match[1] for match in found if match})
 
 
+def _owner(writer: asyncio.StreamWriter) -> int:
+    """The process that listens, as we know it: the job itself may be in another PID namespace."""
+    connection: socket.socket = writer.get_extra_info("socket")
+    pid: int = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+    return pid
+
+
 async def running_jobs() -> list[JobStatus]:
     """All jobs of this machine that answer."""
     jobs = []
@@ -77,49 +90,18 @@ async def running_jobs() -> list[JobStatus]:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 reader, writer = await asyncio.open_unix_connection(path=f"\0{name}")
                 with contextlib.closing(writer):
-                    jobs.append(JobStatus(**unpack(await reader.read())))
+                    answer = unpack(await reader.read())
+                    # A job of another version may say more, or less.
+                    known = {field.name: answer[field.name] for field in fields(JobStatus) if field.name in answer}
+                    jobs.append(JobStatus(**{**known, "memory_bytes": memory_of_family(_owner(writer))}))
     return jobs
 
 
-def clean(*, everything: bool) -> Iterator[str]:
-    """Remove what interrupted builds left, and templates that no job has open; yields a line for each thing removed.
-
-    Args:
-        everything: images, data images and kept probes as well.
-    """
-    cache = cache_folder()
-    candidates = [*cache.glob("templates/*"), *cache.glob("images/.*"), *cache.glob("templates/.*"), *cache.glob("data/.*")]
-    candidates += cache.glob("initrd/.*")
-    if everything:
-        candidates += [*cache.glob("images/*"), *cache.glob("data/*"), *cache.glob("initrd/*"), cache / "libvirt"]
-    for path in dict.fromkeys(candidates):
-        if not path.exists() or _in_use(path):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        yield f"removed {path.relative_to(cache)}"
-
-
-def _in_use(path: Path) -> bool:
-    """Whether a build holds the lock that belongs to this entry. Open files outlive their names, so that jobs need none."""
-    lock = _lock_of(path)
-    if not lock.is_file():
-        return False
-    with open(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _lock_of(path: Path) -> Path:
-    """The lock of the build that an entry of the cache folder comes from; a lock's own is the lock itself."""
-    if path.suffix == ".lock" or path.name.startswith(".lock-"):
-        return path
-    for prefix in (".build-", ".doomed-"):
-        if path.name.startswith(prefix):  # of an image, which is locked by its name
-            return path.with_name(f".lock-{path.name.removeprefix(prefix)}")
-    return path.with_suffix(".lock")
+def table(jobs: Sequence[JobStatus]) -> list[str]:
+    """What `sf ps` shows, in lines."""
+    lines = [f"{'PID':>8} {'CLONES':>7} {'FORKS':>6} {'SECONDS':>8} {'MEMORY':>10}  {'IMAGE':12}  PROGRAM"]
+    for job in jobs:
+        memory = f"{job.memory_bytes >> 20} MiB"
+        lines.append(f"{job.pid:8} {job.clones:7} {job.forks:6} {job.seconds:8.0f} {memory:>10}  {in_one_line(job.image):12}  "
+                     f"{in_one_line(job.program)}")  # fmt: skip
+    return lines
