@@ -227,6 +227,16 @@ def test_image() -> None:
     assert states[0].remedy == "sf image build"
 
 
+@pytest.mark.needs("root")
+def test_a_chroot_that_is_no_mount_point_is_told_as_such(tmp_path: Path) -> None:
+    """It used to be told as a kernel that lacks something."""
+    root = tmp_path / "root"
+    script = (f"import os; from sfparallel.vmm import doctor; os.mkdir({str(root)!r}); os.mkdir({str(root / 'tmp')!r}); "
+              f"os.chroot({str(root)!r}); os.chdir('/'); print(doctor._mounts())")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "chroot" in done.stdout and "mount --bind" in done.stdout, done
+
+
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CACHE.variable, str(tmp_path / "deep" / "down"))
     assert found("cache folder").status in (Status.OK, Status.BROKEN)

@@ -271,6 +271,9 @@ def _mounts() -> Finding:
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
+    if failures and failures[0].errno == errno.EINVAL:  # mount(2): what is to be made private is no mount point
+        return Finding(name, Status.BROKEN, "this process's root folder is not a mount point: a chroot, probably",
+                       "before the chroot: mount --bind ROOT ROOT")  # fmt: skip
     if failures:
         remedy = "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS"
         return verdict_of(failures[0], name, "no mount namespace with a tmpfs", remedy,
