@@ -317,7 +317,9 @@ def sf(arguments: Sequence[str] | None = None) -> None:
     with errors_told("sf"):
         options = _sf_parser().parse(arguments)
         _start_log()
-        sys.exit(_COMMANDS[options.command](options))
+        code = _COMMANDS[options.command](options)
+        print(end="", flush=True)  # standard output may be closed, and None
+        sys.exit(code)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -42,6 +42,11 @@ CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for 
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)
 
 
+def qemu_remedy() -> str:
+    """What to do where there is no QEMU."""
+    return "apt install qemu-system-x86" if QEMU.get() == QEMU.default else f"{QEMU.variable} names it: change or unset that"
+
+
 def log_level() -> str:
     """The value of SF_LOG.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -116,6 +117,26 @@ def test_nearest() -> None:
     known = ["memory", "mpi4py", "label", *(field for field in Options.__dataclass_fields__)]
     assert [nearest(word, known) for word in ("mem", "memroy", "labels", "xyz", "timout")] == [
         "memory", "memory", "label", None, "timeout"]  # fmt: skip
+
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    """`sf doctor | head -1`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen([BIN / "sf", "settings"], stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        assert process.stderr and process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+
+@pytest.mark.needs("root")
+@pytest.mark.needs("image")
+def test_a_qemu_that_a_setting_names_is_not_to_be_installed(sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SF_QEMU", "/nope")
+    ended = sfrun("")
+    assert ended.code == command_errors.EXIT_FAILED and "/nope" in ended.err and "SF_QEMU" in ended.err and "apt" not in ended.err
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -49,6 +51,9 @@ def errors_told(command: str) -> Iterator[None]:
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `sf df | head`: as a program that SIGPIPE kills; what is buffered has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if debugging() or error.errno not in _HINTS:
             raise

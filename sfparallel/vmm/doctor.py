@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sfparallel import native
-from sfparallel.config import ACCEL, CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size
+from sfparallel.config import ACCEL, CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size, qemu_remedy
 from sfparallel.errors import EnvironmentProblem, NetworkError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
@@ -154,7 +154,7 @@ def _qemu() -> Finding:
     path = shutil.which(QEMU.get())
     if path is None:
         if QEMU.get() != QEMU.default:
-            return Finding(name, Status.ABSENT, f"{QEMU.get()} was not found", f"{QEMU.variable} names it: set or unset that")
+            return Finding(name, Status.ABSENT, f"{QEMU.get()} was not found", qemu_remedy())
         return not_installed(name, f"{QEMU.get()} was not found", package)
     try:
         found = qemu_version(path)

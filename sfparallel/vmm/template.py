@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sfparallel.config import CACHE_HINT, cache_folder
+from sfparallel.config import CACHE_HINT, cache_folder, qemu_remedy
 from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import locks
 from sfparallel.vmm import manifest as manifests
@@ -60,7 +60,7 @@ def qemu_version(qemu: str) -> str:
             [qemu, "--version"], capture_output=True, text=True, check=True, timeout=step_limit_s()
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        hint = "apt install qemu-system-x86"
+        hint = qemu_remedy()
         if isinstance(error, OSError) and error.errno != errno.ENOENT:
             hint = hint_for(error)
         raise EnvironmentProblem(f"cannot run {qemu}: {error}", hint=hint) from error
