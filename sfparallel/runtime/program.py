@@ -65,7 +65,7 @@ def _enter_world(ranks: int) -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Python's own, with a note where a disk of the VM is full."""
-    from sfparallel.runtime import full_disk
-    full_disk.explain(error)
+    """Python's own, with notes on what is other in a VM."""
+    from sfparallel.runtime import guest_errors
+    guest_errors.explain(error)
     sys.__excepthook__(kind, error, trace)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import zmq
 
-from sfparallel.runtime import full_disk, lowlevel
+from sfparallel.runtime import guest_errors, lowlevel
 from sfparallel.runtime.here import HERE, Membership
 from sfparallel.runtime.hypervisor import Fork, Hypervisor
 from sfparallel.runtime.identity import Renewal
@@ -200,7 +200,7 @@ class _Worker:
         except BaseException as error:
             if self._hypervisor.keeps_threads:  # a VM
                 with UsersCode():
-                    full_disk.explain(error)
+                    guest_errors.explain(error)
             fields = {"key": key}
             fields["error"], frames = dump_error(error, self._rank)
             kind = Kind.ERROR

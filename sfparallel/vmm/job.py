@@ -275,9 +275,10 @@ class Job:
         if self._terminal:
             parent.send(FrameType.TERMINAL, terminal.described(self._terminal))
         environment = program.environment_over({**GUEST_ENVIRONMENT, **zone.variables, **terminal.environment()})
+        orders = {**self._options.bootstrap_orders, "image": self._options.image}
         parent.send(FrameType.RUN, pack_names({
             "argv": program.words, "cwd": str(program.cwd),
-            "env": bootstrap.environment(environment, self._options.bootstrap_orders, GUEST_BOOTSTRAP),
+            "env": bootstrap.environment(environment, orders, GUEST_BOOTSTRAP),
             "data": [[f"sfdata{slot}", str(path)] for slot, path in enumerate(self._options.data)],
             "zone": [[path, content] for path, content in zone.files(environment.get("TZ")).items()],
         }))  # fmt: skip

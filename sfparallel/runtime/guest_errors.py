@@ -1,0 +1,103 @@
+"""Notes on errors of a guest's world, for somebody who knows the host's: disk, packages, programs, files, network."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import re
+import sys
+
+from sfparallel.bootstrap import orders
+
+FULL_DISK = (
+    "all files that are written in a VM are in its RAM, those of the current folder too, and there is no room left for them.\n"
+    "Give each VM more with `sfrun --memory`; delete what is not needed any more; let clones write less, and bring it back\n"
+    "with collect= or as results; read big inputs in place, from the current folder or from `--data`, rather than to copy them"
+)
+NETWORK = (
+    "VMs have no network but the one among themselves. Put packages into the guest image, data into the current folder or\n"
+    "`sfrun --data`; the host reaches the parent VM by `sfrun --forward`"
+)
+
+
+def explain(error: BaseException) -> None:
+    """Add a note (PEP 678) to what an exception consists of: itself, its causes and contexts, and those in a group."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        note = _note(found)
+        if note and note not in getattr(found, "__notes__", ()):
+            found.add_note(note)
+        waiting += (found.__cause__, found.__context__)
+        if isinstance(found, BaseExceptionGroup):
+            waiting += found.exceptions
+
+
+def _note(error: BaseException) -> str | None:
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_module((error.name or "").partition(".")[0])
+    if not isinstance(error, OSError):
+        return None
+    if error.errno == errno.ENOSPC:
+        return FULL_DISK
+    if error.errno == errno.ENETUNREACH or type(error).__name__ == "gaierror":
+        return NETWORK
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | bytes):
+        return _missing_file(os.fsdecode(error.filename), _from_subprocess(error))
+    return None
+
+
+def _addition(option: str) -> str:
+    image = orders.get("image", "default")
+    return f"sf image build {image} --from {image} {option}"
+
+
+def _missing_module(name: str) -> str | None:
+    try:
+        if not name or importlib.util.find_spec(name):
+            return None  # something else in it is missing
+    except (ImportError, ValueError):
+        return None
+    image = orders.get("image", "default")
+    if name in sys.stdlib_module_names:
+        return f"the guest image {image!r} lacks a part of Python's library. To add it:\n  {_addition('--package python3-full')}"
+    return (f"the guest image {image!r} has no module {name!r}. To add a package (its name may differ from the module's):\n"
+            f"  {_addition(f'--pip {name}')}\n"
+            "Modules of your own are found in the script's folder, and in folders below it or the current one that\n"
+            "`sfrun --env PYTHONPATH=...` names")  # fmt: skip
+
+
+def _from_subprocess(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_globals.get("__name__") == "subprocess":
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _missing_file(name: str, started: bool) -> str | None:
+    if started and ("/" not in name or name.startswith(("/usr/", "/bin/", "/sbin/", "/opt/"))):
+        return (f"the guest image {orders.get('image', 'default')!r} has no program {name!r}. To add a Debian package:\n"
+                f"  {_addition('--package PACKAGE')}")  # fmt: skip
+    try:
+        path = os.path.abspath(name)
+        if any(path == folder or path.startswith(f"{folder}/") for folder in _shared_folders()):
+            return None  # it is not on the host either
+    except OSError:
+        return None
+    return ("of the host's files, a VM has the script's folder, the current folder, and those of `sfrun --data FOLDER`;\n"
+            f"{path} is in none of them")  # fmt: skip
+
+
+def _shared_folders() -> list[str]:
+    """Mount points of the host's folders; blanks in them are octal (proc(5))."""
+    with open("/proc/self/mounts", errors="surrogateescape") as table:
+        mounts = [line.split(" ")[1:3] for line in table]
+    places = [place for place, kind in mounts if kind in ("fuse", "overlay", "squashfs") and place != "/"]
+    return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place) for place in places]

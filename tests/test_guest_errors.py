@@ -1,0 +1,91 @@
+"""Errors that come of being in a VM say so: what the image lacks, which files of the host there are, that there is no network."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from sfparallel.runtime import guest_errors
+from tests.conftest import Sfrun
+
+PROGRAM = """
+import os
+import subprocess
+import sys
+import urllib.request
+import sfparallel as sf
+
+def module():
+    import nothere.deeper
+
+def library():
+    import tkinter
+
+def part_of_a_module():
+    import json.nothere
+
+def program():
+    subprocess.run(["nothere", "-v"])
+
+def program_by_path():
+    subprocess.run(["/usr/bin/nothere"])
+
+def host_file():
+    open(sys.argv[1])
+
+def own_file():
+    open("nothere.txt")
+
+def network():
+    urllib.request.urlopen("http://192.0.2.1/", timeout=5)
+
+def name():
+    urllib.request.urlopen("http://example.org/", timeout=5)
+
+for call in (module, library, part_of_a_module, program, program_by_path, host_file, own_file, network, name):
+    try:
+        sf.parallel(n=1)(call)()
+    except Exception as error:
+        notes, at = [], error
+        while at is not None:
+            notes += getattr(at, "__notes__", [])
+            at = at.__cause__ or at.__context__
+        print("##", call.__name__, type(error).__name__, *notes)
+os.chdir("/")
+import nothere
+"""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.needs("net")
+@pytest.mark.needs("qemu")
+@pytest.mark.needs("image")
+def test_what_a_vm_does_not_have_is_told_with_the_remedy(sfrun: Sfrun, tmp_path: Path) -> None:
+    outside = tmp_path.parent / "outside.csv"
+    ended = sfrun(PROGRAM, args=(str(outside),))
+    told = {part.split()[0]: part for part in ended.out.split("## ")[1:]}
+    assert len(told) == 9, ended
+    build = "sf image build default --from default"
+    for call, words in {
+        "module": ("has no module 'nothere'", f"{build} --pip nothere"), "library": (f"{build} --package python3-full",),
+        "program": ("has no program 'nothere'", f"{build} --package PACKAGE"),
+        "program_by_path": ("has no program '/usr/bin/nothere'",),
+        "host_file": ("--data FOLDER", f"{outside} is in none of them"), "network": ("VMs have no network",),
+        "name": ("VMs have no network",),
+    }.items():  # fmt: skip
+        assert all(word in told[call] for word in words), (call, told[call])
+    for call in ("part_of_a_module", "own_file"):
+        assert "image" not in told[call] and "of the host's files" not in told[call], told[call]
+    assert ended.code == 1 and ended.err.splitlines()[-1].startswith("`sfrun --env PYTHONPATH")
+    assert f"{build} --pip nothere" in ended.err
+
+
+def test_a_note_is_added_once() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    group = ExceptionGroup("both", [error, ValueError()])
+    group.__cause__ = error
+    for _ in range(2):
+        guest_errors.explain(group)
+    assert error.__notes__ == [guest_errors.FULL_DISK]
