@@ -111,6 +111,7 @@ def _sfrun_parser() -> _Parser:
     add("--env", action="append", default=[], metavar="K[=V]",
         help="set an environment variable of the program; without V: as it is here")
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
+    add("--venv", metavar="PATH", help="let the program find the packages of this virtual environment of the host")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
     loudness = parser.add_mutually_exclusive_group()
@@ -211,6 +212,9 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
 def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
     if options.stats or options.trace:
         raise UsageError("--local forks no VM: there is nothing for --stats or --trace to tell")
+    if job_options.venv:
+        raise UsageError("--local runs the program in the environment of sfrun itself, without --venv",
+                         hint="install sfparallel in that environment too, and run its sfrun")  # fmt: skip
     for host, guest in job_options.forwards:
         if host != guest:
             raise UsageError(f"--forward {host}:{guest}: with --local the program's ports are those of the host",
@@ -260,10 +264,16 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
         if is_system_folder(path) and not any(shared in path.parents for shared in SHARED_DATA):
             raise UsageError(f"--data {path}: it belongs to the system, and the guest has its own",
                              hint="name the folder that the data is in")  # fmt: skip
+    venv = None
+    if options.venv:
+        from sfparallel.vmm.venv import find
+
+        venv = find(options.venv)
     program = Program(mode, tuple(words), cwd, folder, _environment(options.env))
     return JobOptions(
         program, run_in=options.run_in, n=options.n, memory_bytes=parse_size(options.memory), cpus=options.cpus,
-        image=options.image, labels=options.label, timeout_s=options.timeout, data=data,
+        image=options.image, labels=options.label, timeout_s=options.timeout,
+        data=(*data, venv.packages) if venv else data, venv=venv,
         forwards=tuple(_forward(text) for text in options.forward), statistics=options.stats,
         trace=options.trace.absolute() if options.trace else None,
         connect=libvirt_uri(options.connect) if options.connect else None, pool=options.pool, seed=options.seed,

@@ -32,7 +32,8 @@ def environment(program: dict[str, str], orders: Mapping[str, object], folder: s
     Args:
         program: what the program shall find in its environment.
         orders: `ranks`: the program is run by so many clones; `mpi4py`: `import mpi4py` finds ours; `closed`:
-            those of the descriptors 0 to 2 that are closed on the host; `image`: the guest image's name; others for `--local`.
+            those of the descriptors 0 to 2 that are closed on the host; `image`: the guest image's name; `packages`: a
+            folder of packages, its name in hexadecimal; others for `--local`.
             Their values have no spaces.
         folder: where this folder is, for the interpreter.
     """

@@ -68,6 +68,7 @@ def _missing_module(name: str) -> str | None:
         return f"the guest image {image!r} lacks a part of Python's library. To add it:\n  {_addition('--package python3-full')}"
     return (f"the guest image {image!r} has no module {name!r}. To add a package (its name may differ from the module's):\n"
             f"  {_addition(f'--pip {name}')}\n"
+            "or bring a virtual environment that has it: `sfrun --venv PATH`.\n"
             "Modules of your own are found in the script's folder, and in folders below it or the current one that\n"
             "`sfrun --env PYTHONPATH=...` names")  # fmt: skip
 

@@ -33,11 +33,23 @@ def set_up() -> None:
         os.set_inheritable(int(orders["control"]), False)
     else:
         sys.excepthook = _excepthook
+    if "packages" in orders:
+        _add_packages(os.fsdecode(bytes.fromhex(orders["packages"])))
     if "mpi4py" in orders:
         # The interpreter puts the program's folder before it, and all that is installed comes behind.
         sys.path.insert(0, SHIMS)
     if "ranks" in orders:
         _enter_world(int(orders["ranks"]))
+
+
+def _add_packages(folder: str) -> None:
+    """As a virtual environment has them: behind Python's own library, before what the distribution has; with `.pth` files."""
+    import site  # it is what imports us, and is whole but for its last lines
+    before = list(sys.path)
+    site.addsitedir(folder)
+    added = [entry for entry in sys.path if entry not in before]
+    at = next((i for i, entry in enumerate(before) if entry.endswith("dist-packages")), len(before))
+    sys.path[:] = [*before[:at], *added, *before[at:]]
 
 
 def _set_up_streams(closed: list[str]) -> None:

@@ -79,7 +79,7 @@ class Job:
 
     def __init__(self, options: JobOptions, places: Places, pid: int) -> None:
         if len(options.data) > DATA_SLOTS:
-            raise UsageError(f"--data can be given {DATA_SLOTS} times at most, not {len(options.data)}")
+            raise UsageError(f"--data and --venv can be given {DATA_SLOTS} times in all, not {len(options.data)}")
         self.name = f"sf{pid}"
         self._pid = pid
         self._options = options
@@ -239,6 +239,8 @@ class Job:
 
         def find() -> tuple[MachineSpec, Boot, str]:
             image = images.find(options.image)
+            if options.venv:
+                options.venv.check(image.name, image.python_magic)
             initramfs = images.guest_half(image)
             _use(image.root, f"the guest image {image.name!r}")
             _use(initramfs, "the initramfs")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sfparallel.vmm.record import ForkReport
+    from sfparallel.vmm.venv import Venv
 
 EMBEDDED = "qemu:///embed"
 """URI of libvirt's driver in the job's own process; with nothing after it, its files are in the job's private folder."""
@@ -78,6 +79,8 @@ class JobOptions:
     labels: bool = True
     timeout_s: float | None = None
     data: tuple[Path, ...] = ()
+    """Folders that guests see as block images; that of `venv` is the last of them."""
+    venv: Venv | None = None
     forwards: tuple[tuple[int, int], ...] = ()
     statistics: bool = False
     trace: Path | None = None
@@ -107,6 +110,8 @@ class JobOptions:
         orders: dict[str, object] = {"ranks": self.ranks} if self.ranks else {}
         if self.run_in is RunIn.CLONES_MPI4PY:
             orders["mpi4py"] = 1
+        if self.venv:
+            orders["packages"] = os.fsencode(self.venv.packages).hex()
         if self.closed_streams:
             orders["closed"] = "".join(map(str, self.closed_streams))
         return orders

@@ -1,0 +1,63 @@
+"""`sfrun --venv PATH`: a virtual environment of the host, whose packages programs find in the VM, read-only, at the same path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfparallel.errors import UsageError
+
+_LIMIT_S = 30.0
+_ASK = "import importlib.util as u, platform as p; print(u.MAGIC_NUMBER.hex(), p.python_version())"
+
+
+@dataclass(frozen=True)
+class Venv:
+    """A virtual environment.
+
+    Attributes:
+        folder: as the user named it, resolved.
+        packages: the folder with its packages.
+    """
+
+    folder: Path
+    packages: Path
+
+    def check(self, image: str, magic: str) -> None:
+        """Check that its packages are for the Python of a guest image, by the magic number of its bytecode (hexadecimal).
+
+        Raises:
+            UsageError: they are not, or its Python does not run.
+        """
+        python = self.folder / "bin" / "python"
+        try:
+            done = subprocess.run([python, "-I", "-S", "-c", _ASK], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  timeout=_LIMIT_S, check=True)  # fmt: skip
+            own, version = done.stdout.split()
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            raise UsageError(f"--venv {self.folder}: its Python does not run: {error}",
+                             hint="create the environment again") from error  # fmt: skip
+        if own != magic:
+            raise UsageError(
+                f"--venv {self.folder} has packages for Python {version}, and the guest image {image!r} has another one",
+                hint="use an image with that Python (`sf image build --release`), or put the packages into the image: "
+                     "`pip freeze > FILE`, then `sf image build --requirements FILE`",
+            )  # fmt: skip
+
+
+def find(text: str) -> Venv:
+    """The environment in a folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(os.path.realpath(text))
+    if not (folder / "pyvenv.cfg").is_file():
+        raise UsageError(f"--venv {text}: not a virtual environment: there is no pyvenv.cfg in it",
+                         hint="name the folder that `python3 -m venv` made")  # fmt: skip
+    found = sorted(folder.glob("lib/python3*/site-packages"))
+    if len(found) != 1:
+        raise UsageError(f"--venv {text}: {len(found)} folders lib/python3*/site-packages in it, not one")
+    return Venv(folder, found[0])
