@@ -26,7 +26,7 @@ dist: build ## sdist, and from it a wheel with the native parts built, in dist/
 
 demo: build ## build the guest image of the example, then run BLAST in clones of a VM
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples
-	@$(BIN)/sfrun -n 4 --image blast --stats examples/blast/blast.py --output examples/blast/out
+	@$(BIN)/sfrun -v -n 4 --image blast --stats examples/blast/blast.py --output examples/blast/out
 
 example-render: build ## build the guest image of the example, then render with POV-Ray in clones of a VM
 	@$(BIN)/sf image build render $(RENDER_PACKAGES)

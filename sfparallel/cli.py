@@ -20,7 +20,7 @@ from sfparallel.config import LOG, SETTINGS, cache_folder, log_level, parse_size
 from sfparallel.errors import UsageError
 from sfparallel.text import nearest, printable
 from sfparallel.vmm import standard_streams
-from sfparallel.vmm.command_errors import errors_told, say
+from sfparallel.vmm.command_errors import EXIT_USAGE, errors_told, say
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
 from sfparallel.vmm.options import JobOptions, Program, RunIn, libvirt_uri
@@ -325,7 +325,11 @@ def sf(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `sf`."""
     standard_streams.open_closed()
     with errors_told("sf"):
-        options = _sf_parser().parse(arguments)
+        parser = _sf_parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            parser.print_help(sys.stderr)
+            sys.exit(EXIT_USAGE)
+        options = parser.parse(arguments)
         _start_log()
         code = _COMMANDS[options.command](options)
         print(end="", flush=True)  # standard output may be closed, and None
@@ -370,7 +374,10 @@ def _image(options: argparse.Namespace) -> int:
             image = images.build(recipe, display)
         _tell(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")
     elif options.action == "list":
-        for image in images.list_images():
+        there = images.list_images()
+        if not there:
+            say("sf: there are no guest images; `sf image build` makes one")
+        for image in there:
             _tell(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
         images.remove(options.name)

@@ -237,6 +237,14 @@ def test_a_chroot_that_is_no_mount_point_is_told_as_such(tmp_path: Path) -> None
     assert "chroot" in done.stdout and "mount --bind" in done.stdout, done
 
 
+def test_a_host_without_apt_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._sources(needed=True).status is Status.OK
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"PRETTY_NAME": "Plan 9"})
+    for needed in (True, False):
+        finding = doctor._sources(needed=needed)
+        assert finding.lacks == needed and "Plan 9" in finding.detail and "--release" in finding.remedy
+
+
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CACHE.variable, str(tmp_path / "deep" / "down"))
     assert found("cache folder").status in (Status.OK, Status.BROKEN)

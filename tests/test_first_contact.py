@@ -51,6 +51,21 @@ def test_unknown_words_of_sf(capsys: pytest.CaptureFixture[str], words: tuple[st
     assert refused(cli.sf, capsys, *words) == said
 
 
+def test_sf_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.sf([])
+    told = capsys.readouterr()
+    assert ended.value.code == command_errors.EXIT_USAGE and told.out == ""
+    assert all(command in told.err for command in cli._COMMANDS)
+
+
+def test_no_images_are_told(sf: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path,
+                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("SF_CACHE", str(tmp_path))
+    done = sf("image", "list")
+    assert (done.returncode, done.stdout) == (0, "") and "sf image build" in done.stderr
+
+
 def test_a_command_may_follow_its_option_at_once() -> None:
     """As in `python -c'print(1)'`."""
     assert cli._split_program(["-n", "2", "-cprint(1)", "-n"]) == (["-n", "2"], "command", ["print(1)", "-n"])

@@ -16,6 +16,7 @@ import pwd
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,10 +25,12 @@ from pathlib import Path
 
 from sfparallel import native
 from sfparallel.config import ACCEL, CLONE_MEMORY, LIBVIRT_REMEDY, QEMU, cache_folder, parse_size, qemu_remedy
-from sfparallel.errors import EnvironmentProblem, NetworkError
+from sfparallel.errors import EnvironmentProblem, NetworkError, UsageError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
+from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.kvm import EMULATED, probe_kvm
+from sfparallel.vmm.releases import host_release
 from sfparallel.vmm.verdict import Finding, Status, not_installed, verdict_of
 
 _OLDEST_QEMU = (7, 2)
@@ -52,7 +55,8 @@ def diagnose(find_image: Callable[[], object] | None = None) -> list[Finding]:
         lambda: _guest_program("guest agent", native_parts.AGENT),
         lambda: _guest_program("test of processors", native_parts.CPU_CHECK),
         _kvm, _tun, _network, _mounts, _map_count, _open_files, _memory, _cache,
-        lambda: builders("mmdebstrap", "mmdebstrap"), lambda: builders("mksquashfs", "squashfs-tools"), lambda: image,
+        lambda: builders("mmdebstrap", "mmdebstrap"), lambda: builders("mksquashfs", "squashfs-tools"),
+        lambda: _sources(needed=image.lacks), lambda: image,
         _pagemap_scan, _libvirt_binding, _libvirt_driver, _libvirt_user,
     ]  # fmt: skip
     return [probe() for probe in probes]
@@ -93,6 +97,18 @@ def _program(name: str, package: str, *, purpose: str, needed: bool) -> Finding:
     if path:
         return Finding(name, Status.OK, f"{path} ({purpose})", needed=needed)
     return not_installed(name, f"not found; {purpose}", package, needed=needed)
+
+
+def _sources(*, needed: bool) -> Finding:
+    """Whether this host knows where the packages of its own release come from."""
+    name = "apt sources"
+    try:
+        release = host_release()
+        sources_for(release)
+    except (EnvironmentProblem, UsageError) as error:
+        remedy = error.hint or "see apt's sources.list(5)"
+        return Finding(name, Status.ABSENT, error.message, remedy, needed)
+    return Finding(name, Status.OK, f"{release} (for guest images)", needed=needed)
 
 
 def _library() -> Finding:
@@ -227,7 +243,9 @@ def _permission() -> Finding:
     missing = [capability for capability, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
     who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
     if missing:
-        remedy = "run as root (sudo), or in a container with these"
+        # sudo looks for commands in a path of its own, in which an environment's are not.
+        command = os.path.join(os.path.dirname(sys.argv[0]), "sfrun") if os.path.basename(sys.argv[0]) == "sf" else "sfrun"
+        remedy = f"run as root (sudo {command} ...), or in a container with these"
         return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", remedy)
     return Finding(name, Status.OK, f"{who}, with {', '.join(_NEEDED_CAPABILITIES)}")
 
