@@ -61,6 +61,20 @@ class _Parser(argparse.ArgumentParser):
             elif isinstance(command := action.choices.get(str(getattr(options, action.dest, None))), _Parser):
                 yield from command.option_names(options)
 
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """Each command by its full name, with its subcommands and options."""
+        words: list[str] = []
+        below: list[_Parser] = []
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                words += action.choices
+                below += action.choices.values()
+            elif action.help != argparse.SUPPRESS:
+                words += action.option_strings
+        yield self.prog, words
+        for parser in below:
+            yield from parser.commands()
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             near = nearest(str(value), action.choices)
@@ -317,6 +331,7 @@ def _sf_parser() -> _Parser:
     clean = commands.add_parser("clean", help="remove what interrupted builds left, and templates; nothing that a job uses")
     clean.add_argument("names", nargs="*", metavar="NAME", help="remove this, as `sf df` names it; an image with its templates")
     clean.add_argument("--all", action="store_true", help="remove images, data images and initramfs as well")
+    commands.add_parser("completion", help="a script by which bash completes commands and options: eval \"$(sf completion)\"")
     commands.add_parser("settings", help="settings that the environment may override")
     return parser
 
@@ -420,6 +435,14 @@ def _settings(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "df": _df, "clean": _clean, "settings": _settings}
+def _completion(options: argparse.Namespace) -> int:
+    from sfparallel.vmm.completion import script
+
+    print(script({**dict(_sfrun_parser().commands()), **dict(_sf_parser().commands())}), end="")
+    return 0
+
+
+_COMMANDS = {"doctor": _doctor, "image": _image, "ps": _ps, "df": _df, "clean": _clean, "completion": _completion,
+             "settings": _settings}  # fmt: skip
 
 __all__ = ["sf", "sfrun"]

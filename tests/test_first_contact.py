@@ -59,6 +59,20 @@ def test_sf_alone_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None
     assert all(command in told.err for command in cli._COMMANDS)
 
 
+@pytest.mark.parametrize(("line", "found"), [
+    ("sf im", "image"), ("sf image bu", "build"), ("sf image build --pi", "--pip"),
+    ("sf image build x --re", "--release --requirements"),
+    ("sfrun --mem", "--memory"), ("sfrun -n 4 --sp", "--spmd"), ("/usr/bin/sf clean --a", "--all"), ("sfrun scr", ""),
+])  # fmt: skip
+def test_bash_completes_what_the_parsers_take(line: str, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.sf(["completion"])
+    words = line.split()
+    ask = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _sfparallel; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", f"{capsys.readouterr().out}\n{ask}"], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == (found, "")
+
+
 def test_no_images_are_told(sf: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path,
                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("SF_CACHE", str(tmp_path))
