@@ -205,7 +205,14 @@ def test_missing_tool_names_its_package(cache: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="mmdebstrap") as caught:
         image.build(image.Recipe(), lambda stage, percent: None)
-    assert caught.value.hint == "apt install mmdebstrap"
+    assert caught.value.hint == "apt install mmdebstrap squashfs-tools"
+
+
+def test_an_environment_without_pip_is_told_before_anything_is_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    with pytest.raises(EnvironmentProblem, match="has no pip") as caught:
+        image.build(image.Recipe(pip=("six",)), lambda stage, percent: pytest.fail(stage))
+    assert "ensurepip" in str(caught.value.hint)
 
 
 @pytest.mark.needs("root")

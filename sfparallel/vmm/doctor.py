@@ -16,7 +16,6 @@ import pwd
 import resource
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,6 +29,7 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
 from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.kvm import EMULATED, probe_kvm
+from sfparallel.vmm.processes import command_path
 from sfparallel.vmm.releases import host_release
 from sfparallel.vmm.verdict import Finding, Status, not_installed, verdict_of
 
@@ -243,9 +243,7 @@ def _permission() -> Finding:
     missing = [capability for capability, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
     who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
     if missing:
-        # sudo looks for commands in a path of its own, in which an environment's are not.
-        command = os.path.join(os.path.dirname(sys.argv[0]), "sfrun") if os.path.basename(sys.argv[0]) == "sf" else "sfrun"
-        remedy = f"run as root (sudo {command} ...), or in a container with these"
+        remedy = f"run as root (sudo {command_path('sfrun')} ...), or in a container with these"
         return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", remedy)
     return Finding(name, Status.OK, f"{who}, with {', '.join(_NEEDED_CAPABILITIES)}")
 

@@ -19,21 +19,23 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, ImageBuildError, ImageMissing, StateError, UsageError
-from sfparallel.vmm import subprocesses
 from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.guest_root import MODULES, PipWanted, base_packages, make_root
 from sfparallel.vmm.initramfs import write_initramfs
 from sfparallel.vmm.locks import locked, taken
+from sfparallel.vmm.processes import command_path
 from sfparallel.vmm.releases import host_release
 
 BUILDER_VERSION = 2
@@ -247,7 +249,7 @@ def build(recipe: Recipe, progress: Progress) -> Image:
 
 
 def _build(recipe: Recipe, key: str, sources: str, folder: Path, progress: Progress) -> Image:
-    _check_host()
+    _check_host(recipe)
     work = folder.with_name(f".build-{folder.name}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -289,11 +291,17 @@ def _remove_litter() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_host() -> None:
-    for program, package in (("mmdebstrap", "mmdebstrap"), ("mksquashfs", "squashfs-tools")):
-        subprocesses.require(program, package)
+def _check_host(recipe: Recipe) -> None:
+    tools = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools"}
+    if missing := [program for program in tools if shutil.which(program) is None]:
+        raise EnvironmentProblem(f"what builds guest images is not installed: {', '.join(missing)}",
+                                 hint=f"apt install {' '.join(tools[program] for program in missing)}")  # fmt: skip
+    if (recipe.pip or recipe.requirements) and importlib.util.find_spec("pip") is None:  # as in environments of uv
+        raise EnvironmentProblem("the environment of sf has no pip, which gets Python packages for images",
+                                 hint=f"{sys.executable} -m ensurepip, or `uv pip install pip`")  # fmt: skip
     if os.geteuid() != 0:
-        raise EnvironmentProblem("guest images are built as root: they hold files of several owners", hint="sudo sf image build")
+        raise EnvironmentProblem("guest images are built as root: they hold files of several owners",
+                                 hint=f"sudo {command_path('sf')} image build")  # fmt: skip
     free = shutil.disk_usage(_images()).free
     if free < NEEDED_BYTES:
         raise ImageBuildError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,12 @@ def memory_of_family(pid: int) -> int:
         except OSError:
             continue
     return total
+
+
+def command_path(name: str) -> str:
+    """`sf` or `sfrun` as root can call it: sudo has a path of its own, in which an environment's commands are not."""
+    folder, called = os.path.split(sys.argv[0])
+    return os.path.join(folder, name) if called in ("sf", "sfrun") else name
 
 
 def address_space_hint() -> str | None:
