@@ -92,6 +92,20 @@ def test_clean_keeps_what_is_used_and_says_so(folder: Path, sf: Sf) -> None:
     assert names() == set() and not list(cache_folder().glob("*/.*")) and not list(cache_folder().glob("*/*.*"))
 
 
+@pytest.mark.parametrize(("unfinished", "lock"), [
+    ("templates/.1111-x", "templates/1111.lock"), ("data/ab-cd.part", "data/ab.lock"),
+    ("images/.build-my-chem-aaaa", "images/.lock-my-chem-aaaa"), ("initrd/.abcd", "initrd/.abcd"),
+])  # fmt: skip
+def test_clean_leaves_what_somebody_builds(folder: Path, unfinished: str, lock: str) -> None:
+    (folder / unfinished).write_bytes(b"x")
+    (folder / lock).touch()
+    with used(folder / lock):
+        assert f"kept unfinished {Path(unfinished).name}: it is in use" in list(cache.clean(everything=True))
+        assert (folder / unfinished).exists() and (folder / lock).exists()
+    assert f"removed unfinished {Path(unfinished).name}" in list(cache.clean(everything=True))
+    assert not (folder / unfinished).exists() and not (folder / lock).exists()
+
+
 def test_clean_by_name_takes_an_image_with_its_templates(folder: Path, sf: Sf) -> None:
     done = sf("clean", "chem", "3333")
     assert sorted(done.stdout.splitlines()) == ["removed image chem", "removed template 1111", "removed template 3333"]

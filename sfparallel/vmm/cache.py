@@ -175,8 +175,11 @@ def clean(*, everything: bool) -> Iterator[str]:
     for entry in entries():
         if entry.kind in kinds:
             yield described_removal(entry)
-    for path in [path for path in cache_folder().glob("*/*") if locks.is_lock(path) and not locks.is_held(path)]:
-        path.unlink(missing_ok=True)
+    for path in cache_folder().glob("*/*"):
+        if locks.is_lock(path):
+            with locks.taken(path) as ours:  # who waits for it meanwhile finds that it has no name any more, and makes another
+                if ours:
+                    path.unlink(missing_ok=True)
 
 
 def described_removal(entry: Entry) -> str:

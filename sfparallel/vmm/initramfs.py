@@ -167,7 +167,7 @@ def write_initramfs(modules: Path, guest_magic: str) -> Path:
         entries += _bytecode(sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work, locks.folder_locked(Path(work)):
             made = Path(work) / target.name
             made.write_bytes(write_cpio(entries))
             os.replace(made, target)

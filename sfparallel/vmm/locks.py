@@ -103,20 +103,20 @@ def taken(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody has the lock, or uses the file."""
-    with taken(path) as ours:
-        return not ours
-
-
 def is_lock(path: Path) -> bool:
     """Whether a file of the cache folder is a builder's lock."""
     return path.suffix == ".lock" or path.name.startswith(".lock-")
 
 
 def of_builder(path: Path) -> Path:
-    """The lock of the build that an entry of the cache folder comes from."""
-    for prefix in (".build-", ".doomed-"):
-        if path.name.startswith(prefix):  # of an image, which is locked by its name
-            return path.with_name(f".lock-{path.name.removeprefix(prefix)}")
-    return path.with_suffix(".lock")
+    """What whoever makes an unfinished entry of the cache folder has locked meanwhile."""
+    name = path.name
+    if name.startswith(".doomed-"):
+        return path
+    if name.startswith(".build-"):  # an image; others may have the same name before the hyphen
+        return path.with_name(f".lock-{name.removeprefix('.build-')}")
+    if name.startswith(".") and "-" in name:  # a template
+        return path.with_name(f"{name[1:].partition('-')[0]}.lock")
+    if path.suffix == ".part":  # an image of data
+        return path.with_name(f"{name.partition('-')[0]}.lock")
+    return path
