@@ -31,6 +31,7 @@ from sfparallel.vmm.record import ForkReport, Phase
 from sfparallel.vmm.template import template_key
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.wire import Frame, FrameParser, FrameType, pack
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -164,7 +165,7 @@ async def counters(vm: Vm) -> tuple[int, int]:
 
 async def past(vm: Vm, count: int) -> int:
     """Wait until a guest has counted past `count`; its counters must agree: one passed through a register, one through memory."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(60 * PATIENCE):
         while True:
             register, memory = await counters(vm)
             assert 0 <= register - memory <= 1, "CPU state and memory are of two different moments"
@@ -258,7 +259,7 @@ def test_fork_of_a_firmware_guest(
     course: Callable[[Rig], Coroutine[Any, Any, None]], accelerator: Accelerator, tmp_path: Path
 ) -> None:
     async def test() -> None:
-        async with asyncio.timeout(120), rig_of(accelerator, tmp_path) as rig:
+        async with asyncio.timeout(120 * PATIENCE), rig_of(accelerator, tmp_path) as rig:
             await course(rig)
 
     asyncio.run(test())
