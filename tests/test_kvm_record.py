@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import documents, host
-from tests.kvm import choice, record
+from tests.kvm import choice, record, tsc
 
 ENTRY = record.Entry("tests/test_fork.py::test_fork_of_a_clone", "passed", 20.0, "2026-11-01 12:00", "abc", "c0de")
 THEN = datetime(2026, 11, 1, 12, tzinfo=UTC)
@@ -95,3 +95,8 @@ def test_tests_are_chosen_and_how_they_end_is_written_down(tmp_path: Path) -> No
     subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
     found = {entry.test.rpartition("::")[2]: entry.outcome for entry in record.entries_of(ends, "abc", "c0de")}
     assert found == {"test_passes": "passed", "test_fails": "failed", "test_skips": "skipped", "test_fails_at_its_end": "failed"}
+
+
+def test_the_rate_of_the_tsc_is_the_same_each_time() -> None:
+    first, second = tsc.kilohertz(), tsc.kilohertz()
+    assert 100_000 < first < 10_000_000 and abs(first - second) < first / 1000
