@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import documents, host
-from tests.kvm import choice, record, tsc
+from tests.kvm import choice, counts, record, tsc
 
 ENTRY = record.Entry("tests/test_fork.py::test_fork_of_a_clone", "passed", 20.0, "2026-11-01 12:00", "abc", "c0de")
 THEN = datetime(2026, 11, 1, 12, tzinfo=UTC)
@@ -95,6 +95,25 @@ def test_tests_are_chosen_and_how_they_end_is_written_down(tmp_path: Path) -> No
     subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
     found = {entry.test.rpartition("::")[2]: entry.outcome for entry in record.entries_of(ends, "abc", "c0de")}
     assert found == {"test_passes": "passed", "test_fails": "failed", "test_skips": "skipped", "test_fails_at_its_end": "failed"}
+
+
+TRACE = """\
+# tracer: nop
+           CPU 0/KVM-900     [000] d....        100: kvm_entry: vcpu 0, rip 0xffffffff81000000
+           CPU 0/KVM-900     [000] .....       1107: kvm_exit: vcpu 0 reason EXIT_HLT rip 0xffffffff81000004 info1 0x0 info2 0x0
+           CPU 0/KVM-901     [000] .....       1500: kvm_exit: vcpu 0 reason EXIT_INTR rip 0xffffffff81000004 info1 0x0
+           CPU 0/KVM-901     [000] d....       2000: kvm_entry: vcpu 0, rip 0xffffffff81000004
+           CPU 0/KVM-901     [000] .....       2507: kvm_exit: vcpu 0 reason EXIT_NPF rip 0xffffffff81000004 info1 0x5
+           CPU 0/KVM-901     [000] .....       2600: kvm_page_fault: vcpu 0 rip 0xffffffff81000004 address 0x1000 error_code 0x5
+           CPU 0/KVM-901     [000] d....       3000: kvm_entry: vcpu 0, rip 0xffffffff81000004
+           CPU 0/KVM-901     [000] .....       3007: kvm_exit: vcpu 0 reason EXIT_INTR rip 0xffffffff81000004 info1 0x0
+           CPU 0/KVM-900     [000] d....       4000: kvm_entry: vcpu 0, rip 0xffffffff81000000
+"""
+
+
+def test_a_trace_of_kvm_is_counted() -> None:
+    """The clone is the thread that began last; 7 instructions are the host's, between the two tracepoints."""
+    assert counts.sample(TRACE) == {"instructions": 500, "exits": {"intr": 1, "npf": 1}, "faults": 1}
 
 
 def test_the_rate_of_the_tsc_is_the_same_each_time() -> None:
