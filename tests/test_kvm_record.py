@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import documents, host
-from tests.kvm import choice, counts, record, tsc
+from sfparallel.vmm import locks
+from tests.kvm import __main__ as command
+from tests.kvm import choice, counts, outer_root, record, tsc
 
 ENTRY = record.Entry("tests/test_fork.py::test_fork_of_a_clone", "passed", 20.0, "2026-11-01 12:00", "abc", "c0de")
 THEN = datetime(2026, 11, 1, 12, tzinfo=UTC)
@@ -119,3 +122,34 @@ def test_a_trace_of_kvm_is_counted() -> None:
 def test_the_rate_of_the_tsc_is_the_same_each_time() -> None:
     first, second = tsc.kilohertz(), tsc.kilohertz()
     assert 100_000 < first < 10_000_000 and abs(first - second) < first / 1000
+
+
+@pytest.mark.parametrize(("built", "began", "said"), [
+    (False, time.time(), "NOT RUN: the outer VM is not built"),
+    (True, 0.0, "NOT RUN: 0 s are left of CI's time"),
+])  # fmt: skip
+def test_a_run_that_is_due_and_cannot_be_is_told(
+    built: bool, began: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SF_CACHE", str(tmp_path))
+    if built:
+        outer_root.root_folder(tmp_path / "test-kvm").mkdir(parents=True)
+    assert command.if_due(began, [], tmp_path / "record.json") == 0
+    err = capsys.readouterr().err
+    assert "have never run" in err and said in err and "make test-kvm ARGS=--smoke" in err
+
+
+def test_a_run_that_is_due_waits_for_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SF_CACHE", str(tmp_path))
+    outer_root.root_folder(tmp_path / "test-kvm").mkdir(parents=True)
+    with locks.locked(tmp_path / "test-kvm" / ".lock", lambda: None):
+        assert command.if_due(time.time(), [], tmp_path / "record.json") == 0
+    assert "NOT RUN: another run has the outer VM" in capsys.readouterr().err
+
+
+def test_no_run_where_none_is_due(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh = replace(ENTRY, day=record.now(), code=record.code())
+    assert command.if_due(time.time(), [fresh], tmp_path / "record.json") == 0
+    assert "not due" in capsys.readouterr().err

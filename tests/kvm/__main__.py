@@ -79,10 +79,10 @@ def if_due(began: float, entries: list[record.Entry], own: Path) -> int:
     if not why:
         say("KVM: the short run is not due")
         return 0
-    root = outer_root.found_root(cache_folder() / "test-kvm")
+    built = outer_root.root_folder(cache_folder() / "test-kvm").exists()
     left = CI_S - (time.time() - began)
-    missing = "the outer VM is not built" if root is None else f"{max(0, left):.0f} s are left of CI's time"
-    if root and left >= SHORT_S:
+    missing = "the outer VM is not built" if not built else f"{max(0, left):.0f} s are left of CI's time"
+    if built and left >= SHORT_S:
         say(f"KVM: the short run is due: {why}")
         try:
             return test(SMOKE, own, again=True, seconds=left - SHORT_S / 2, limit_s=left)

@@ -55,10 +55,9 @@ def _key(sources: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def found_root(folder: Path) -> Path | None:
-    """What `ensure_root` would return, if it is there already."""
-    target = folder / f"root-{_key(sources_for(RELEASE))}"
-    return target if target.exists() else None
+def root_folder(folder: Path) -> Path:
+    """What `ensure_root` returns; it may not be there yet."""
+    return folder / f"root-{_key(sources_for(RELEASE))}"
 
 
 def ensure_root(folder: Path, say: Say) -> Path:
@@ -67,13 +66,12 @@ def ensure_root(folder: Path, say: Say) -> Path:
     Raises:
         SfError: a step failed; the message has the tool's own words.
     """
-    sources = sources_for(RELEASE)
-    target = folder / f"root-{_key(sources)}"
+    target, sources = root_folder(folder), sources_for(RELEASE)
     if target.exists():
         return target
     for old in folder.glob("root-*"):
         shutil.rmtree(old)
-    work = folder / f"root-{_key(sources)}.new"
+    work = target.with_suffix(".new")
     work.mkdir(parents=True)
     say("unpacking Debian for the outer VM (2 to 5 minutes)")
     _unpack(work, sources)
