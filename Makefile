@@ -11,7 +11,7 @@ BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed 
 BEGAN := $(shell date +%s)
 
 .PHONY: help build dist bench-tools demo example-render test test-long test-kvm test-matrix lint \
-	bench bench-fork bench-comm bench-map bench-start clean
+	bench bench-fork bench-comm bench-map bench-start bench-kvm clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -68,6 +68,10 @@ bench-fork: bench-tools ## figures of the fork: data, pictures, tables (20 minut
 
 bench-start: bench-tools ## start of a job by core, with cold and warm caches (1 minute on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/python -m benchmarks.start $(ARGS)
+
+bench-kvm: build ## instructions and VM exits of a fork under KVM, in the outer VM of `test-kvm` (10 minutes or more)
+	@$(BIN)/sf image build default
+	@$(BIN)/python -m tests.kvm.counts
 
 bench-comm: bench-tools ## messages among clones next to mpi4py on MPICH: data and pictures (14 minutes on 2 cores); ARGS=--quick, ARGS=--draw
 	@$(BIN)/sf image build bench $(BENCH_IMAGE)

@@ -22,7 +22,7 @@ for _ in sys.stdin:
     print("answered", flush=True)
 """
 SETTINGS = {"buffer_size_kb": "65536", "trace_clock": "x86-tsc", "tracing_on": "0",
-            **{f"events/kvm/{event}/enable": "1" for event in ("kvm_entry", "kvm_exit", "kvm_page_fault")}}  # fmt: skip
+            **{f"events/kvm/{event}/enable": "1" for event in ("kvm_entry", "kvm_exit")}}  # fmt: skip
 WARM_UP = 2
 """Forks before the first that counts: the program imports, the pool fills, QEMU's files come into the page cache."""
 

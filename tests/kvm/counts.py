@@ -53,7 +53,6 @@ class Run:
     stretches: list[int] = field(default_factory=list)
     """Between each entry and its exit, in instructions."""
     exits: Counter[str] = field(default_factory=Counter)
-    faults: int = 0
     began: int = 0
 
     def instructions(self, between: int) -> int:
@@ -82,8 +81,6 @@ def runs(lines: Iterable[str]) -> dict[int, Run]:
             reason = re.search(r"reason (\S+)", match["rest"])
             assert reason, line
             run.exits[reason[1].removeprefix("EXIT_").lower()] += 1
-        elif match["event"] == "kvm_page_fault":
-            run.faults += 1
     return found
 
 
@@ -99,7 +96,7 @@ def sample(trace: str) -> dict[str, Any]:
     # An exit that is pending at the entry has the guest execute nothing: the shortest stretch is the host's alone.
     between = min(stretch for run in found.values() for stretch in run.stretches)
     clone = clone_of(found)
-    return {"instructions": clone.instructions(between), "exits": dict(sorted(clone.exits.items())), "faults": clone.faults}
+    return {"instructions": clone.instructions(between), "exits": dict(sorted(clone.exits.items()))}
 
 
 def phases(trace: str, fork: int) -> dict[str, int]:
@@ -120,6 +117,7 @@ def phases(trace: str, fork: int) -> dict[str, int]:
 
 def measure() -> dict[str, Any]:
     """Boot the outer VM, fork, and count."""
+    revision = record.revision()
     with tempfile.TemporaryDirectory(prefix="counts-kvm") as folder:
         share = Path(folder)
         (share / "job").write_text(_JOB.format(forks=FORKS))
@@ -129,7 +127,7 @@ def measure() -> dict[str, Any]:
         told = (share / "phases.json").read_text()
         machine = json.loads((share / "machine").read_text())
         forks = [{**sample(path.read_text()), "phases": phases(told, int(path.suffix[1:]))} for path in traces]
-        return {"revision": record.revision(), "day": record.now()[:10], **machine, "forks": forks}
+        return {"revision": revision, "day": record.now()[:10], **machine, "forks": forks}
 
 
 def _reasons(forks: list[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
@@ -147,8 +145,7 @@ def text(data: dict[str, Any]) -> str:
     forks = data["forks"]
     rows = [("instructions of the guest", *_spread([fork["instructions"] for fork in forks])),
             ("VM exits", *_spread([sum(fork["exits"].values()) for fork in forks])),
-            *((f"of these: `{name}`", *_spread(values)) for name, values in _reasons(forks)),
-            ("pages that KVM mapped", *_spread([fork["faults"] for fork in forks]))]  # fmt: skip
+            *((f"of these: `{name}`", *_spread(values)) for name, values in _reasons(forks))]  # fmt: skip
     whole = [(_PHASES[name], *_spread([fork["phases"][name] // 1000 for fork in forks])) for name in _PHASES]
     head = (f"{len(forks)} forks of one clone that answers with its rank; Linux {data['kernel']} with `kvm_amd`, "
             f"QEMU {data['qemu']}; revision `{data['revision']}`, {data['day']}.")  # fmt: skip
