@@ -42,6 +42,9 @@ SMOKE = (
 )
 """Enough to see within minutes that forks work under KVM. They are also the first ones of a run of all."""
 
+NEXT = tuple(f"tests/test_{name}.py" for name in ("fork", "nested", "checkpoints", "shapes", "identity", "job_control"))
+"""What comes next: a run may be cut off, and these save, load and stop VMs in all ways that there are."""
+
 _START = time.monotonic()
 
 
@@ -69,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         names = tuple(Path(listed).read_text().split("\n"))
         chosen = [item for item in chosen if is_one_of(item.nodeid, names)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = sorted(chosen, key=lambda item: not is_one_of(item.nodeid, SMOKE))
+    items[:] = sorted(chosen, key=lambda item: (not is_one_of(item.nodeid, SMOKE), not is_one_of(item.nodeid, NEXT)))
 
 
 class Ends:
