@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import UsageError
+from sfparallel.vmm import imports
 from sfparallel.vmm.command_errors import EXIT_USAGE
 from sfparallel.vmm.image import find as find_image
+from sfparallel.vmm.options import Program
 from sfparallel.vmm.venv import Venv, find
 from tests.conftest import Sfrun
 
@@ -58,6 +60,51 @@ def test_packages_of_an_environment_are_found_in_clones_too(sfrun: Sfrun, venv: 
     ended = sfrun(PROGRAM, "--venv", str(venv)).ok()
     assert ended.out == ("[('mine', 'late', 'by a .pth file', 0), ('mine', 'late', 'by a .pth file', 1)] "
                          "the environment comes first [0, 2, 4]\nTrue\n")
+
+
+@pytest.mark.needs("root")
+@pytest.mark.needs("net")
+@pytest.mark.needs("qemu")
+@pytest.mark.needs("image")
+def test_the_active_environment_is_brought_if_only_it_has_what_is_imported(sfrun: Sfrun, venv: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    ended = sfrun("import mine\nimport sfparallel as sf\nprint(sf.parallel(n=1)(lambda: mine.NAME)())").ok()
+    assert ended.out == "['mine']\n"
+    assert f"the guest image 'default' lacks mine: the packages of {venv} are brought along (--venv)" in ended.err
+    ended = sfrun("print(1)\nimport mine, nowhere")
+    lines = ended.err.splitlines()
+    assert lines[0].startswith("sfrun: program.py imports mine, nowhere, which the guest image 'default' lacks.")
+    assert lines[1] == "  sf image build default --from default --pip mine --pip nowhere"
+    assert ended.code == 1 and "ModuleNotFoundError" in ended.err
+
+
+@pytest.mark.parametrize(("source", "names"), [
+    ("import a, b.c as d\nfrom e.f import g\nfrom . import h\n", {"a", "b", "e"}),
+    ("try:\n import a\nexcept ImportError: a = 0\nif a:\n import b\ndef f():\n import c\n", set()),
+    ("import a\nimport sys\nsys.path.append('x')\n", set()), ("import a; print 'old'", set()),
+    ("# coding: latin-1\nimport a  # ä", {"a"}),
+])  # fmt: skip
+def test_what_a_script_imports_whatever_happens(source: str, names: set[str]) -> None:
+    assert imports.imported(source.encode("latin-1")) == names
+
+
+@pytest.mark.needs("image")
+def test_what_a_script_will_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder" / "package").mkdir(parents=True)
+    (tmp_path / "more").mkdir()
+    for name in ("folder/mine.py", "folder/fast.cpython-311.so", "more/other.py"):
+        (tmp_path / name).write_text("")
+    script = tmp_path / "folder" / "s.py"
+    script.write_text("import os, numpy, zmq, sfparallel, mpi4py, mine, package, fast, _cffi_backend, other, nowhere")
+
+    def missing(**environment: str | None) -> list[str]:
+        return imports.missing(Program("script", ("folder/s.py",), tmp_path, script.parent, environment), find_image())
+
+    assert missing() == ["nowhere", "other"] and missing(PYTHONPATH="more:") == ["nowhere"]
+    assert imports.missing(Program("command", ("import nowhere",), tmp_path, None), find_image()) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing() == [], "without unsquashfs nothing is known"
 
 
 def test_what_is_no_environment_is_refused(tmp_path: Path) -> None:

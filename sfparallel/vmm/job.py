@@ -24,7 +24,7 @@ from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
 from sfparallel.vmm import image as images
-from sfparallel.vmm import job_control, locks, native_parts, pausing, signals, statistics, terminal, time_zone
+from sfparallel.vmm import imports, job_control, locks, native_parts, pausing, signals, statistics, terminal, time_zone
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
@@ -234,11 +234,12 @@ class Job:
 
     async def _find_template(self) -> tuple[MachineSpec, Path, dict[str, object]]:
         """What the job's VMs are, and where their template is. In threads: Ctrl-C is to work meanwhile."""
-        options = self._options
+        async with within(_READ_LIMIT_S, "the guest image to be looked up", error=EnvironmentProblem):
+            image = await in_thread(images.find, self._options.image)
+            options = self._options = await in_thread(imports.supplied, self._options, image, self._note)
         data = [await in_thread(data_image, folder, self._note) for folder in options.data]
 
         def find() -> tuple[MachineSpec, Boot, str]:
-            image = images.find(options.image)
             if options.venv:
                 options.venv.check(image.name, image.python_magic)
             initramfs = images.guest_half(image)
