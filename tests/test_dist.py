@@ -81,6 +81,9 @@ def test_the_wheel_forks_where_nothing_else_is(dist: Path, tmp_path: Path) -> No
         "--disable-pip-version-check", wheel)
     where = run(venv / "bin" / "python", "-c", "import sfparallel; print(sfparallel.__file__)")
     assert where.startswith(str(venv))
+    told = run(venv / "bin" / "sf", "doctor").splitlines()
+    assert told[0].startswith("ready: ") and {"libsfpage.so answers in QEMU", "sfagent runs", "cpu_check runs"} <= {
+        line.partition("  ")[2].strip().partition("  ")[2].strip() for line in told}, told  # fmt: skip
     read_only = ('mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && ! touch "$0/x" 2>/dev/null && '
                  'exec "$0/bin/sfrun" script.py')
     out = run("unshare", "--mount", "sh", "-c", read_only, venv)
