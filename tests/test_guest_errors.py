@@ -44,15 +44,13 @@ def network():
 def name():
     urllib.request.urlopen("http://example.org/", timeout=5)
 
-for call in (module, library, part_of_a_module, program, program_by_path, host_file, own_file, network, name):
-    try:
-        sf.parallel(n=1)(call)()
-    except Exception as error:
-        notes, at = [], error
-        while at is not None:
-            notes += getattr(at, "__notes__", [])
-            at = at.__cause__ or at.__context__
-        print("##", call.__name__, type(error).__name__, *notes)
+calls = (module, library, part_of_a_module, program, program_by_path, host_file, own_file, network, name)
+for call, error in zip(calls, sf.parallel_map(lambda call: call(), calls, n=2, on_error="return")):
+    notes, at = [], error
+    while at is not None:
+        notes += getattr(at, "__notes__", [])
+        at = at.__cause__ or at.__context__
+    print("##", call.__name__, type(error).__name__, *notes)
 os.chdir("/")
 import nothere
 """
