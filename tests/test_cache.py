@@ -107,6 +107,8 @@ def test_clean_leaves_what_somebody_builds(folder: Path, unfinished: str, lock: 
 
 
 def test_clean_by_name_takes_an_image_with_its_templates(folder: Path, sf: Sf) -> None:
+    for name in ("templates/.doomed-3333", f"images/.doomed-chem-{'b' * 12}"):  # left by one who was killed
+        (folder / name / "deep").mkdir(parents=True)
     done = sf("clean", "chem", "3333")
     assert sorted(done.stdout.splitlines()) == ["removed image chem", "removed template 1111", "removed template 3333"]
     assert "2222" in names() and "other" in names() and "chem" not in {image.name for image in image.list_images()}

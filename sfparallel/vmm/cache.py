@@ -6,6 +6,7 @@ images, initramfs. Who removes something takes the exclusive lock first, so that
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
@@ -63,8 +64,11 @@ class Entry:
 
     def size_bytes(self) -> int:
         """What it takes on the disk: templates have holes."""
-        files = [self.path, *(Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)]
-        return sum(path.lstat().st_blocks << 9 for path in files if os.path.lexists(path))
+        size = 0
+        for path in (self.path, *(Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)):
+            with contextlib.suppress(FileNotFoundError):  # a builder has just renamed it
+                size += path.lstat().st_blocks << 9
+        return size
 
     def remove(self) -> bool:
         """Delete it, unless somebody uses it."""
@@ -75,10 +79,7 @@ class Entry:
                 images.forget(self.path)
             if self.kind is Kind.DATA:
                 _source_of(self.path).unlink(missing_ok=True)
-            # First out of sight, so that nobody finds half of it.
-            doomed = self.path.with_name(f".doomed-{self.path.name}") if self.kind is not Kind.UNFINISHED else self.path
-            if doomed != self.path and self.path.exists():
-                self.path.rename(doomed)
+            doomed = self.path if self.kind is Kind.UNFINISHED else images.hide(self.path)
         _delete(doomed)
         return True
 

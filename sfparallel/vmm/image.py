@@ -199,10 +199,18 @@ def remove(name: str) -> None:
         if not all([stack.enter_context(taken(folder / "root.sqfs")) for folder in folders]):
             raise StateError(f"a job uses the image {name!r}", hint="wait for it; `sf ps` lists the jobs")
         (_images() / f"{name}.json").unlink()
-        # First out of sight, so that nobody finds half an image.
-        doomed = [folder.rename(folder.with_name(f".doomed-{folder.name}")) for folder in folders]
+        doomed = [hide(folder) for folder in folders]
     for folder in doomed:
         shutil.rmtree(folder)
+
+
+def hide(path: Path) -> Path:
+    """Put what is to be deleted out of sight, so that nobody finds half of it; returns where it is."""
+    doomed = path.with_name(f".doomed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)  # whoever deleted its like may have been killed
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+    return doomed
 
 
 def forget(folder: Path) -> None:
