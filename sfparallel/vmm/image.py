@@ -201,7 +201,7 @@ def remove(name: str) -> None:
         (_images() / f"{name}.json").unlink()
         doomed = [hide(folder) for folder in folders]
     for folder in doomed:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hide(path: Path) -> Path:
