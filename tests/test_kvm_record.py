@@ -99,6 +99,11 @@ def test_tests_are_chosen_and_how_they_end_is_written_down(tmp_path: Path) -> No
     subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
     found = {entry.test.rpartition("::")[2]: entry.outcome for entry in record.entries_of(ends, "abc", "c0de")}
     assert found == {"test_passes": "passed", "test_fails": "failed", "test_skips": "skipped", "test_fails_at_its_end": "failed"}
+    # With a file that says so, it ends after the test that is under way.
+    ends.unlink()
+    (tmp_path / "stop").touch()
+    subprocess.run(argv, cwd=tmp_path, env={**environment, "KVM_STOP": str(tmp_path / "stop")}, capture_output=True, timeout=120)
+    assert len(record.entries_of(ends, "abc", "c0de")) == 1
 
 
 TRACE = """\

@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ class Busy(Exception):
 
 
 _JOB = """\
-export SF_CACHE=/cache SF_ACCEL=kvm SF_TEST_PATIENCE=10 KVM_RESULTS=/share/results KVM_TESTS=/share/tests {seconds}
+export SF_CACHE=/cache SF_ACCEL=kvm SF_TEST_PATIENCE=10 KVM_RESULTS=/share/results KVM_TESTS=/share/tests KVM_STOP=/share/stop
 cd /project
 exec python3 -m pytest -v -p no:cacheprovider -p tests.kvm.choice --timeout 3000 {files}
 """
@@ -51,11 +52,11 @@ def main() -> int:
         draw()
         return 0
     if options.job:
-        return ended(run(options.job, None, HANG_S), options.job)
+        return ended(run(options.job, None, HANG_S, steady=options.steady), options.job)
     if options.if_due is not None:
         return if_due(options.if_due, entries, own)
     names = SMOKE if options.smoke else None
-    return test(names, record.FILE, again=options.again, seconds=options.seconds)
+    return test(names, record.FILE, again=options.again, seconds=options.seconds, steady=options.steady)
 
 
 def _options() -> argparse.ArgumentParser:
@@ -64,6 +65,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="a few tests, minutes instead of hours")
     parser.add_argument("--again", action="store_true", help="also tests that have passed with this code")
     parser.add_argument("--seconds", type=float, help="begin no other test after this time; the next run goes on from there")
+    parser.add_argument("--steady", action="store_true",
+                        help="the outer VM's clocks count instructions: slower, but no time limit runs out on a busy machine")
     parser.add_argument("--last", action="store_true", help="say when the tests ran last, and run none")
     parser.add_argument("--draw", action="store_true", help="write docs/kvm.md from the data, and run none")
     parser.add_argument("--if-due", type=float, metavar="BEGAN",
@@ -93,7 +96,8 @@ def if_due(began: float, entries: list[record.Entry], own: Path) -> int:
 
 
 def test(
-    names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: float | None, limit_s: float | None = None
+    names: tuple[str, ...] | None, target: Path, *, again: bool, seconds: float | None, limit_s: float | None = None,
+    steady: bool = False,
 ) -> int:
     """Run tests, all if `names` is None, and put how they ended into the record `target`.
 
@@ -114,10 +118,15 @@ def test(
         share = Path(folder)
         (share / "tests").write_text("\n".join(chosen))
         files = " ".join(dict.fromkeys(name.partition("::")[0] for name in chosen))  # others need not even be imported there
-        (share / "job").write_text(_JOB.format(seconds=f"KVM_SECONDS={seconds:.0f}" if seconds else "", files=files))
+        (share / "job").write_text(_JOB.format(files=files))
+        # By our clock: the outer VM's may be another one.
+        timer = threading.Timer(seconds or HANG_S, (share / "stop").touch)
+        timer.daemon = True
+        timer.start()
         try:
-            result = run(share, share / "output" if limit_s else None, limit_s or HANG_S, wait=limit_s is None)
+            result = run(share, share / "output" if limit_s else None, limit_s or HANG_S, wait=limit_s is None, steady=steady)
         finally:
+            timer.cancel()
             new = record.entries_of(share / "results", revision, code)
             names_now = set(collected()) if names is None else None
             kept = {entry.test: entry for entry in entries if names_now is None or entry.test in names_now}
@@ -140,12 +149,14 @@ def collected() -> list[str]:
     return [line for line in said.splitlines() if "::" in line]
 
 
-def run(share: Path, output: Path | None, limit_s: float, *, wait: bool = True, counting: bool = False) -> int | None:
+def run(
+    share: Path, output: Path | None, limit_s: float, *, wait: bool = True, steady: bool = False, processors: int = 2
+) -> int | None:
     """Run `share`/job in the outer VM, made if it is not there; its output goes to ours, or into a file.
 
     Args:
         wait: for another run; without it, raise Busy.
-        counting: see `outer_vm.run`.
+        steady, processors: see `outer_vm.run`.
 
     Returns:
         The job's exit code; None if it did not come to its end.
@@ -168,7 +179,7 @@ def run(share: Path, output: Path | None, limit_s: float, *, wait: bool = True, 
         stream: IO[Any] | None = output.open("wb") if output else None
         left = limit_s - (time.monotonic() - began)
         try:
-            return outer_vm.run(built, project, cache, share, left, output=stream, counting=counting)
+            return outer_vm.run(built, project, cache, share, left, output=stream, steady=steady, processors=processors)
         finally:
             if stream:
                 stream.close()
