@@ -152,6 +152,14 @@ def test_a_run_that_is_due_and_cannot_be_is_told(
     assert "have never run" in err and said in err and "make test-kvm ARGS=--smoke" in err
 
 
+@pytest.mark.parametrize(("code", "outcome", "over", "cut_off"), [
+    (2, "passed", True, True), (None, "passed", True, True), (2, "failed", True, False), (2, "passed", False, False),
+    (None, "passed", False, False), (1, "passed", True, False), (0, "passed", True, False),
+])  # fmt: skip
+def test_only_a_run_that_lacks_nothing_but_time_is_cut_off(code: int | None, outcome: str, over: bool, cut_off: bool) -> None:
+    assert command.is_cut_off(code, [replace(ENTRY, outcome=outcome)], over) == cut_off
+
+
 def test_a_run_that_is_due_waits_for_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

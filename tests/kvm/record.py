@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from benchmarks import documents, host
-from tests.kvm.choice import LEFT_OUT, SMOKE, is_one_of
+from tests.kvm.choice import IMAGES_MISSING, LEFT_OUT, SMOKE, is_one_of
 
 FILE = Path(__file__).with_name("last-run.json")
 DOCUMENT = host.ROOT / "docs" / "kvm.md"
@@ -142,5 +142,7 @@ def text(entries: Iterable[Entry]) -> str:
     lines += documents.table(("tests", *OUTCOMES, "seconds", "day", "revision"), rows)
     if failed := [entry for entry in entries if entry.outcome == "failed"]:
         lines += ["Failed:", "", *(f"* `{entry.test}`" for entry in failed), ""]
-    lines += ["Not run there:", "", *(f"* `{name}`: {why}" for name, why in LEFT_OUT.items()), ""]
+    images = ", ".join(sorted(IMAGES_MISSING))
+    lines += ["Not run there:", "", *(f"* `{name}`: {why}" for name, why in LEFT_OUT.items()),
+              f"* what needs one of the images {images}: about packages in a guest", ""]  # fmt: skip
     return "\n".join(lines)
