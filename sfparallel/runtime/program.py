@@ -78,6 +78,9 @@ def _enter_world(ranks: int) -> None:
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Python's own, with notes on what is other in a VM."""
-    from sfparallel.runtime import guest_errors
-    guest_errors.explain(error)
+    # Ctrl-C needs none. And eval(), which some modules call when they are imported, would have the interpreter forget that it has
+    # to end by SIGINT (pythonrun.c: run_eval_code_obj).
+    if issubclass(kind, Exception):
+        from sfparallel.runtime import guest_errors
+        guest_errors.explain(error)
     sys.__excepthook__(kind, error, trace)
