@@ -127,7 +127,8 @@ def test_signal_reaches_the_whole_group(guest: Guest) -> None:
 
 
 def test_programs_do_not_share_random_numbers(guest: Guest) -> None:
-    code = "import random, numpy, tempfile, os; print(random.random(), numpy.random.rand(), tempfile.mktemp(), os.urandom(8))"
+    code = ("import random, numpy, tempfile, os\n"
+            "print(random.random(), numpy.random.rand(), tempfile.mktemp(), os.urandom(8).hex())")
     first, second = (guest.execute(code).out.split() for _ in range(2))
     assert all(one != other for one, other in zip(first, second, strict=True))
 
