@@ -201,15 +201,14 @@ def test_the_root_is_asked_for_its_python(monkeypatch: pytest.MonkeyPatch, tmp_p
 # -- kernel modules ----------------------------------------------------------------------------------------------------
 
 
-def test_compressed_modules_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_modules_are_unpacked(tmp_path: Path) -> None:
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "virtio_pci.ko.xz").write_bytes(lzma.compress(b"first"))
     (folder / "fuse.ko").write_bytes(b"second")
     (folder / "modules.dep").write_text("fuse.ko: virtio_pci.ko.xz\nvirtio_pci.ko.xz:\n")
     (folder / "modules.builtin").write_text("")
-    monkeypatch.setattr(guest_root, "MODULES", ("fuse",))
-    guest_root.extract_modules(folder, tmp_path / "out")
+    guest_root.extract_modules(folder, tmp_path / "out", ("fuse",))
     assert (tmp_path / "out" / "order").read_text() == "virtio_pci.ko\nfuse.ko\n"
     assert (tmp_path / "out" / "virtio_pci.ko").read_bytes() == b"first"
     assert (tmp_path / "out" / "fuse.ko").read_bytes() == b"second"
