@@ -7,6 +7,7 @@ last-run.json and docs/kvm.md as it ends, also by Ctrl-C, so that the next run g
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -151,7 +152,8 @@ def is_cut_off(code: int | None, new: list[record.Entry], time_is_over: bool) ->
 def collected() -> list[str]:
     """The tests that belong into the outer VM, by this work tree."""
     argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "tests.kvm.choice"]
-    said = subprocess.run(argv, cwd=host.ROOT, check=True, capture_output=True, text=True).stdout
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # it may ask for another list
+    said = subprocess.run(argv, cwd=host.ROOT, check=True, capture_output=True, text=True, env=environment).stdout
     return [line for line in said.splitlines() if "::" in line]
 
 
