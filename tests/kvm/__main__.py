@@ -158,13 +158,13 @@ def collected() -> list[str]:
 
 
 def run(
-    share: Path, output: Path | None, limit_s: float, *, wait: bool = True, steady: bool = False, processors: int = 2
+    share: Path, output: Path | None, limit_s: float, *, wait: bool = True, **options: Any
 ) -> int | None:
     """Run `share`/job in the outer VM, made if it is not there; its output goes to ours, or into a file.
 
     Args:
         wait: for another run; without it, raise Busy.
-        steady, processors: see `outer_vm.run`.
+        options: of `outer_vm.run`.
 
     Returns:
         The job's exit code; None if it did not come to its end.
@@ -187,7 +187,7 @@ def run(
         stream: IO[Any] | None = output.open("wb") if output else None
         left = limit_s - (time.monotonic() - began)
         try:
-            return outer_vm.run(built, project, cache, share, left, output=stream, steady=steady, processors=processors)
+            return outer_vm.run(built, project, cache, share, left, output=stream, **options)
         finally:
             if stream:
                 stream.close()
