@@ -121,7 +121,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="counts-kvm") as folder:
         share = Path(folder)
         (share / "job").write_text(_JOB.format(forks=FORKS))
-        if code := command.ended(command.run(share, None, LIMIT_S, steady=True, jump=True, processors=1), share):
+        if code := command.ended(command.run(share, None, LIMIT_S, steady=True), share):
             raise SystemExit(code)
         traces = sorted(share.glob("trace.*"))
         told = (share / "phases.json").read_text()

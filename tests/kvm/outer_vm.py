@@ -74,7 +74,7 @@ def cache_disk(folder: Path, image: Image, say: Say) -> Path:
 
 def run(
     built: Path, project: Path, cache: Path, share: Path, limit_s: float, *,
-    output: IO[bytes] | None = None, steady: bool = False, jump: bool = False, processors: int = 2,
+    output: IO[bytes] | None = None, steady: bool = False,
 ) -> int | None:
     """Boot it and have it run `share`/job; returns the job's exit code, or None if it did not come to its end in time.
 
@@ -82,20 +82,18 @@ def run(
 
     Args:
         output: where the job's output goes; ours, if it is None.
-        steady: its clocks count instructions, a nanosecond for each, so that no time limit in it depends on how busy we are. Its
-            processors then run in turn, on one of ours.
-        jump: while nothing runs in a steady one, its clocks jump to the next timer.
+        steady: its clocks count instructions, a nanosecond for each, so that no time limit in it depends on how busy we are. It has
+            one processor then.
     """
     write_initrd(built, share / "initrd")
     # With a reliable TSC, KVM has its master clock, as on bare metal. TCG's is that of the host. Its rate must be told: a kernel
     # that has to wait for a processor while it measures takes another, and has clocks that are up to three times too fast (seen).
     rate = 1_000_000 if steady else tsc.kilohertz()
     kernel = f"root=/dev/vda rw console=ttyS0 quiet mitigations=off panic=-1 tsc=reliable tsc_early_khz={rate}"
-    # While nothing runs, the clocks go on at our rate; or jump to the next timer, which has a count take the same each time, but
-    # time limits run out when it waits for a disk of ours (seen).
-    clock = ["-accel", "tcg,thread=single,tb-size=1024", "-icount", f"shift=0,sleep={'off' if jump else 'on'}"] if steady else \
-        ["-accel", "tcg,thread=multi,tb-size=1024"]  # fmt: skip
-    argv = ["qemu-system-x86_64", "-M", "q35", *clock, "-smp", str(processors), "-cpu", CPU, "-m", MEMORY, "-nodefaults",
+    # While nothing runs, its clocks jump to the next timer. With two processors it gets on far slower: they run in turn.
+    clock = ["-accel", "tcg,thread=single,tb-size=1024", "-icount", "shift=0,sleep=off", "-smp", "1"] if steady else \
+        ["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "2"]  # fmt: skip
+    argv = ["qemu-system-x86_64", "-M", "q35", *clock, "-cpu", CPU, "-m", MEMORY, "-nodefaults",
             "-no-user-config", "-display", "none", "-no-reboot",
             "-kernel", str(built / "vmlinuz"), "-initrd", str(share / "initrd"), "-append", kernel,
             "-drive", f"file={built}/root.img,format=raw,if=virtio,cache=unsafe,snapshot=on",
