@@ -82,8 +82,8 @@ def run(
 
     Args:
         output: where the job's output goes; ours, if it is None.
-        steady: its clocks count instructions, a nanosecond for each, so that no time limit in it depends on how busy we are. It has
-            one processor then.
+        steady: its clocks count instructions, a nanosecond for each, so that how busy we are makes no time limit in it run
+            out. It has one processor then.
     """
     write_initrd(built, share / "initrd")
     # With a reliable TSC, KVM has its master clock, as on bare metal. TCG's is that of the host. Its rate must be told: a kernel
