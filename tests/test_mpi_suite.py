@@ -53,7 +53,7 @@ def suite(request: pytest.FixtureRequest) -> Path:
     folder = Path(request.config.cache.mkdir("mpi4py"))  # type: ignore[union-attr]
     tests = folder / f"mpi4py-{VERSION}" / "test"
     if not tests.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps", "--dest",
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", "mpi4py", "--no-deps", "--dest",
                    str(folder), f"mpi4py=={VERSION}"]  # fmt: skip
         ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
         archives = list(folder.glob("mpi4py-*.tar.gz"))
