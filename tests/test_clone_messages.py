@@ -393,3 +393,8 @@ def _descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
     except OSError:  # not one is free
         return 1 << 30
+
+
+def test_a_link_that_cannot_be_bound_says_why() -> None:
+    with pytest.raises(zmq.ZMQError, match=r"192\.0\.2\.1"):
+        ParentLink("192.0.2.1")

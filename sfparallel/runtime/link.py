@@ -71,6 +71,12 @@ def pack_answer(kind: Kind, pickled: bytes, fields: dict[str, Any]) -> bytes:
     return wire.pack({"kind": kind, "pickle": pickled, **fields})
 
 
+def as_bytes(address: str) -> Any:
+    """An address as PyZMQ takes it. PyZMQ 26.4 (Debian 13) frees an address that is text before libzmq reads it: with
+    PYTHONDEVMODE=1, which overwrites what is freed, none is valid. Its annotations know text only."""
+    return address.encode()
+
+
 class ParentLink:
     """The parent's end, and the other end as it lies ready for the clones.
 
@@ -80,20 +86,20 @@ class ParentLink:
 
     def __init__(self, address: str) -> None:
         context = HERE.zmq_context()
+        self._calls: zmq.Socket[bytes] | None = None
+        """Readable when somebody has connected."""
         self.router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         try:
             for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, UNREAD), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
                                   (zmq.BACKLOG, BACKLOG)):
                 self.router.setsockopt(option, value)
-            self.router.bind(f"tcp://{address}:*")
+            self.router.bind(as_bytes(f"tcp://{address}:*"))
             self.endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
             set_up_dealer(self.dealer)
         except BaseException:
             self.close()
             raise
-        self._calls: zmq.Socket[bytes] | None = None
-        """Readable when somebody has connected."""
         self._port = int(self.endpoint.rpartition(":")[2])
         self._inflow = Inflow(self._port)
         self._incoming: dict[tuple[bytes, str], Incoming | None] = {}
@@ -130,8 +136,8 @@ class ParentLink:
         calls.setsockopt(zmq.RCVHWM, 0)
         calls.setsockopt(zmq.LINGER, 0)
         name = f"inproc://calls-{next(_NUMBERS)}"
-        self.router.monitor(name, zmq.EVENT_ACCEPTED)
-        calls.connect(name)
+        self.router.monitor(as_bytes(name), zmq.EVENT_ACCEPTED)
+        calls.connect(as_bytes(name))
         poller.register(calls, zmq.POLLIN)
         poller.register(self.router, zmq.POLLIN)
 
@@ -343,7 +349,7 @@ class CloneLink:
         """Connect now; otherwise the first message does. Nothing is received before."""
         if not self._connected:
             self._connected = True
-            self.dealer.connect(self._endpoint)
+            self.dealer.connect(as_bytes(self._endpoint))
 
     def send(self, kind: Kind, frames: Sequence[Buffer] = (), **fields: Any) -> None:
         self.connect()

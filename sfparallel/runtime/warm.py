@@ -18,7 +18,7 @@ from sfparallel import wire
 from sfparallel.runtime import api, collect, region  # noqa: F401
 from sfparallel.runtime.emulation import is_emulated
 from sfparallel.runtime.identity import ENTROPY_BYTES, Renewal
-from sfparallel.runtime.link import set_up_dealer
+from sfparallel.runtime.link import as_bytes, set_up_dealer
 from sfparallel.runtime.payload import IN_BAND_BYTES, UsersCode, dump_error, dumps, load_error, loads
 
 
@@ -65,9 +65,9 @@ def _has_numpy() -> bool:
 
 def _exchange(router: zmq.Socket[bytes], dealer: zmq.Socket[bytes]) -> None:
     router.setsockopt(zmq.LINGER, 0)
-    router.bind("tcp://127.0.0.1:*")
+    router.bind(as_bytes("tcp://127.0.0.1:*"))
     set_up_dealer(dealer)
-    dealer.connect(router.getsockopt_string(zmq.LAST_ENDPOINT))
+    dealer.connect(as_bytes(router.getsockopt_string(zmq.LAST_ENDPOINT)))
     poller = zmq.Poller()
     poller.register(router, zmq.POLLIN)
     for value in (0, [1.0, "x"], bytes(IN_BAND_BYTES)):
