@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from sfparallel.errors import UsageError
 from sfparallel.vmm import imports
 from sfparallel.vmm.command_errors import EXIT_USAGE
 from sfparallel.vmm.image import find as find_image
-from sfparallel.vmm.options import Program
+from sfparallel.vmm.options import JobOptions, Program
 from sfparallel.vmm.venv import Venv, find
 from tests.conftest import Sfrun
 
@@ -72,11 +73,19 @@ def test_the_active_environment_is_brought_if_only_it_has_what_is_imported(sfrun
     ended = sfrun("import mine\nimport sfparallel as sf\nprint(sf.parallel(n=1)(lambda: mine.NAME)())").ok()
     assert ended.out == "['mine']\n"
     assert f"the guest image 'default' lacks mine: the packages of {venv} are brought along (--venv)" in ended.err
-    ended = sfrun("print(1)\nimport mine, nowhere")
-    lines = ended.err.splitlines()
-    assert lines[0].startswith("sfrun: program.py imports mine, nowhere, which the guest image 'default' lacks.")
-    assert lines[1] == "  sf image build default --from default --pip mine --pip nowhere"
-    assert ended.code == 1 and "ModuleNotFoundError" in ended.err
+
+
+@pytest.mark.needs("image")
+def test_what_nobody_has_is_told_with_the_remedy(tmp_path: Path, venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIRTUAL_ENV", str(venv))
+    (tmp_path / "s.py").write_text("import mine, nowhere")
+    options = JobOptions(Program("script", ("s.py",), tmp_path, tmp_path))
+    notes: list[str] = []
+    assert imports.supplied(options, find_image(), notes.append) == options
+    assert notes == ["sfrun: s.py imports mine, nowhere, which the guest image 'default' lacks. To add packages of these names:\n"
+                     "  sf image build default --from default --pip mine --pip nowhere"]  # fmt: skip
+    own = replace(options, venv=find(str(venv)))
+    assert imports.supplied(own, find_image(), notes.append) == own and "imports nowhere," in notes[1]
 
 
 @pytest.mark.parametrize(("source", "names"), [
