@@ -32,6 +32,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     names = sorted(known)
     begun = [name for name in names if name.startswith(word)]
     return next(iter(begun or get_close_matches(word, names, 1)), None)
+
+
 def shown(value: Any) -> str:
     """A value that others sent, for people: neither long nor deep."""
     if isinstance(value, bool | int | float | None):

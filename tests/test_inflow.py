@@ -66,9 +66,7 @@ def heard(link: ParentLink, until: Callable[[list[Message | BadMessage]], bool],
     end = time.monotonic() + limit_s
     while not until(got):
         assert time.monotonic() < end, got
-        wait_s = link.patience(1.0)
-        assert wait_s is not None
-        poller.poll(int(wait_s * 1000) + 1)
+        poller.poll(link.poll_ms(1.0))
         got += link.take()
     return got
 
@@ -189,9 +187,9 @@ def test_what_never_becomes_a_message(link: ParentLink, way: str, source: str) -
                 sent += count
                 rest = rest[count:] or memoryview(data)
             except BlockingIOError:
-                wait_s = link.patience(1.0)
-                assert wait_s is not None
-                poller.poll(int(wait_s * 100))
+                wait_ms = link.poll_ms(1.0)
+                assert wait_ms is not None
+                poller.poll(wait_ms // 10)
             except OSError:
                 cut = True
             got += link.take()

@@ -314,7 +314,7 @@ class Crew:
                 return
             self._deal()
             self._complete()
-            wait_s = self._link.patience(self._wait_s())
+            wait_ms = self._link.poll_ms(self._wait_s())
             self._hungry = len(self._roster) < self._work.ranks or bool(self._schedule.idle())
             # Dealing may have found that the last tasks were cancelled: then nothing will come that ends the poll.
             done = self._closing and not self._tasks
@@ -323,7 +323,7 @@ class Crew:
                 if self._broken is not None:
                     return
                 continue
-            ready = dict(poller.poll(None if wait_s is None else int(wait_s * 1000) + 1))
+            ready = dict(poller.poll(wait_ms))
             self._hungry = False
             if not self.is_ours:
                 park()  # another thread forked the VM while this one waited; this is the clone, where nobody will answer

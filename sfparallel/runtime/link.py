@@ -174,11 +174,12 @@ class ParentLink:
             if message is not None:
                 yield message
 
-    def patience(self, wait_s: float | None) -> float | None:
-        """How long to wait for messages at most, of `wait_s`: what never becomes one has to be noticed, too."""
-        if not self._inflow:
-            return wait_s
-        return LOOK_S if wait_s is None else min(wait_s, LOOK_S)
+    def poll_ms(self, wait_s: float | None) -> int | None:
+        """For a poller, how long to wait for messages at most, of `wait_s` (None: for ever): what never becomes one has to be
+        noticed, too."""
+        if self._inflow:
+            wait_s = LOOK_S if wait_s is None else min(wait_s, LOOK_S)
+        return None if wait_s is None else int(wait_s * 1000) + 1
 
     def send(self, rank: int, kind: Kind, **fields: Any) -> bool:
         """Send to a rank that was heard before; False if it was not (ZeroMQ cannot reach it then)."""

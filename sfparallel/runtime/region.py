@@ -234,8 +234,7 @@ class Region:
                 continue
             if self._losses:
                 until = min(self._losses[0][0], deadline or math.inf)
-            wait_s = self._link.patience(None if until is None else max(0.0, until - time.monotonic()))
-            poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
+            poller.poll(self._link.poll_ms(None if until is None else max(0.0, until - time.monotonic())))
             signals.reset()
             self._look_around()
 

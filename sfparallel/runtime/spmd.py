@@ -196,8 +196,7 @@ class World:
 
     def _step(self, signals: SignalAlarm, poller: zmq.Poller) -> None:
         next_s = min((when for when, _ in self._deadlines), default=None)
-        wait_s = self._link.patience(None if next_s is None else max(0.0, next_s - time.monotonic()))
-        poller.poll(None if wait_s is None else int(wait_s * 1000) + 1)
+        poller.poll(self._link.poll_ms(None if next_s is None else max(0.0, next_s - time.monotonic())))
         signals.reset()
         # A KeyboardInterrupt between two frames of a message would take what follows for the next one.
         with HERE.interrupts_deferred():

@@ -28,6 +28,7 @@ from sfparallel.errors import EnvironmentProblem, NetworkError, UsageError
 from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
 from sfparallel.vmm.apt_sources import sources_for
+from sfparallel.vmm.capacity import available_bytes
 from sfparallel.vmm.kvm import EMULATED, probe_kvm
 from sfparallel.vmm.processes import command_path
 from sfparallel.vmm.releases import host_release
@@ -334,8 +335,7 @@ def _open_files() -> Finding:
 
 def _memory() -> Finding:
     name = "memory"
-    with open("/proc/meminfo") as file:
-        free = next((int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")), 0)
+    free = available_bytes()
     parent, clone = 1 << 30, parse_size(CLONE_MEMORY.get())
     detail = f"{free / (1 << 30):.1f} GiB available"
     if free < parent + clone:

@@ -24,12 +24,10 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from sfparallel.vmm import fuse_wire as fuse
-from sfparallel.vmm.copy_back import CopyBack, shown
-from sfparallel.vmm.exports import BENEATH, DIRECTORY, exports_for, open_export
+from sfparallel.vmm.copy_back import shown
+from sfparallel.vmm.exports import BENEATH, DIRECTORY, open_export
 from sfparallel.vmm.file_nodes import Handle, Node, NodeTable
 from sfparallel.vmm.fuse_wire import Opcode, OpenFlag, Request
-
-__all__ = ["CopyBack", "FileServer", "exports_for"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -105,11 +105,9 @@ class Forks:
         Raises:
             StateError: the program that asked for them wants them no more or has hung up, or its VM is gone.
         """
-        if ticket.unwanted:
-            raise StateError(f"the clones of ticket {ticket.number} are not wanted any more")
         if not self._tickets.is_open(ticket):
             raise StateError(f"the program that asked for the clones of ticket {ticket.number} has ended")
-        ticket.require(TicketState.CLONING)
+        ticket.require_wanted()
 
     def _new_report(self, n: int, vm: Vm) -> ForkReport:
         self._forks += 1

@@ -80,11 +80,19 @@ class Ticket:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"ticket {self.number} is {self.state.value}; this needs it {wanted}")
 
-    def start(self, members: list[Member]) -> None:
-        """The clones exist from here on."""
+    def require_wanted(self) -> None:
+        """Check that its clones may begin.
+
+        Raises:
+            StateError: they exist, or its owner does not want them any more.
+        """
         self.require(TicketState.CLONING)
         if self.unwanted:
             raise StateError(f"the clones of ticket {self.number} are not wanted any more")
+
+    def start(self, members: list[Member]) -> None:
+        """The clones exist from here on."""
+        self.require_wanted()
         self.members = {member.rank: member for member in members}
         self.state = TicketState.RUNNING
         self.check()

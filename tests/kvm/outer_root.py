@@ -1,6 +1,6 @@
 """The outer VM's own Linux: Debian with its full kernel, which has kvm_amd, and all that sfparallel needs on a host.
 
-    <cache>/test-kvm/root-<key>/root/       the root as a folder: the project's native parts are compiled in it (chroot)
+    <cache>/test-kvm/root-<key>/root        the root as a folder: the project's native parts are compiled in it (chroot)
                                 root.img    the same as an ext4 image, never written to
                                 vmlinuz
 
