@@ -160,12 +160,13 @@ def test_ctrl_c_interrupts_every_rank(sfrun: Sfrun, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SF_LOG", "error")
     process = sfrun.start(
         """
-        import atexit, signal
+        import atexit, time
         import sfparallel as sf
         atexit.register(print, "tidied up")
         sf.comm().barrier()
         print("ready", flush=True)
-        signal.pause()
+        while True:  # not signal.pause(): a signal right before it does not end it
+            time.sleep(0.05)
         """,
         "--local", "--spmd", "-n", "2",
     )  # fmt: skip

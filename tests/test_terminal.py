@@ -177,8 +177,18 @@ def test_a_program_that_is_killed_leaves_the_terminal_as_it_was(start: Start) ->
 
 @BOTH
 def test_interrupt_from_the_keyboard(start: Start, options: tuple[str, ...]) -> None:
-    program = "import time\ntry:\n    print('ready')\n    time.sleep(99)\nexcept KeyboardInterrupt:\n    print('caught')"
-    screen = start(program, *options)
+    screen = start(
+        """
+        import time
+        try:
+            print("ready")
+            while True:  # a signal right before the system call does not end a sleep
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            print("caught")
+        """,
+        *options,
+    )
     screen.until("ready")
     screen.type("\x03")
     screen.until("caught")
