@@ -71,9 +71,10 @@ def at_address(address: int, nbytes: int, owner: Any = None) -> Bytes:
     """The bytes at an address; `owner` lives as long as the array."""
     if nbytes == 0:
         return np.empty(0, np.uint8)
-    memory = (ctypes.c_uint8 * nbytes).from_address(address)
-    memory.owner = owner  # type: ignore[attr-defined]
-    array: Bytes = np.frombuffer(memory, np.uint8)  # type: ignore[call-overload]
+    # Any: it gets an attribute, and numpy's stubs before 2.5 do not take it for a buffer.
+    memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+    memory.owner = owner
+    array: Bytes = np.frombuffer(memory, np.uint8)
     return array
 
 
