@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             near = nearest(str(value), action.choices)
-            meant = f"did you mean {near}?" if near else f"there are {', '.join(action.choices)}"
+            meant = f"did you mean {near}?" if near else f"choose from {', '.join(action.choices)}"
             raise argparse.ArgumentError(action, f"there is no {value!r}; {meant}")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
@@ -110,31 +110,31 @@ def _sfrun_parser() -> _Parser:
     )
     add = parser.add_argument
     add("--version", action="version", version=f"sfparallel {sfparallel.__version__}")
-    add("-n", type=int, metavar="N", help="clones of every sf.parallel that does not say n itself")
+    add("-n", type=int, metavar="N", help="number of clones of each parallel call that has no n=")
     add("--local", action="store_true", help="for development: clones are processes of this host (os.fork), not VMs")
     whole = parser.add_mutually_exclusive_group()
     whole.add_argument("--spmd", action="store_const", dest="run_in", const=RunIn.CLONES, default=RunIn.PARENT,
                        help="run the whole program in each of N clones, as the ranks of sf.comm()")  # fmt: skip
     whole.add_argument("--mpi4py", action="store_const", dest="run_in", const=RunIn.CLONES_MPI4PY,
-                       help="the same, and `from mpi4py import MPI` finds ours")  # fmt: skip
+                       help="like --spmd, and `from mpi4py import MPI` imports sf.MPI")  # fmt: skip
     add("--memory", default="1G", metavar="SIZE", help="RAM of the parent, and of each clone (copy-on-write); default 1G")
     add("--cpus", type=int, default=1, metavar="K", help="virtual CPUs of parent and clones; default 1")
     add("--image", default="default", metavar="NAME", help="guest image (see `sf image list`)")
     add("--label", action=argparse.BooleanOptionalAction, default=True, help="put the rank before each line that a clone prints")
     add("--timeout", type=float, metavar="S", help="stop the job after S seconds (exit code 124)")
     add("--env", action="append", default=[], metavar="K[=V]",
-        help="set an environment variable of the program; without V: as it is here")
+        help="set an environment variable of the program; without =V, copy yours")
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
     add("--venv", metavar="PATH", help="let the program find the packages of this virtual environment of the host")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
-    add("--seed", type=int, metavar="S", help="seed of every sf.rng() whose region has none; default: fresh entropy")
+    add("--seed", type=int, metavar="S", help="seed of sf.rng() in calls that have no seed=; default: fresh entropy")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("-v", "--verbose", action="count", default=0, help="print each step of the job; twice: more (SF_LOG)")
     loudness.add_argument("-q", "--quiet", action="store_true", help="print only what fails")
-    add("--stats", action="store_true", help="print what each fork cost")
+    add("--stats", action="store_true", help="print the time and memory of each fork")
     add("--trace", type=Path, metavar="FILE", help="write every phase of every fork to FILE (Chrome's trace format)")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
-    add("--connect", metavar="URI", help="start the parent as a libvirt domain by this connection, or by `embed`")
+    add("--connect", metavar="URI", help="start the parent as a libvirt domain at URI; `embed`: in the job itself")
     return parser
 
 
@@ -172,7 +172,7 @@ def _forward(text: str) -> tuple[int, int]:
     except ValueError:
         ports = 0, 0
     if not all(0 < port < 65536 for port in ports):
-        raise UsageError(f"--forward {text}: not a pair of ports", hint="write --forward 8888:8888")
+        raise UsageError(f"--forward takes two ports from 1 to 65535, not {text!r}", hint="write --forward 8888:8888")
     return ports
 
 
@@ -182,7 +182,7 @@ def _environment(pairs: Sequence[str]) -> dict[str, str | None]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key:
-            raise UsageError(f"--env {pair!r}: not a setting", hint="write --env NAME=VALUE, or --env NAME for its value here")
+            raise UsageError(f"--env takes NAME=VALUE or NAME, not {pair!r}", hint="`--env NAME` copies your variable NAME")
         result[key] = value if equals else os.environ.get(key)
     return result
 
@@ -202,20 +202,20 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
         # Into the environment, where all that asks for it looks.
         os.environ[LOG.variable] = "error" if options.quiet else "info" if options.verbose == 1 else "debug"
     if not words:
-        parser.error("say which script (or -m module, or -c command) to run")
+        parser.error("there is no program to run: give a script, -m MODULE or -c COMMAND")
     if options.n is not None and options.n < 1:
-        raise UsageError(f"-n {options.n}: at least 1 clone")
+        raise UsageError(f"-n must be at least 1, not {options.n}")
     if options.timeout is not None and not 0 < options.timeout < math.inf:
-        raise UsageError(f"--timeout {options.timeout}: a number of seconds above 0")
+        raise UsageError(f"--timeout must be a number of seconds greater than 0, not {options.timeout}")
     if not LEAST_MEMORY_BYTES <= parse_size(options.memory) <= (total := host_memory_bytes()):
-        raise UsageError(f"--memory {options.memory}: from {LEAST_MEMORY_BYTES >> 20}M to what the host has, {total >> 20}M",
-                         hint="a bare number is MiB")  # fmt: skip
+        raise UsageError(f"--memory must be between {LEAST_MEMORY_BYTES >> 20}M and {total >> 20}M, not {options.memory}",
+                         hint="a bare number is MiB; the upper limit is the host's memory")  # fmt: skip
     if options.cpus > MOST_CPUS:
-        raise UsageError(f"--cpus {options.cpus}: at most {MOST_CPUS}")
+        raise UsageError(f"--cpus must be at most {MOST_CPUS}, not {options.cpus}")
     if options.seed is not None and options.seed < 0:
-        raise UsageError(f"--seed {options.seed}: at least 0")
+        raise UsageError(f"--seed must be at least 0, not {options.seed}")
     if options.cpus < 1:
-        raise UsageError(f"--cpus {options.cpus}: at least 1")
+        raise UsageError(f"--cpus must be at least 1, not {options.cpus}")
     _start_log()
     job_options = dataclasses.replace(_job_options(options, mode, words), closed_streams=closed_streams)
     if options.local:
@@ -225,14 +225,14 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
 
 def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
     if options.stats or options.trace:
-        raise UsageError("--local forks no VM: there is nothing for --stats or --trace to tell")
+        raise UsageError("--stats and --trace are not available with --local", hint="run the program without --local")
     if job_options.venv:
         raise UsageError("--local runs the program in the environment of sfrun itself, without --venv",
                          hint="install sfparallel in that environment too, and run its sfrun")  # fmt: skip
     for host, guest in job_options.forwards:
         if host != guest:
-            raise UsageError(f"--forward {host}:{guest}: with --local the program's ports are those of the host",
-                             hint=f"let it listen on 127.0.0.1:{host}, without --forward")  # fmt: skip
+            raise UsageError(f"--forward {host}:{guest} is not available with --local: the program's ports are those of the host",
+                             hint=f"let the program listen on 127.0.0.1:{host}, and omit --forward")  # fmt: skip
     from sfparallel.vmm.local_job import run
 
     return run(job_options, say)
@@ -264,7 +264,7 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
     try:
         cwd = Path(os.path.realpath(os.getcwd()))
     except FileNotFoundError:
-        raise UsageError("the current folder does not exist any more", hint="change to a folder that exists") from None
+        raise UsageError("the current folder no longer exists", hint="change to a folder that exists") from None
     folder = None
     if mode == "script":
         folder, name = _script(words[0], cwd)
@@ -274,10 +274,10 @@ def _job_options(options: argparse.Namespace, mode: str, words: list[str]) -> Jo
     data = tuple(Path(os.path.realpath(text)) for text in options.data)
     for path in data:
         if not path.is_dir():
-            raise UsageError(f"--data {path}: not a folder")
+            raise UsageError(f"--data {path} is not a folder")
         if is_system_folder(path) and not any(shared in path.parents for shared in SHARED_DATA):
-            raise UsageError(f"--data {path}: it belongs to the system, and the guest has its own",
-                             hint="name the folder that the data is in")  # fmt: skip
+            raise UsageError(f"--data {path} is a system folder, and the guest has its own",
+                             hint="name the folder that holds the data")  # fmt: skip
     venv = None
     if options.venv:
         from sfparallel.vmm.venv import find
@@ -313,9 +313,9 @@ def _sf_parser() -> _Parser:
     parser = _Parser(prog="sf", description="Guest images, diagnosis and jobs of sfparallel.")
     parser.add_argument("--version", action="version", version=f"sfparallel {sfparallel.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="what works on this machine, what does not, and the remedy")
+    commands.add_parser("doctor", help="check this machine, and say how to mend what does not work")
     image = commands.add_parser("image", help="guest images").add_subparsers(dest="action", required=True, metavar="ACTION")
-    build = image.add_parser("build", help="build a guest image (once; later calls find it)")
+    build = image.add_parser("build", help="build a guest image, unless it is built already")
     build.add_argument("name", nargs="?", default="default")
     build.add_argument("--package", action="append", default=[], metavar="DEB", help="a Debian package to add (repeatable)")
     build.add_argument("--pip", action="append", default=[], metavar="SPEC", help="a Python package to add (repeatable)")
@@ -324,15 +324,15 @@ def _sf_parser() -> _Parser:
     build.add_argument("--from", dest="base", metavar="IMAGE", help="add to what this image has (it may be NAME itself)")
     build.add_argument("--release", metavar="RELEASE",
                        help="release of Debian or Ubuntu (default: that of this host, or of --from)")  # fmt: skip
-    image.add_parser("list", help="images in the cache folder")
+    image.add_parser("list", help="list the images in the cache folder")
     image.add_parser("rm", help="remove an image").add_argument("name")
-    for name, purpose in (("ps", "jobs that run now"), ("df", "what is in the cache folder, and its size")):
+    for name, purpose in (("ps", "list the running jobs"), ("df", "what is in the cache folder, and its size")):
         commands.add_parser(name, help=purpose).add_argument("--json", action="store_true", help="for programs")
-    clean = commands.add_parser("clean", help="remove what interrupted builds left, and templates; nothing that a job uses")
+    clean = commands.add_parser("clean", help="remove the remains of interrupted builds, and templates; nothing that a job uses")
     clean.add_argument("names", nargs="*", metavar="NAME", help="remove this, as `sf df` names it; an image with its templates")
     clean.add_argument("--all", action="store_true", help="remove images, data images and initramfs as well")
     commands.add_parser("completion", help="a script by which bash completes commands and options: eval \"$(sf completion)\"")
-    commands.add_parser("settings", help="settings that the environment may override")
+    commands.add_parser("settings", help="print the settings and the variables that change them")
     return parser
 
 
@@ -383,8 +383,8 @@ def _image(options: argparse.Namespace) -> int:
     if options.action == "build":
         recipe = _recipe(options)
         if old := images.replaced_by(recipe):
-            kept = "" if options.base == options.name else f"; to add to it, say --from {options.name}"
-            say(f"sf: the image {options.name!r} that is there, {old.describe()}, will be replaced{kept}")
+            kept = "" if options.base == options.name else f"; use --from {options.name} to add to it"
+            say(f"sf: this build replaces the image {options.name!r} ({old.describe()}){kept}")
         with StageDisplay(f"image {options.name}") as display:
             image = images.build(recipe, display)
         _tell(f"{image.name}  {image.key[:12]}  {image.root.stat().st_size >> 20} MiB")

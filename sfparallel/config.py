@@ -28,23 +28,25 @@ class Setting:
 
 
 CACHE = Setting("SF_CACHE", "", "folder for guest images and templates (default: $XDG_CACHE_HOME/sfparallel)")
-ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; auto probes KVM")
+ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; auto uses KVM if a test shows that it works")
 QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
-CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory to reckon with per clone when a fork is admitted")
+CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory that the supervisor assumes per clone when it admits a fork")
 LOG = Setting("SF_LOG", "warning", "what sfrun prints to stderr: error (only what fails), warning, info (each step), debug")
-START_LIMIT = Setting("SF_START_LIMIT", "60", "seconds that one step of a start may take before it is taken for hung")
-PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of regions that do not say progress=")
+START_LIMIT = Setting("SF_START_LIMIT", "60", "time limit in seconds for one step of a job's start")
+PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of every parallel call that has no progress=")
 
 LIBVIRT_REMEDY = "apt install gcc pkg-config python3-dev libvirt-dev, then pip install libvirt-python"
-"""It is built from its source: its registry has no wheels of it."""
-CACHE_HINT = "permit writing there; or SF_CACHE=FOLDER sets another folder, for which `sf image build` is to be run once"
+"""libvirt-python has no wheels and is built from source."""
+CACHE_HINT = "make that folder writable, or set SF_CACHE to another folder and run `sf image build` once"
 
 SETTINGS = (CACHE, ACCEL, QEMU, CLONE_MEMORY, START_LIMIT, LOG, PROGRESS)
 
 
 def qemu_remedy() -> str:
-    """What to do where there is no QEMU."""
-    return "apt install qemu-system-x86" if QEMU.get() == QEMU.default else f"{QEMU.variable} names it: change or unset that"
+    """What to do if QEMU is missing or does not run."""
+    if QEMU.get() == QEMU.default:
+        return "apt install qemu-system-x86"
+    return f"set {QEMU.variable} to a QEMU that runs, or unset it"
 
 
 def log_level() -> str:

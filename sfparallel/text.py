@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # What a terminal obeys instead of showing it: C0 but for line break and tab, DEL, C1 (ECMA-48); marks, embeddings, overrides and
@@ -41,6 +41,21 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value[:40])
     return f"a {type(value).__name__}"
+
+
+def no_answer(ranks: Sequence[int]) -> str:
+    """The end of a message about a time limit: "; no answer from rank 3", "... from ranks 0 to 5 and 7"; empty without ranks."""
+    if not ranks:
+        return ""
+    runs: list[tuple[int, int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], rank
+        else:
+            runs.append((rank, rank))
+    names = [name for first, last in runs for name in ([f"{first} to {last}"] if last > first + 1 else sorted({first, last}))]
+    listed = " and ".join(filter(None, (", ".join(map(str, names[:-1])), str(names[-1]))))
+    return f"; no answer from rank{'s' * (len(ranks) > 1)} {listed}"
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -79,7 +79,7 @@ class FrameParser:
         """Yield every frame that `data` completes.
 
         Raises:
-            ProtocolError: a header that no correct peer sends; the stream is of no further use.
+            ProtocolError: a header that no correct peer sends; the stream is unusable.
         """
         self._buffer += data
         while len(self._buffer) >= HEADER.size:

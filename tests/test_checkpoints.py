@@ -269,7 +269,7 @@ def test_damaged_files_are_named(folder: Path) -> None:
     (folder / "devices").unlink()
     assert "devices: wanted" in message() and "found 'none'" in message()
     (folder / "manifest.json").write_text("{")
-    assert "no manifest can be read" in message()
+    assert "cannot read its manifest" in message()
 
 
 def test_what_lies_in_holes_does_not_count(folder: Path) -> None:

@@ -110,7 +110,7 @@ def test_folder_that_changes_all_the_time(folder: Path) -> None:
     def change(line: str) -> None:
         (folder / "big").write_bytes(os.urandom(100))
 
-    with pytest.raises(EnvironmentProblem, match="changes while"):
+    with pytest.raises(EnvironmentProblem, match="changed while"):
         data_image(folder, change)
 
 

@@ -334,7 +334,7 @@ def test_a_full_disk_in_a_vm_says_that_files_are_in_memory(sfrun: Sfrun) -> None
     )
     assert ended.code == 1
     for text in (ended.out, ended.err):
-        for words in ("in its RAM", "--memory", "collect=", "--data"):
+        for words in ("in the VM's RAM", "--memory", "collect=", "--data"):
             assert words in text
     assert ended.out.startswith("True") and "rank 0" in ended.out
 
@@ -360,7 +360,7 @@ def test_what_cannot_be_written_to_the_host_is_told_once(sfrun: Sfrun) -> None:
     assert lines[-5:] == [
         "sfrun: 3 changes of the program could not be written to the host:",
         *(f"  {closed}/{name}: Read-only file system" for name in ("a", "b", "deep")),
-        "  hint: make the folder writable, or work in another one, then run the program again; all other changes are on the host",
+        "  hint: make the folder writable, or work in another one, then run again; all other changes are on the host",
     ]
     assert ended.err.count("Read-only") == 3
     assert (sfrun.folder / "open.txt").read_text() == "arrives"

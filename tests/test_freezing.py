@@ -96,7 +96,7 @@ print(sf.parallel(lambda: sf.comm().rank, n=2)())
     ).ok()  # fmt: skip
     lines = [line for line in ended.out.splitlines() if not line.startswith("  hint:")]
     assert [line.split(":")[0] for line in lines] == ["not forked", "not kept", "[0, 1]"]
-    assert all("did not come to rest" in line for line in lines[:2])
+    assert all("did not freeze" in line for line in lines[:2])
 
 
 

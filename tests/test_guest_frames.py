@@ -139,15 +139,15 @@ def test_no_frame_may_come_from_one_that_stands_still() -> None:
             await guest.send(FrameType.OUTPUT, b"x", 1)
             return await guest.end()
 
-    assert "OUTPUT while it stands still" in asyncio.run(scenario())
+    assert "OUTPUT while it was frozen" in asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(("kind", "payload", "channel", "what"), [
     (FrameType.OUTPUT, b"x", 999, "channel 999"),
-    (FrameType.THAW, b"", 0, "goes to guests"),
+    (FrameType.THAW, b"", 0, "sent to guests"),
     (FrameType.REQUEST, bytes((128 << 10) + 1), 0, "a request of"),
-    (FrameType.EXITED, packed({"status": 10 ** 18, "oom_kills": 0}), 0, "no wait status"),
-    (FrameType.EXITED, packed({"status": 0x7F, "oom_kills": 0}), 0, "no wait status"),
+    (FrameType.EXITED, packed({"status": 10 ** 18, "oom_kills": 0}), 0, "not the wait status"),
+    (FrameType.EXITED, packed({"status": 0x7F, "oom_kills": 0}), 0, "not the wait status"),
     (FrameType.EXITED, packed({"status": 0}), 0, "oom_kills"),
     (FrameType.WOKEN, b"\x81\x90\x01", 0, "undecodable"),
     (FrameType.FROZEN, packed({"oom_kills": 1.5}), 0, "oom_kills"),

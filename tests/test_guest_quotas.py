@@ -74,7 +74,7 @@ async def test_requests_that_stay_pending() -> None:
             for number in range(2000):
                 await ask(guest, number, "checkpoint")
             refused = await answers(guest, 2000 - quotas.MOST_REQUESTS)
-            assert {answer["error"] for answer in refused.values()} == {"state"} and "under way" in refused[1999]["message"]
+            assert {answer["error"] for answer in refused.values()} == {"state"} and "in progress" in refused[1999]["message"]
             assert len(regions._tasks) == quotas.MOST_REQUESTS
             await guest.say(b"")
         await regions.close()

@@ -291,6 +291,6 @@ def test_a_template_under_kvm_is_one_of_this_processor_and_kernel(tmp_path: Path
     assert all(host[name] for name in ("vendor_id", "cpu_family", "model", "stepping"))
     other = {**kvm, "host": {**host, "cpuid": "0" * 64, "microcode": "0x1"}}
     manifest.write(tmp_path, other, {}, (), MemoryMap.zero(1))
-    with pytest.raises(EnvironmentProblem, match=r"does not fit: host\.cpuid: wanted .* host\.microcode"):
+    with pytest.raises(EnvironmentProblem, match=r"does not match: host\.cpuid: wanted .* host\.microcode"):
         manifest.check(tmp_path, kvm, {}, ())
     assert template_key(MachineSpec(Accelerator.KVM, 1, 1 << 30, tmp_path), boot, "image")[0] == key

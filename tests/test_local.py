@@ -124,7 +124,7 @@ def test_errors_of_ranks_and_lost_clones(local: Local) -> None:
     assert ended.out.splitlines() == [
         "0 2 ValueError None mine",
         "0 2 CloneLost 1 its process was killed by signal 9 (Killed)",
-        "0 2 CloneLost 1 its program ended with exit status 3 before it answered",
+        "0 2 CloneLost 1 its program exited with status 3 before it answered",
     ]
 
 

@@ -100,7 +100,7 @@ def rig_fixture() -> Iterator[Rig]:
 
 @pytest.mark.parametrize(("data", "says"), [
     (header(7), "unknown kind 7"), (header(99), "unknown kind 99"), (header(EAGER, nbytes=1 << 60), f"of {1 << 60} bytes"),
-    (header(DATA, number=5, nbytes=1 << 62), "not asked for"), (header(DATA, number=5, nbytes=3) + b"abc", "not asked for"),
+    (header(DATA, number=5, nbytes=1 << 62), "not requested"), (header(DATA, number=5, nbytes=3) + b"abc", "not requested"),
     (header(CTS, nbytes=1 << 40), "bytes"), (header(HELLO, number=BAD), "its rank twice"), (header(RTS, number=1) * 2, "twice"),
     (header(REVOKE, nbytes=1) + b"\xc1", "undecodable"), (header(REVOKE), "undecodable"),
     *((header(REVOKE, nbytes=len(order)) + order, "the revocation") for order in map(wire.pack, (
@@ -120,7 +120,7 @@ def test_what_no_rank_sends(rig: Rig, data: bytes, says: str) -> None:
 def test_a_rank_does_not_get_what_goes_to_another(rig: Rig) -> None:
     large, sync = rig.send(GOOD, 100_000), rig.send(GOOD, 3, SYNC)
     rig.bad.send(header(CTS, number=1))
-    rig.bad_is_lost("that is another's")
+    rig.bad_is_lost("another rank's message")
     assert not large.done
     assert not sync.done
 
@@ -128,7 +128,7 @@ def test_a_rank_does_not_get_what_goes_to_another(rig: Rig) -> None:
 def test_nor_does_it_acknowledge_that(rig: Rig) -> None:
     sync = rig.send(GOOD, 3, SYNC)
     rig.bad.send(header(ACK, number=1))
-    rig.bad_is_lost("that is another's")
+    rig.bad_is_lost("another rank's message")
     assert not sync.done
 
 
@@ -137,7 +137,7 @@ def test_a_length_that_was_not_announced(rig: Rig) -> None:
     rig.bad.send(header(RTS, number=9, nbytes=100_000))
     rig.until(lambda: op.matched)
     rig.bad.send(header(DATA, number=9, nbytes=200_000))
-    rig.bad_is_lost("not asked for")
+    rig.bad_is_lost("not requested")
     assert isinstance(op.error, PeerLost)
 
 

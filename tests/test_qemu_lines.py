@@ -84,8 +84,8 @@ def test_any_stream_of_a_monitor_ends_its_vm_at_most(stream: list[bytes]) -> Non
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    (b"\xff\n", "no JSON"), (b"[]\n", "a list where"), (b"{}\n", "neither greeting"), (b'{"event": {}}\n', "an event without"),
-    (b'{"error": {}}\n', "a refusal without"), (b"[" * 100_000 + b"\n", "no JSON"),
+    (b"\xff\n", "not JSON"), (b"[]\n", "a list where"), (b"{}\n", "neither greeting"), (b'{"event": {}}\n', "an event without"),
+    (b'{"error": {}}\n', "a refusal without"), (b"[" * 100_000 + b"\n", "not JSON"),
 ], ids=lambda each: str(each)[:20])  # fmt: skip
 def test_a_vm_whose_qemu_lies_is_ended_with_what_it_said(line: bytes, says: str) -> None:
     cause = ended_by(line)

@@ -74,7 +74,7 @@ def test_sources_of_one_distribution_do_not_serve_for_the_other(tmp_path: Path) 
 
 
 def test_releases_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="no release 'etch'"):
+    with pytest.raises(UsageError, match="a release 'etch'"):
         sources_for("etch", tmp_path)
     with pytest.raises(SystemExit) as ended:
         sf(["image", "build", "x", "--release", "etch"])

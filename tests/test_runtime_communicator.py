@@ -125,7 +125,7 @@ def test_a_barrier_that_times_out_names_the_missing(double: Doubles, absent: int
         error = answers[rank]
         assert isinstance(error, sf.RegionTimeout)
         assert error.missing == [absent]
-        assert f"barrier took longer than 1.0 s; missing: rank {absent}" in str(error)
+        assert f"barrier took longer than 1.0 s; no answer from rank {absent}" in str(error)
     os.close(reader)
     os.close(writer)
 

@@ -176,7 +176,7 @@ def test_a_lost_clone(double: Doubles) -> None:
     assert results[1:] == list(range(20, 40)), "other items of the lost clone's chunk went to the other clone"
     results = list(sf.parallel_imap(deadly, [5] * 6, n=2, on_error="return"))
     assert [type(result) for result in results] == [sf.CloneLost] * 6
-    assert "nobody is left" in str(results[5])
+    assert "no clone is left" in str(results[5])
 
 
 def test_timeout(double: Doubles) -> None:

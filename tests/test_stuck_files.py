@@ -246,6 +246,6 @@ def test_signals_end_a_job_whose_files_hang(sfrun: Sfrun, how: str, by: signal.S
             told = process.stderr.read()
             assert f"the host did not answer for {sfrun.folder / 'mount' / ('stuck too' if how == 'read' else 'new')}" in told
             # A read is given up with its thread, but no request that changes something.
-            assert ("cannot end before a file system answers" in told) is (how == "write")
+            assert ("waits for a file system that does not answer" in told) is (how == "write")
             assert not [pid for pid in machines if Path(f"/proc/{pid}").exists()]
         assert server.poll() is None

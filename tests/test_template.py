@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sfparallel.errors import GuestError
+from sfparallel.errors import EnvironmentProblem, GuestError
 from sfparallel.vmm import image as images
 from sfparallel.vmm import template
 from sfparallel.vmm.machine import TCG_CPU_MODEL
@@ -35,7 +35,7 @@ def test_a_guest_that_does_not_come_up_is_booted_once_more(monkeypatch: pytest.M
     said: list[str] = []
     boots(monkeypatch, GuestError("template: the guest agent did not answer"), "a VM")
     assert booted(said) == "a VM"
-    assert said == ["template: the guest agent did not answer; booting it once more"]
+    assert said == ["template: the guest agent did not answer; booting it again"]
 
 
 def test_a_guest_that_never_comes_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,17 @@ def test_a_guest_that_never_comes_up_is_an_error(monkeypatch: pytest.MonkeyPatch
     boots(monkeypatch, GuestError("the first"), GuestError("the second"), "a VM")
     with pytest.raises(GuestError, match="the second"):
         booted(said)
-    assert said == ["the first; booting it once more"]
+    assert said == ["the first; booting it again"]
+
+
+@pytest.mark.parametrize(("setting", "hint"), [(None, "apt install qemu-system-x86"), ("/nope", "set SF_QEMU to a QEMU")])
+def test_a_qemu_that_does_not_run_has_its_remedy(setting: str | None, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SF_QEMU", raising=False)
+    if setting:
+        monkeypatch.setenv("SF_QEMU", setting)
+    with pytest.raises(EnvironmentProblem, match="cannot run /nope") as caught:
+        template.qemu_version("/nope")
+    assert caught.value.hint is not None and hint in caught.value.hint
 
 
 @pytest.mark.long

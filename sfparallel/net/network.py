@@ -89,7 +89,7 @@ class Port:
             StateError: `CloneNetwork.release_tap` was called, or the port was removed.
         """
         if self._tap_fd is None:
-            raise StateError(f"port {self.number} has no tap descriptor any more", hint="its tap was released, or it was removed")
+            raise StateError(f"port {self.number} no longer has a tap descriptor", hint="its tap was released, or it was removed")
         return self._tap_fd
 
     def drain(self) -> int:
@@ -201,7 +201,7 @@ class CloneNetwork:
         numbers = [number for number, _, _ in wanted]
         taken = self._ports.keys() & numbers
         if taken or len(set(numbers)) != len(numbers):
-            raise UsageError(f"port {min(taken, default=0)} exists already" if taken else "a port number was given twice",
+            raise UsageError(f"port {min(taken, default=0)} already exists" if taken else "a port number was given twice",
                              hint="a VM has one port: remove the old one first")
         if not wanted:
             return []

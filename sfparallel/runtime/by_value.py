@@ -20,7 +20,7 @@ def _reduce_file(file: io.TextIOWrapper) -> tuple[Any, ...]:
     for name in ("stdin", "stdout", "stderr"):
         if file is getattr(sys, name):
             return getattr, (sys, name)
-    raise pickle.PicklingError(f"it is, or has in it, an open file ({file.name!r}, mode {file.mode!r})")
+    raise pickle.PicklingError(f"it is, or contains, an open file ({file.name!r}, mode {file.mode!r})")
 
 
 class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]

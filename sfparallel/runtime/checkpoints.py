@@ -59,7 +59,7 @@ class Checkpoint:
             StateError: it belongs to another VM: this is a clone.
             Closed: it was closed.
         """
-        hint = "a clone makes checkpoints of its own with checkpoint_parent()"
+        hint = "create one in the clone with checkpoint_parent()"
         HERE.require_own(self._generation, "this checkpoint belongs", hint)
         if self.rank:
             raise StateError("this checkpoint belongs to the parent; this is a clone", hint=hint)

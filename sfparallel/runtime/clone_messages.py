@@ -142,7 +142,7 @@ def _decode(rank: int, header: dict[Any, Any], beside: Sequence[memoryview]) -> 
     name = header.get("kind")
     kind = FROM_CLONES.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ProtocolError(f"a message of the unknown kind {shown(name)}")
+        raise ProtocolError(f"a message of unknown kind {shown(name)}")
     if kind is Kind.RESULT or kind is Kind.ERROR:
         frames, key, ran_ns = _frames(header, beside), _whole(header, "key"), _whole(header, "ran_ns", 0)
         if kind is Kind.ERROR:
@@ -178,7 +178,7 @@ def _frames(header: dict[Any, Any], beside: Sequence[memoryview]) -> Sequence[me
             raise ProtocolError(f"a message of more than {MAX_FRAMES} frames")
         return beside
     if not isinstance(pickled, bytes) or beside:
-        raise ProtocolError("a pickle that is no bytes, or is twice there")
+        raise ProtocolError("a pickle that is not bytes, or comes twice")
     return [memoryview(pickled)] if pickled else []
 
 
@@ -196,7 +196,7 @@ def _error(header: dict[Any, Any]) -> dict[str, str]:
     texts = {name: error.get(name) for name in ("type", "message", "traceback")}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise ProtocolError(f"an error whose {name} is no text")
+            raise ProtocolError(f"an error whose {name} is not text")
     return texts  # type: ignore[return-value]
 
 
@@ -215,7 +215,7 @@ def _file(each: Any) -> FileNote:
         raise ProtocolError("a file without a description")
     name = each.get("path")
     if not isinstance(name, bytes) or not 0 < len(name) <= _PATH_BYTES or b"\0" in name:
-        raise ProtocolError("a file whose path is none")
+        raise ProtocolError("a file without a valid path")
     path = os.fsdecode(name)
     pure = PurePosixPath(path)
     too_long = any(len(os.fsencode(part)) > _NAME_BYTES for part in pure.parts)

@@ -30,7 +30,7 @@ def check_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
         UsageError: one of them could reach outside the current folder.
     """
     if not isinstance(patterns, Iterable):
-        raise UsageError(f"collect= takes a glob such as 'out/*.png', or a list of such, not {patterns!r}")
+        raise UsageError(f"collect= takes a glob such as 'out/*.png', or a list of globs, not {patterns!r}")
     checked = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in checked:
         if not isinstance(pattern, str) or not pattern:

@@ -69,6 +69,7 @@ _REMEDIES = {
     errno.ENOSPC: "free space on the host's disk",
     errno.EDQUOT: "free space on the host's disk",
 }
+_IN_THE_WAY = "remove or rename that file"
 
 
 @dataclass(slots=True)
@@ -93,9 +94,9 @@ class Report:
         if len(self.problems) > SHOWN:
             shown.append(f"and {len(self.problems) - SHOWN} more")
         what = "1 change" if len(self.problems) == 1 else f"{len(self.problems)} changes"
-        remedies = dict.fromkeys(_REMEDIES.get(code, "free the way") for code in sorted(self.codes)) or ["free the way"]
+        remedies = dict.fromkeys(_REMEDIES.get(code, _IN_THE_WAY) for code in sorted(self.codes)) or [_IN_THE_WAY]
         return GuestError("\n  ".join([f"{what} of the program could not be written to the host:", *shown]),
-                          hint=f"{' and '.join(remedies)}, then run the program again; all other changes are on the host")
+                          hint=f"{' and '.join(remedies)}, then run again; all other changes are on the host")
 
 
 def copy_back(mounts: Path = MOUNTS, agent_socket: str = wire.AGENT_SOCKET) -> Report:
@@ -312,21 +313,21 @@ class Sender:
         try:
             self._connection.sendall(wire.pack(request))
         except OSError as error:
-            raise GuestError(f"the guest agent went away while files were brought back: {error.strerror}") from error
+            raise GuestError(f"the guest agent ended while files were copied back: {error.strerror}") from error
 
     def _receive(self) -> None:
         try:
             packet = self._connection.recv(wire.MAX_MESSAGE_BYTES)
         except OSError as error:
-            raise GuestError(f"the guest agent went away while files were brought back: {error.strerror}") from error
+            raise GuestError(f"the guest agent ended while files were copied back: {error.strerror}") from error
         if not packet:
-            raise GuestError("the guest agent went away while files were brought back")
+            raise GuestError("the guest agent ended while files were copied back")
         answer = wire.unpack(packet)
         if "id" not in answer:
             return  # an event for the program that has ended
         key = self._waiting.pop(answer["id"], None)
         if key is None:
-            raise GuestError(f"the host answered a request that was not made: {answer['id']!r}")
+            raise GuestError(f"the host answered a request that was never made: {answer['id']!r}")
         if "error" in answer:
             code = answer.get("errno")
             self._problem(*key, str(answer.get("message", answer["error"])), code if isinstance(code, int) else 0)

@@ -56,7 +56,7 @@ class Task(Protocol):
     label: str
     """What it is called in errors, before its rank; may be empty."""
     retries: int
-    """How often it may be begun anew after the loss of a clone."""
+    """How many retries are left after the loss of a clone."""
 
     def begin(self, rank: int) -> bool:
         """It is about to be sent to a clone; False if it has been cancelled meanwhile."""
@@ -90,7 +90,7 @@ class Crew:
         work: `call` finds in `work.inputs` what came with a key; `prepare` is called in each clone first.
         chunk: tasks that a clone is given at a time; None: as many as take a few milliseconds (`SHARE_NS`).
         replaces: whether clones that are lost are replaced.
-        idle_s: after so many seconds without a task all clones are let go; they are made anew when there are tasks again.
+        idle_s: all clones are discarded after this many seconds without a task, and created again for the next one.
 
     Attributes:
         began: when the program asked for the clones, on the monotonic clock; later by what is done once only in a program.
@@ -235,7 +235,7 @@ class Crew:
             StateError: it is a steward, which calls futures' callbacks: what the program does meanwhile would go on in clones.
         """
         if isinstance(threading.current_thread(), _Steward):
-            raise StateError("a future's callback cannot make clones", hint="have another thread do it")
+            raise StateError("a future's callback cannot make clones", hint="submit from another thread")
 
     @property
     def is_ours(self) -> bool:
@@ -420,11 +420,11 @@ class Crew:
             case Kind.BACK if member.hand is not None:
                 for key in reversed(message.keys):
                     if not self._schedule.take_back(member.hand, key):
-                        return f"task {key} back, which it has not been given"
+                        return f"task {key} back, which it did not have"
                     self._tasks[key].give_back()
             case Kind.RESULT | Kind.ERROR if member.hand is not None:
                 if not self._schedule.answered(member.hand, message.key):
-                    return f"an answer for task {message.key}, which it has not been given"
+                    return f"an answer for task {message.key}, which it did not have"
                 self._task_ns += (min(max(1, message.ran_ns), LONGEST_NS) - self._task_ns) / 8
                 self._adapt()
                 # First the clone's next task: what becomes of this answer may take a while.
@@ -432,13 +432,13 @@ class Crew:
                     self._give(member.hand)
                 self._on_answer(message, member, message.key)
             case _:
-                return f"a message {message.kind.value!r}, which no clone sends here or now"
+                return f"a message {message.kind.value!r}, which a clone never sends at this point"
         return ""
 
     def _on_bad(self, member: Member, why: str) -> None:
         """A clone has sent what no clone sends: it is lost, and with it the task that it was at."""
         self._line.kill(member.ticket, [member.rank])
-        self._lose(Lost(member.ticket, member.rank, f"it sent {why}, and was ended for that", member.host))
+        self._lose(Lost(member.ticket, member.rank, f"it sent {why}, and was killed", member.host))
 
     def _on_answer(self, message: Message, member: Member, key: int) -> None:
         task = self._tasks.pop(key)
@@ -476,7 +476,7 @@ class Crew:
         if member is None or member.doomed:
             return
         if isinstance(event, Answer):
-            self._on_bad(member, "an answer with its exit, which only ranks of regions do")
+            self._on_bad(member, "an answer with its exit, which only ranks of regions send")
         elif member.failure is not None:
             name = type(member.failure).__qualname__
             cause = f"a function of sf.on_clone failed: {name}: {message_of(member.failure)}"
@@ -507,7 +507,7 @@ class Crew:
             self._last_one_gone(event, member)
 
     def _again(self, key: int, error: CloneLost) -> None:
-        """Have a task that a lost clone was at begun anew, if it may be."""
+        """Retry the task of a lost clone, if it has retries left."""
         task = self._tasks[key]
         attempts = self._attempts[key] = self._attempts.get(key, 0) + 1
         if attempts <= task.retries:
@@ -518,7 +518,7 @@ class Crew:
 
     def _last_one_gone(self, event: Lost, member: Member) -> None:
         if not len(self._roster) or self._stillborn >= STILLBORN_LIMIT:
-            text = f"nobody is left to work: the last clone, rank {member.place}, was lost: {event.cause}"
+            text = f"no clone is left: the last one, rank {member.place}, was lost: {event.cause}"
             self._break(member.lost(event, text), member.failure)
 
     # -- ends ------------------------------------------------------------------------------------------------------

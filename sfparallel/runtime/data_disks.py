@@ -39,7 +39,7 @@ def _wait_for(serial: str, uevents: socket.socket) -> str:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([uevents], [], [], left)[0]:
             raise GuestError(f"the data disk {serial} did not appear within {APPEAR_TIMEOUT_S:.0f} s",
-                             hint="the host's QEMU could not plug it in; see its log")  # fmt: skip
+                             hint="the host's QEMU could not attach it; see its log")  # fmt: skip
         uevents.recv(1 << 16)
     return device
 

@@ -53,7 +53,7 @@ class _Job:
 
     def begin(self, rank: int) -> bool:
         future = self._future
-        # A future that runs already is begun anew, after the loss of a clone.
+        # A future that runs already is retried, after the loss of a clone.
         if not future.running() and not future.set_running_or_notify_cancel():
             return False
         future.rank = rank

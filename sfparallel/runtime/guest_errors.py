@@ -11,9 +11,9 @@ import sys
 from sfparallel.bootstrap import orders
 
 FULL_DISK = (
-    "all files that are written in a VM are in its RAM, those of the current folder too, and there is no room left for them.\n"
-    "Give each VM more with `sfrun --memory`; delete what is not needed any more; let clones write less, and bring it back\n"
-    "with collect= or as results; read big inputs in place, from the current folder or from `--data`, rather than to copy them"
+    "files written in a VM, including those in the current folder, are kept in the VM's RAM, and their share of it is full.\n"
+    "Give each VM more with `sfrun --memory`; delete files that you no longer need; let clones write less, and bring it back\n"
+    "with collect= or as results; read big inputs in place, from the current folder or from `--data`, instead of copying them"
 )
 NETWORK = (
     "VMs have no network but the one among themselves. Put packages into the guest image, data into the current folder or\n"

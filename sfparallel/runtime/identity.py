@@ -5,7 +5,7 @@ generators that live in this process's memory and are therefore the same in ever
 alone: they start with fresh state of their own.
 
 Whatever can be done before the fork is done then, by `prepare`, because under emulation code that runs for the first time in a
-clone is dear: `numpy.random.seed` alone took 120 to 150 ms there (measured), and the way it is done here takes 1 to 6.
+clone is slow: `numpy.random.seed` alone took 120 to 150 ms there (measured), and the way it is done here takes 1 to 6.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def check_keywords(call: str, given: Iterable[str], known: Collection[str]) -> N
         return
     meant = {name: nearest(name, known) for name in unknown}
     words = [f"{name}=" + (f" (did you mean {near}=?)" if near else "") for name, near in meant.items()]
-    raise UsageError(f"{call} has no option {', '.join(words)}", hint=f"it has {', '.join(f'{name}=' for name in known)}")
+    raise UsageError(f"{call} has no option {', '.join(words)}", hint=f"options: {', '.join(f'{name}=' for name in known)}")
 
 
 def keywords_checked(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

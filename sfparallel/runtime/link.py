@@ -164,7 +164,7 @@ class ParentLink:
             yield from self._take_calls(self._calls)
         for address, count in self._inflow.overfull():
             if (rank := self._ranks.get(address)) is not None:
-                yield BadMessage(rank, f"{count >> 20} MiB that are no whole message")
+                yield BadMessage(rank, f"{count >> 20} MiB that are not a whole message")
         for _ in range(most):
             # Asked first, because an exception (zmq.Again) costs more than a message.
             if not int(router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -341,7 +341,7 @@ class CloneLink:
         self.left: set[int] = set()
         """Ranks that have returned."""
         self._inbox: list[Order] = []
-        # A VM has one address. To name it would have ZeroMQ list all interfaces, which is dear in a clone; only processes on one
+        # A VM has one address. To name it would have ZeroMQ list all interfaces, which is slow in a clone; only processes on one
         # host (the tests' stand-in for a fork) need to.
         self._endpoint = f"tcp://{address}:0;{endpoint.removeprefix('tcp://')}" if address else endpoint
         self._connected = False

@@ -265,7 +265,7 @@ class LocalLine:
             seed.close()
 
     def exit(self, status: int, answer: bytes = b"", *, ran_ns: int = 0) -> NoReturn:
-        assert self._own is not None and self._upwards is not None, "only a clone ends by exit"
+        assert self._own is not None and self._upwards is not None, "only a clone can call exit"
         ticket, rank, cradle = self._own
         if answer:
             self._upwards.send(wire.pack({"from": [ticket, rank], "answer": answer}))
@@ -329,7 +329,7 @@ class LocalLine:
                     events.append(Lost(child.ticket, child.rank, _cause(child.code), self.host_of(child.rank), "", End.EXITED,
                                        child.code))
                 elif not child.answered:
-                    cause = f"it ended by exit({child.said}) before it answered"
+                    cause = f"it called exit({child.said}) before it answered"
                     events.append(Lost(child.ticket, child.rank, cause, self.host_of(child.rank), "", End.QUIT, child.said))
         return events
 
@@ -422,7 +422,7 @@ class LocalLine:
 def _cause(code: int) -> str:
     if code < 0:
         return f"its process was killed by signal {-code} ({signal.strsignal(-code)})"
-    return f"its program ended with exit status {code} before it answered"
+    return f"its program exited with status {code} before it answered"
 
 
 # ---- in the process that `sfrun --local` has started ----

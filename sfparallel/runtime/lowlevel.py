@@ -55,7 +55,7 @@ class Ticket:
             Closed: its clones were joined or killed already.
         """
         HERE.require_own(self._generation, f"ticket {self.number} belongs",
-                         hint="a clone ends with sf.exit(), or asks for a ticket of its own")
+                         hint="end the clone with sf.exit(), or request a ticket in it")
         if self.state in states:
             return
         if self.state is TicketState.CLOSED:

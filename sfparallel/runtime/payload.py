@@ -54,7 +54,7 @@ def dumps(value: Any, origin: str = "this rank", *, what: str | None = None, to:
     except Exception as error:
         noun = what or f"the result of {origin}"
         raise ResultNotPicklable(f"{noun}, a {type(value).__qualname__}, cannot be sent to {to}: {message_of(error)}",
-                                 hint="return plain data (numbers, arrays, containers, what was read from a file), "
+                                 hint="return plain data (numbers, arrays, containers, contents of files), "
                                       "or write a file and use collect=") from error
 
 
@@ -96,7 +96,7 @@ def loads(frames: Sequence[Buffer], origin: str = "a rank", *, what: str | None 
         raise  # Ctrl-C
     except BaseException as error:  # a class's own __setstate__ may raise anything, SystemExit included
         noun = what or f"the result of {origin}"
-        hint = "its class must be importable, and rebuildable from its pickle, where it arrives"
+        hint = "its class must be importable where it arrives, and must unpickle there"
         raise ResultNotPicklable(f"{noun} arrived but cannot be unpickled: {type(error).__qualname__}: {message_of(error)}",
                                  hint=hint) from error
 

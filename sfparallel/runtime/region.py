@@ -41,6 +41,7 @@ from sfparallel.runtime.progress import Progress
 from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.work import OnError, Work
 from sfparallel.runtime.worker import Place, die, live
+from sfparallel.text import no_answer
 
 JOIN_LIMIT_S = 10.0
 """A clone that has been released ends at once; one that does not in this time is killed."""
@@ -267,7 +268,7 @@ class Region:
             self._losses.append((now + grace_s, event))
             self._losses.sort(key=lambda loss: loss[0])
         elif self._work.per_item:
-            self._on_message(BadMessage(rank, "an answer with its exit, which only ranks of a region do"))
+            self._on_message(BadMessage(rank, "an answer with its exit, which only ranks of a region send"))
         else:
             self._on_message(decode_answer(rank, event.data))
 
@@ -287,13 +288,13 @@ class Region:
             return
         key = message.key
         if message.kind not in (Kind.RESULT, Kind.ERROR):
-            self._on_bad(BadMessage(rank, f"a message {message.kind.value!r}, which no rank of a region sends"))
+            self._on_bad(BadMessage(rank, f"a message {message.kind.value!r}, which a rank of a region never sends"))
             return
         if message.files and (path := self._unwanted(message.files)) is not None:
-            self._on_bad(BadMessage(rank, f"the file {path[:100]!r}, which nobody asked for"))
+            self._on_bad(BadMessage(rank, f"the file {path[:100]!r}, which collect= does not match"))
             return
         if not self._schedule.answered(rank, key):
-            self._on_bad(BadMessage(rank, f"an answer for {key}, which it has not been given"))
+            self._on_bad(BadMessage(rank, f"an answer for {key}, which it did not have"))
             return
         if self._first_s is None:
             self._first_s = time.monotonic() - self._started
@@ -332,7 +333,7 @@ class Region:
             return
         self._link.forget(rank)
         self._ticket.hypervisor.kill(self._ticket.number, [rank + 1])
-        self._on_lost(Lost(self._ticket.number, rank + 1, f"it sent {bad.why}, and was ended for that", self._clones[rank].host))
+        self._on_lost(Lost(self._ticket.number, rank + 1, f"it sent {bad.why}, and was killed", self._clones[rank].host))
 
     def _on_lost(self, event: Lost) -> None:
         rank = event.rank - 1
@@ -348,7 +349,7 @@ class Region:
             if not self._is_doomed(idle) and (keys := self._schedule.refill(idle)):
                 self._link.send(idle, Kind.KEYS, keys=keys)
         for orphan in self._schedule.abandon():
-            text = f"nobody is left to compute item {orphan}: the last clone, rank {rank}, was lost: {event.cause}"
+            text = f"item {orphan} was not computed: the last clone, rank {rank}, was lost: {event.cause}"
             self._errors[orphan] = self._lost_error(event, rank, text)
 
     def _is_doomed(self, rank: int) -> bool:
@@ -370,9 +371,8 @@ class Region:
 
     def _timed_out(self) -> RegionTimeout:
         missing = self._schedule.busy()
-        names = ", ".join(map(str, missing))
-        return RegionTimeout(f"{self._work.name} took longer than {self._work.timeout_s} s; missing: rank {names}",
-                             missing=missing, hint="the answers that came are in .results")
+        return RegionTimeout(f"{self._work.name} took longer than {self._work.timeout_s} s{no_answer(missing)}",
+                             missing=missing, hint="the answers that arrived are in .results")
 
     def _with_results(self, error: BaseException) -> BaseException:
         """Attach what other ranks answered to the exception that hides it."""

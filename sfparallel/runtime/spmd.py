@@ -228,11 +228,11 @@ class World:
         if rank in self._running:
             self._link.forget(rank)
             self._ticket.hypervisor.kill(self._ticket.number, [rank + 1])
-            self._on_end(rank, Lost(self._ticket.number, rank + 1, f"it sent {why}, and was ended for that"))
+            self._on_end(rank, Lost(self._ticket.number, rank + 1, f"it sent {why}, and was killed"))
 
     def _on_end(self, rank: int, event: Lost | Answer) -> None:
         if isinstance(event, Answer):
-            cause = "it handed over an answer, as ranks of regions do"
+            cause = "it sent an answer, which only ranks of regions do"
             event = Lost(event.ticket, event.rank, cause, end=End.QUIT, status=EXIT_LOST)
         match event.end:
             case End.ABORTED:
@@ -244,10 +244,12 @@ class World:
                 self._done[rank] = code
             case End.EXITED | End.QUIT:
                 code = 128 - event.status if event.status < 0 else event.status
-                self._abort(rank, code & 255 or EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended")
+                exited = event.end is End.EXITED and event.status > 0
+                what = f"exited with status {event.status}" if exited else f"was lost: {event.cause}"
+                self._abort(rank, code & 255 or EXIT_LOST, f"rank {rank} {what}; the other ranks were ended")
             case End.DIED:
                 console = f"\n{event.console}" if event.console else ""
-                self._abort(rank, EXIT_LOST, f"rank {rank} is lost: {event.cause}; the other ranks were ended{console}")
+                self._abort(rank, EXIT_LOST, f"rank {rank} was lost: {event.cause}; the other ranks were ended{console}")
         self._running.discard(rank)
         self._release()
 

@@ -24,7 +24,7 @@ class Strangers:
         self.count += 1
         if self.count > MOST_WARNINGS:
             return
-        last = "; more of them are dropped without a word" if self.count == MOST_WARNINGS else ""
+        last = "; further ones are dropped silently" if self.count == MOST_WARNINGS else ""
         # Where warnings are errors (-W error), a stranger must not be able to raise one in the middle of the program's work.
         with contextlib.suppress(RuntimeWarning):
             warnings.warn(f"{self._what} dropped: {why}{last}", RuntimeWarning, stacklevel=3)

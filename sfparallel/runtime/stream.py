@@ -119,7 +119,7 @@ class ResultStream(Iterator[R], Generic[R]):
     def __next__(self) -> R:
         if self._closed:
             raise StopIteration
-        self._crew.require_ours("these results belong", hint="a clone starts maps of its own")
+        self._crew.require_ours("these results belong", hint="start another map in the clone")
         try:
             return self._next()
         except BaseException:
@@ -192,9 +192,9 @@ class ResultStream(Iterator[R], Generic[R]):
             return None
         answer = self._shelf.take(None if self._deadline is None else self._deadline - time.monotonic())
         if answer is None:
-            self._crew.require_ours("these results belong", hint="a clone starts maps of its own")
+            self._crew.require_ours("these results belong", hint="start another map in the clone")
             late = self._given - self._taken
-            raise _timed_out(self._timeout_s, f"{late} items have no result yet; results that were taken are good")
+            raise _timed_out(self._timeout_s, f"{late} items have no result yet; results already taken remain valid")
         return answer
 
     def _conclude(self) -> None:

@@ -1,6 +1,6 @@
 """Goes once along a region's way, in the parent; see `lowlevel.prepare`.
 
-Under emulation each path of code that is new in a clone is dear there, and what a clone imports is its private memory: measured
+Under emulation each path of code that is new in a clone is slow there, and what a clone imports is its private memory: measured
 under TCG, eight clones that asked for `sf.comm()` answered after 4.8 to 5.8 s without this, and after 0.5 to 0.9 s with it.
 """
 

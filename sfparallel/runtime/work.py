@@ -19,7 +19,7 @@ class OnError(enum.StrEnum):
     RAISE = "raise"
     """Its exception is raised at once and the other clones are killed."""
     RETURN = "return"
-    """Its exception stands in the list in place of its result."""
+    """The list has its exception in place of its result."""
     GATHER = "gather"
     """All others are waited for; then RankError is raised, with `.errors` and `.results`."""
 

@@ -1,6 +1,6 @@
 """A clone's side of a region: works on its keys, sends the answers, ends.
 
-Under emulation every code path that is new in a clone is dear, so nothing is imported, asked or looked up here that the fork or
+Under emulation every code path that is new in a clone is slow, so nothing is imported, asked or looked up here that the fork or
 the parent's memory has not brought along, and no connection is made that is not needed.
 """
 

@@ -28,7 +28,7 @@ class AgentPort(asyncio.Protocol):
 
     Args:
         on_frame: called with each frame, in order. What it raises ends the VM: a ProtocolError is the guest's fault.
-        on_broken: called once, with the cause, when the port is of no further use; nothing more is read then.
+        on_broken: called once, with the cause, when the port is unusable; nothing more is read then.
         on_closed: called when QEMU closed it.
         on_room: called when a guest that was congested has read.
     """
@@ -77,8 +77,8 @@ class AgentPort(asyncio.Protocol):
             # Whoever is root in there can send anything; only the agent sends what makes sense.
             self._break(f"it broke the protocol of the agent port: {error.message}")
         except Exception as error:  # a mistake of ours
-            log.exception("what a guest sent could not be dealt with")
-            self._break(f"the supervisor failed on what it sent: {error!r:.200}")
+            log.exception("could not handle what a guest sent")
+            self._break(f"the supervisor failed on a frame that it sent: {error!r:.200}")
 
     def pause_writing(self) -> None:
         self.congested = True
@@ -105,7 +105,7 @@ class AgentPort(asyncio.Protocol):
 
     def overflow(self) -> None:
         """More waits for the guest than there is room for."""
-        self._break(f"its agent has left {MOST_UNREAD_BYTES >> 20} MiB unread")
+        self._break(f"its agent did not read {MOST_UNREAD_BYTES >> 20} MiB that were sent to it")
 
     def pause_reading(self) -> None:
         """Take nothing from the guest."""

@@ -128,7 +128,7 @@ def sources_for(release: str, etc: Path = Path("/etc/apt")) -> str:
     if not reduced:
         name = distribution.name.capitalize()
         raise EnvironmentProblem(
-            f"this host has no apt source of {name}, and a guest image is to be made of its release {release}",
+            f"this host has no apt source of {name} for a guest image of its release {release}",
             hint=f"add {name}'s sources in {etc}/sources.list.d, or choose another release with --release",
         )
     return "\n".join(source.deb822() for source in reduced)

@@ -35,7 +35,7 @@ class Capacity:
 
     @property
     def clone_bytes(self) -> int:
-        """Private memory to reckon with per clone."""
+        """Private memory that is assumed per clone."""
         return self._clone_bytes
 
     def learn(self, samples: Sequence[int]) -> None:
@@ -58,8 +58,8 @@ class Capacity:
         fits = max(0, min(fits, HIGHEST_NUMBER - running))
         if not fits:
             raise CapacityError(
-                f"not a single clone fits on this host: {max(free, 0) >> 20} MiB are free, "
-                f"{self._clone_bytes >> 20} MiB are reckoned per clone",
+                f"no clone fits on this host: {max(free, 0) >> 20} MiB are free, "
+                f"{self._clone_bytes >> 20} MiB are assumed per clone",
                 fits=0,
                 hint="free memory on the host, or set SF_CLONE_MEMORY if clones need less",
             )

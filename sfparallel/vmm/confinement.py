@@ -270,6 +270,6 @@ def _wait_for_the_rest(init: int, code: int) -> int:
         elif hanging_since is None:
             hanging_since = time.monotonic()
         elif time.monotonic() - hanging_since >= _HANGS_S:
-            print(f"sfrun: the job is over; process {', '.join(map(str, sorted(left)))} of it cannot end before a file system "
-                  "answers that does not", file=sys.stderr)
+            print(f"sfrun: the job has ended, but process {', '.join(map(str, sorted(left)))} of it waits for a file system "
+                  "that does not answer", file=sys.stderr)
             return code

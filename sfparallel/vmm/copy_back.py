@@ -76,7 +76,7 @@ class FileChange:
         try:
             kind = ChangeKind(request.get("kind"))
         except ValueError:
-            raise ProtocolError(f"no such kind of change: {request.get('kind')!r:.40}") from None
+            raise ProtocolError(f"unknown kind of change: {request.get('kind')!r:.40}") from None
         values: dict[str, Any] = {name: _bytes(request, name) if name == "data" else _number(request, name)
                                   for name in _FIELDS[kind]}  # fmt: skip
         if kind is ChangeKind.MKDIR and request.get("mtime_ns") is not None:
@@ -279,7 +279,7 @@ class CopyBack:
     def _transfer(self, change: FileChange) -> _Transfer:
         transfer = self._transfers.get(change.key)
         if transfer is None:
-            raise ProtocolError("no transfer of this file was begun, or it failed")
+            raise ProtocolError("no transfer of this file was started, or it failed")
         return transfer
 
     def discard(self, key: tuple[int, bytes]) -> None:

@@ -51,10 +51,10 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     """
     source = folder.resolve()
     if not source.is_dir():
-        raise UsageError(f"--data {folder}: not a folder")
+        raise UsageError(f"--data {folder} is not a folder")
     cache = cache_folder() / "data"
     if source == cache or source in cache.parents:
-        raise UsageError(f"--data {folder}: the cache folder {cache_folder()} is in it", hint="set SF_CACHE to another place")
+        raise UsageError(f"--data {folder} contains the cache folder {cache_folder()}", hint="set SF_CACHE to another place")
     prefix = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
             use(image)
             _remove_others(cache, prefix, image)
     except OSError as error:
-        raise EnvironmentProblem(f"no image of {source} can be kept in {cache}: {error.strerror}",
-                                 hint="free some space or permit writing, or set SF_CACHE to another place") from error
+        raise EnvironmentProblem(f"cannot keep an image of {source} in {cache}: {error.strerror}",
+                                 hint="free some space, or make it writable, or set SF_CACHE to another place") from error
     return image
 
 
@@ -87,7 +87,7 @@ def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[s
                 return image
         finally:
             unfinished.unlink(missing_ok=True)
-    raise EnvironmentProblem(f"{source} changes while its image is made", hint="wait until what writes there has ended")
+    raise EnvironmentProblem(f"{source} changed while its image was being made", hint="wait until nothing writes to it")
 
 
 def _build(source: Path, image: Path, content: _Content) -> None:

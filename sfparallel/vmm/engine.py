@@ -237,7 +237,7 @@ async def launch(
     """Start a clone in each shell; a clone that cannot be started is reported to `lost` and killed, the others go on."""
 
     muster = _Muster(len(births))
-    # As many as there are processors wake at a time: more would only take each other's place in the caches (measured with 32
+    # As many as there are processors wake at a time: more would only evict each other's data from the caches (measured with 32
     # clones on 2 cores under TCG: a sixth more processor time for each, and the first answer six times as late).
     waking = asyncio.Semaphore(len(os.sched_getaffinity(0)))
 

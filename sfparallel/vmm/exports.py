@@ -84,7 +84,7 @@ def exports_for(cwd: Path, script_folder: Path | None) -> list[tuple[int, Path]]
         raise UsageError(f"the current folder {cwd} cannot be used: {error.strerror}",
                          hint="change to a folder that exists") from error
     if is_system_folder(folders[0]):
-        raise UsageError(f"the current folder {folders[0]} belongs to the system, and the guest has its own",
+        raise UsageError(f"the current folder {folders[0]} is a system folder, and the guest has its own",
                          hint="change to your project's folder and run it from there")
     if script_folder is not None and not is_system_folder(script_folder.resolve()):
         folders.append(script_folder.resolve())

@@ -96,7 +96,7 @@ class FileService:
         used = self._copy_back.used or self._rank_files.used
         problems = [*self._copy_back.problems, *self._rank_files.problems]
         if not await self._closed():
-            hanging.append("the file system of files that were being written, which are left under names .*.sf-part")
+            hanging.append("the file system of files that were being written; their parts remain as .*.sf-part")
         return used, problems + [f"the host did not answer for {where}" for where in dict.fromkeys(hanging)]
 
     async def _closed(self) -> bool:

@@ -178,8 +178,8 @@ class FileServer:
         # A guest may ask for it again and again.
         self._warnings += 1
         if self._warnings <= self.WARNINGS:
-            log.warning("%r was replaced on the host while the job runs; guests that know the old one get an error%s",
-                        os.fsdecode(node.name), "; no more is said of others" if self._warnings == self.WARNINGS else "")
+            log.warning("%r was replaced on the host during the job; VMs that used the old one get an error%s",
+                        os.fsdecode(node.name), "; later ones are not reported" if self._warnings == self.WARNINGS else "")
         return OSError(errno.ESTALE, "replaced on the host")
 
     def _directory(self, tag: int, number: int) -> Handle:

@@ -49,7 +49,7 @@ class Exited:
 def check(frame: Frame) -> None:
     """Raises ProtocolError for a frame that no agent sends, as far as type, channel and size tell."""
     if frame.type not in _FROM_GUESTS:
-        raise ProtocolError(f"frame {frame.type.name} goes to guests only")
+        raise ProtocolError(f"frame {frame.type.name} is sent to guests only")
     if frame.type is FrameType.OUTPUT and frame.channel not in _OUTPUTS:
         # The channel is a descriptor of ours.
         raise ProtocolError(f"output for channel {frame.channel}")
@@ -76,7 +76,7 @@ def exited(frame: Frame) -> Exited:
     status = _number(report, "status")
     # What waitpid(2) returns for a process that has ended; os.waitstatus_to_exitcode takes nothing else.
     if status > 0xFFFF or not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
-        raise ProtocolError(f"{status} is no wait status of a program that has ended")
+        raise ProtocolError(f"{status} is not the wait status of a program that has ended")
     return Exited(status, _number(report, "oom_kills"))
 
 

@@ -167,8 +167,8 @@ def install_pip(root: Path, python: GuestPython, wanted: PipWanted, temporary: P
         run(*_wheel_tags(python))
     except ImageBuildError as error:
         if not python.runs_what_is_built_here:
-            error.hint = (f"the guest has Python {python.version} and glibc 2.{python.glibc_minor}: what has no wheel for them "
-                          "cannot be built on this host, whose own are others; where it can, choose the host's own release")
+            error.hint = (f"packages without a wheel for the guest's Python {python.version} and glibc 2.{python.glibc_minor} "
+                          "cannot be built on this host, which has others; choose the host's release, or packages with wheels")
             raise
         # Something has no wheel; what is built here runs there.
         run()

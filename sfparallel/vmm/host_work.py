@@ -162,8 +162,8 @@ class HostWork:
         if line.size > MOST_WAITING_BYTES:
             congested = vm.congested
             self.forget(vm)
-            raise ProtocolError("it asks for files and does not read the answers" if congested else
-                                "it asks for more files at a time than a kernel does")
+            raise ProtocolError("it requests files and does not read the answers" if congested else
+                                "it requests more files at a time than a kernel does")
         self._advance(line)
 
     def go_on(self, vm: Vm) -> None:
@@ -244,8 +244,8 @@ class HostWork:
             try:
                 outcome: Any = piece.do()
             except Exception as error:  # a mistake of ours: it must not cost more than this VM
-                log.exception("what a guest asked of the host's files could not be dealt with")
-                outcome = _Failure(f"the supervisor failed on what it asked for: {error!r:.200}")
+                log.exception("a guest's request for host files failed in the supervisor")
+                outcome = _Failure(f"the supervisor failed on its request: {error!r:.200}")
             after = piece.after()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(self._done, under_way, outcome, None if after else thread)

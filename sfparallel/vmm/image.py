@@ -134,7 +134,7 @@ def _images() -> Path:
 
 def _check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise UsageError(f"{name!r} is not a name for an image",
+        raise UsageError(f"{name!r} is not a valid image name",
                          hint="letters, digits, dots, hyphens and underscores, at most 64, with a letter or digit first")
     return name
 
@@ -192,7 +192,7 @@ def remove(name: str) -> None:
         StateError: a job uses it.
     """
     if _named(_check_name(name)) is None:
-        raise ImageMissing(f"there is no guest image {name!r}", hint="`sf image list` says which there are")
+        raise ImageMissing(f"there is no guest image {name!r}", hint="`sf image list` lists the images")
     # An image whose name begins with this one has other folders.
     folders = [path for path in _images().glob(f"{name}-*") if re.fullmatch(r"[0-9a-f]{12}", path.name.removeprefix(f"{name}-"))]
     with contextlib.ExitStack() as stack:
@@ -244,7 +244,7 @@ def build(recipe: Recipe, progress: Progress) -> Image:
     folder = _images() / f"{recipe.name}-{key[:12]}"
     try:
         _images().mkdir(parents=True, exist_ok=True)
-        waits = functools.partial(progress, "waiting for another process that builds this image", None)
+        waits = functools.partial(progress, "waiting for another process that is building this image", None)
         with locked(_images() / f".lock-{folder.name}", waits):
             image = load(folder)
             if image is None:
@@ -308,7 +308,7 @@ def _check_host(recipe: Recipe) -> None:
         raise EnvironmentProblem("the environment of sf has no pip, which gets Python packages for images",
                                  hint=f"{sys.executable} -m ensurepip, or `uv pip install pip`")  # fmt: skip
     if os.geteuid() != 0:
-        raise EnvironmentProblem("guest images are built as root: they hold files of several owners",
+        raise EnvironmentProblem("building a guest image needs root: its files have several owners",
                                  hint=f"sudo {command_path('sf')} image build")  # fmt: skip
     free = shutil.disk_usage(_images()).free
     if free < NEEDED_BYTES:
@@ -321,4 +321,4 @@ def _check_host(recipe: Recipe) -> None:
 def _build_error(error: OSError) -> ImageBuildError:
     if error.errno == errno.ENOSPC:
         return ImageBuildError("the disk is full", hint="free some space, or set SF_CACHE to a folder on another disk")
-    return ImageBuildError(f"cannot write the image: {error}", hint="set SF_CACHE to a folder that can be written")
+    return ImageBuildError(f"cannot write the image: {error}", hint="set SF_CACHE to a writable folder")

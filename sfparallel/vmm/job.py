@@ -221,7 +221,7 @@ class Job:
         parent.thaw({"identity": who, "channel": 0, "reply": None, "mounts": mounts})
         # A processor state that does not fit makes a guest that runs and does nothing: QEMU says no word about it.
         async with within(step_limit_s(), "the parent's guest to wake up", error=GuestError, detail=parent.console_tail,
-                          hint="`sf clean` removes the template, which is made anew; raise SF_START_LIMIT on a slow machine"):
+                          hint="run `sf clean` to remove the template; raise SF_START_LIMIT on a slow machine"):
             await parent.woken
         async with within(step_limit_s(), "QEMU to plug the parent's data disks"):
             await plug_data_disks(parent, spec.data_images)

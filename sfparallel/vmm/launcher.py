@@ -82,7 +82,7 @@ class Launcher:
             except VMError as error:
                 if self._closed:
                     raise
-                log.warning("%s; another one is started", error.message)
+                log.warning("%s; starting another one", error.message)
                 self._end_process()
                 self._start()
                 status, pid = await self._order(fds, control)
@@ -108,7 +108,7 @@ class Launcher:
                 return await self._answer()
         except TimeoutError:
             raise VMError(f"the launcher of shells has not answered for {ANSWER_TIMEOUT_S:.0f} s",
-                          hint="has somebody stopped that process?") from None
+                          hint="check whether that process was stopped (SIGSTOP)") from None
         except OSError as error:
             raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
 

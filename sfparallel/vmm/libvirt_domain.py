@@ -84,7 +84,7 @@ class Connection:
         except libvirt.libvirtError as error:
             raise EnvironmentProblem(
                 f"libvirt connection {self.uri} failed: {error}",
-                hint="start libvirtd, or leave --connect out: no job needs libvirt; see `sf doctor`",
+                hint="start libvirtd, or omit --connect: no job needs libvirt; see `sf doctor`",
             ) from error
 
     @staticmethod

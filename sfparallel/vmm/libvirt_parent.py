@@ -36,14 +36,15 @@ async def start_domain(
         EnvironmentProblem: libvirt cannot be reached.
         VMError: libvirt or QEMU refused; nothing is left.
     """
-    async with within(_LIBVIRT_LIMIT_S, f"the libvirt connection {uri}", hint="is that daemon alive? see `sf doctor`"):
+    async with within(_LIBVIRT_LIMIT_S, f"the libvirt connection {uri}", hint="check that this daemon runs; see `sf doctor`"):
         connection = await in_thread(Connection, uri, places.private, places.public)
     stack.push_async_callback(_close, connection)
     folder = connection.folder
     paths = DomainPaths(qmp=folder / "qmp", agent=folder / "agent", paging=folder / "page", console=folder / "console")
     models: tuple[str, ...] = ()
     if not connection.embedded:
-        async with within(_LIBVIRT_LIMIT_S, "libvirt to name its security models", hint="is that daemon alive? see `sf doctor`"):
+        async with within(_LIBVIRT_LIMIT_S, "libvirt to name its security models",
+                          hint="check that this daemon runs; see `sf doctor`"):  # fmt: skip
             models = await in_thread(connection.security_models)
     confinement = None if connection.embedded else Confinement(os.geteuid(), os.getegid(), models)
     xml = domain_xml(spec, name, paths, LIBRARY, confinement)

@@ -21,7 +21,7 @@ from sfparallel.vmm.layers import MemoryMap
 NAME = "manifest.json"
 _PIECE_BYTES = 1 << 20
 _CONTENT = ("files", "layers")
-_HINT = "`sf clean` removes checkpoints of booted guests; they are made anew when they are needed"
+_HINT = "`sf clean` removes templates; the next job makes its own again"
 
 
 def file_digest(path: Path) -> str:
@@ -71,9 +71,9 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / NAME).read_text())
         if not isinstance(found, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except (OSError, ValueError) as error:
-        raise EnvironmentProblem(f"checkpoint {folder}: no manifest can be read: {error}", hint=_HINT) from error
+        raise EnvironmentProblem(f"checkpoint {folder}: cannot read its manifest: {error}", hint=_HINT) from error
     return found
 
 
@@ -124,6 +124,6 @@ def check(folder: Path, machine: Mapping[str, Any], layers: Mapping[str, int], f
 def _raise(folder: Path, lines: list[str]) -> None:
     if lines:
         raise EnvironmentProblem(
-            f"checkpoint {folder} does not fit: " + "; ".join(lines),
+            f"checkpoint {folder} does not match: " + "; ".join(lines),
             hint=_HINT,
         )

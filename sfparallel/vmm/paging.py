@@ -353,7 +353,7 @@ class PagingLayer:
             magic, version, answered, serial, status, step, flags, *values = _REPLY.unpack(data)
             if magic != _MAGIC or version != _VERSION:
                 raise ProtocolError(f"{self._name}: the paging layer is of version {version}, not {_VERSION}",
-                                    hint="build it anew: make -C sfparallel/vmm/native")
+                                    hint="rebuild it: make -C sfparallel/vmm/native")
             if serial != self._serial:  # the answer to a request that was cancelled, or not waited for
                 continue
             if answered != operation:

@@ -56,7 +56,7 @@ class ImageAhead:
 
         Raises:
             StateError: it is no shell any more.
-            VMError: the paging layer refused; the shell is of no further use.
+            VMError: the paging layer refused; the shell is unusable.
         """
         if self._memory is None:
             return

@@ -69,7 +69,7 @@ def address_space_hint() -> str | None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None
-    return (f"the limit of address space is {limit >> 20} MiB (ulimit -v), and a VM needs its memory (--memory) and about 2 GiB: "
+    return (f"the address space is limited to {limit >> 20} MiB (ulimit -v), and a VM needs its --memory and about 2 GiB: run "
             "`ulimit -v unlimited`")  # fmt: skip
 
 

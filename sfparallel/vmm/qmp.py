@@ -40,7 +40,7 @@ def decode(line: bytes) -> dict[str, Any]:
     try:
         message = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a line that is no JSON: {str(error)[:_NAME_CHARS]}") from None
+        raise ProtocolError(f"a line that is not JSON: {str(error)[:_NAME_CHARS]}") from None
     if not isinstance(message, dict):
         raise ProtocolError(f"a {type(message).__name__} where a message was expected")
     if "event" in message:
@@ -147,7 +147,7 @@ class Qmp:
         except BlockingIOError:
             return
         except OSError:
-            self._end()  # half a command may have been sent: the stream is of no further use
+            self._end()  # half a command may have been sent: the stream is unusable
             return
         for fd in fds:
             os.close(fd)
@@ -203,7 +203,7 @@ class Qmp:
         self._waiters.clear()
 
     def _gone(self, command: str) -> QmpError:
-        return QmpError(f"{self.name}: {self._why or 'QEMU is gone'}, so that {command!r} has no answer")
+        return QmpError(f"{self.name}: {self._why or 'QEMU is gone'}, so {command!r} has no answer")
 
     def _readable(self) -> None:
         try:

@@ -33,7 +33,7 @@ class Pending:
 
 
 def too_many_requests() -> StateError:
-    return StateError(f"this VM has {MOST_REQUESTS} requests or {MOST_REQUEST_BYTES >> 20} MiB of them under way",
+    return StateError(f"this VM has {MOST_REQUESTS} requests or {MOST_REQUEST_BYTES >> 20} MiB of them in progress",
                       hint="wait for their answers")
 
 
@@ -46,4 +46,4 @@ def check_tickets(count: int) -> None:
 def check_checkpoints(count: int) -> None:
     """Raises StateError for a VM that has so many checkpoints already."""
     if count >= MOST_CHECKPOINTS:
-        raise StateError(f"this VM has {count} checkpoints", hint="close those that are not needed any more")
+        raise StateError(f"this VM has {count} checkpoints", hint="close those that you no longer need")

@@ -137,7 +137,7 @@ class RankFiles:
     def _write(self, rank: int, copy: CopyBack, change: FileChange, content: bytes) -> dict[str, Any]:
         if change.key not in self._written and len(self._written) >= self.FILES:
             copy.discard(change.key)
-            return {"error": "io", "message": f"the ranks have written {self.FILES} files; no more are taken"}
+            return {"error": "io", "message": f"the ranks have written {self.FILES} files; no more are accepted"}
         answer = copy.apply(change)
         # What could not be written is nothing that another rank's file could contradict.
         if "ok" in answer:

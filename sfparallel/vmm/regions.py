@@ -125,7 +125,7 @@ class Regions:
     def _member(self, vm: Vm) -> tuple[Ticket, Member]:
         found = self._tickets.clone(vm)
         if found is None:
-            raise StateError("only a clone can ask for that; this is the parent")
+            raise StateError("only a clone can send this request; this is the parent")
         return found
 
     def _misspoke(self, vm: Vm, error: BadRequest) -> None:
@@ -133,7 +133,7 @@ class Regions:
         found = self._tickets.clone(vm)
         if found is not None and error.op in ("exit", "abort") and found[1].leaving is None:
             self._sample(*found)
-            self._lost(*found, f"it wanted to end, but not in a way that can be understood: {error}")
+            self._lost(*found, f"its last request is malformed: {error}")
             vm.kill()
 
     async def _hello(self, vm: Vm, channel: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Regions:
             self._tell(ticket, {"event": "answer", "ticket": ticket.number, "rank": member.rank, "data": message["answer"]})
         elif not ticket.joining:
             # Nobody is told who only waits for the end. But a region would wait for the answer.
-            self._tell_end(ticket, member, f"it ended by exit({member.status}) before it answered", "quit", member.status)
+            self._tell_end(ticket, member, f"it called exit({member.status}) before it answered", "quit", member.status)
         if not member.gone:
             self._sample(ticket, member)
             vm.kill()
@@ -185,7 +185,7 @@ class Regions:
         ticket.require(TicketState.RUNNING, TicketState.ENDED)
         ticket.joining = True
         if not await ticket.join():
-            raise StateError(f"ticket {ticket.number} is waited for by a later request", hint="wait for the answer to that one")
+            raise StateError(f"a later request waits for ticket {ticket.number}", hint="wait for the answer to that one")
         self._finish(ticket)
         return {"status": ticket.statuses()}
 
@@ -239,11 +239,12 @@ class Regions:
             return  # it has ended before
         if os.WIFEXITED(status):
             member.status = os.WEXITSTATUS(status)
-            cause = f"its program ended with exit status {member.status} before it answered"
+            cause = f"its program exited with status {member.status} before it answered"
         else:
             cause = f"its program was killed by signal {os.WTERMSIG(status)}"
             if oom_kills:
-                cause = f"the guest ran out of memory ({self._spec.memory_bytes >> 20} MiB) and its kernel killed the program"
+                cause = (f"the guest ran out of memory ({self._spec.memory_bytes >> 20} MiB) and its kernel killed the program; "
+                         "give each VM more with --memory")  # fmt: skip
         self._sample(ticket, member)
         if member.status is None or not member.discarded:
             self._lost(ticket, member, cause, "exited", os.waitstatus_to_exitcode(status))
@@ -277,7 +278,7 @@ class Regions:
         if own and member and member.channel == channel and not own.world:
             # What else of the parent's programs goes on in this clone must not outlive the process that it was made for. If that
             # was the program itself, its exit status is about to come.
-            vm.end_later("the process that the clone was made for has ended in it", _LAST_WORDS_S)
+            vm.end_later("the process for which the clone was made has ended", _LAST_WORDS_S)
 
     def _finish(self, ticket: Ticket) -> None:
         """Its owner is done with the ticket, and has said by now when the answers came."""

@@ -65,7 +65,7 @@ async def announce(pid: int, status: Callable[[], JobStatus]) -> asyncio.Server:
                 raise
         else:
             return await asyncio.start_unix_server(answer, sock=sock)
-    raise EnvironmentProblem(f"{_MOST_OF_A_NUMBER} jobs are known as {pid}", hint="see @sfparallel/job in /proc/net/unix")
+    raise EnvironmentProblem(f"{_MOST_OF_A_NUMBER} jobs are registered as {pid}", hint="see @sfparallel/job in /proc/net/unix")
 
 
 def _names() -> list[str]:

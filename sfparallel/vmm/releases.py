@@ -57,7 +57,7 @@ def distribution_of(release: str) -> Distribution:
     for distribution in DISTRIBUTIONS:
         if release in distribution.releases:
             return distribution
-    raise UsageError(f"there is no release {release!r} that guest images can be made of", hint=f"one of {', '.join(RELEASES)}")
+    raise UsageError(f"there are no guest images of a release {release!r}", hint=f"choose one of {', '.join(RELEASES)}")
 
 
 def _os_release() -> dict[str, str]:
@@ -82,7 +82,7 @@ def host_release() -> str:
     if host_codename() in RELEASES:
         return host_codename()
     name = found.get("PRETTY_NAME") or found.get("NAME") or "of an unknown kind"
-    raise EnvironmentProblem(f"this host is {name}, and guest images are made of {', '.join(RELEASES)}",
+    raise EnvironmentProblem(f"this host is {name}, and guest images can be of {', '.join(RELEASES)}",
                              hint="choose one with --release; its packages come from the apt sources of this host")  # fmt: skip
 
 

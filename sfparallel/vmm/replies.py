@@ -50,7 +50,7 @@ def thaw(channel: int, answer: dict[str, Any], who: dict[str, Any] | None = None
     return {"identity": who, "channel": channel, "reply": pack(answer), "mounts": []}
 
 
-CANCELLED = {"error": "cancelled", "message": "what it names is of the VM that this one was cloned from", "hint": None}
+CANCELLED = {"error": "cancelled", "message": "its ticket or checkpoint is of the VM that this one was cloned from", "hint": None}
 """The runtime's answer to this is to wait for ever, as for requests that were pending when the VM was cloned (agent/clients.c):
 an error would have the program go on in the clone, up to ending the processes that it has begun, the clone's own among them."""
 
@@ -63,7 +63,7 @@ _KINDS: tuple[tuple[type[SfError], str], ...] = (
 def failure(error: SfError | OSError, kind: str = "") -> dict[str, Any]:
     """An error as a program's answer."""
     if isinstance(error, OSError):
-        error = VMError(f"the host could not do it: {error}", hint="free memory, descriptors or disk space on the host")
+        error = VMError(f"the host failed: {error}", hint="free memory, descriptors or disk space on the host")
     kind = kind or next((name for cls, name in _KINDS if isinstance(error, cls)), "clone_failed")
     extra = {"fits": error.fits} if hasattr(error, "fits") else {}
     if extra:

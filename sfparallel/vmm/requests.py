@@ -172,7 +172,7 @@ def decode(payload: bytes) -> Request:
         raise BadRequest(f"the supervisor knows no request {shown(op)}", number=number)
     wanted = REQUESTS[op]
     if wanted.answered and number is None:
-        raise BadRequest(f"the request {op!r} has no id, so that it cannot be answered", op)
+        raise BadRequest(f"the request {op!r} has no id, so it cannot be answered", op)
     return Request(op, number, {name: _read(op, number, name, field, message) for name, field in wanted.fields.items()})
 
 

@@ -69,15 +69,15 @@ class Requirements:
             self.read(path.parent / value, where, constraint=True)
         elif option in _EDITABLE:
             raise UsageError(f"{where}: {line}: an editable package links to a folder, which an image cannot hold",
-                             hint="leave the line out, and run the script in that folder, or with --env PYTHONPATH=FOLDER; "
-                                  "or `pip wheel` makes a file that can stand here")  # fmt: skip
+                             hint="omit the line, and run the script in that folder or with --env PYTHONPATH=FOLDER; "
+                                  "or build a wheel with `pip wheel` and name that")  # fmt: skip
         elif option in _PLACES and "://" not in value:
             target.append(f"{option} {(path.parent / value).resolve()}")
         elif option in _PASSED:
             target.append(line)
         elif option:
             raise UsageError(f"{where}: {line}: an image cannot have this option of pip",
-                             hint="leave it out; wheels are taken where there are some, else packages are built on this host")
+                             hint="omit it; wheels are used if there are any, otherwise packages are built on this host")
         else:
             target.append(_located(line, path.parent, where))
 
@@ -133,7 +133,7 @@ def _option(line: str, where: str) -> tuple[str, str]:
         name, _, value = first.partition("=")
     value = value or " ".join(rest)
     if name in (*_NESTED, *_CONSTRAINTS, *_EDITABLE, *_PLACES) and not value:
-        raise UsageError(f"{where}: {line}: {name} of what?")
+        raise UsageError(f"{where}: {line}: {name} needs a value")
     return name, value
 
 
@@ -146,8 +146,8 @@ def _located(line: str, folder: Path, where: str) -> str:
         return line
     path = (folder / word).resolve()
     if path.is_dir():
-        raise UsageError(f"{where}: {line}: a folder of this host, which may change at any time",
-                         hint=f"`pip wheel --no-deps {path}` makes a file of it that can stand here")  # fmt: skip
+        raise UsageError(f"{where}: {line}: an image cannot depend on a folder of this host",
+                         hint=f"build a wheel with `pip wheel --no-deps {path}` and name that")  # fmt: skip
     if not path.is_file():
         raise UsageError(f"{where}: {line}: there is no file {path}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

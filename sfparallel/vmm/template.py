@@ -87,10 +87,10 @@ def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, di
 
 @contextlib.asynccontextmanager
 async def _locked(path: Path, say: Callable[[str], None]) -> AsyncIterator[None]:
-    waits = functools.partial(say, "waiting for another job that makes this template")
+    waits = functools.partial(say, "waiting for another job that is making this template")
     # In a thread: the other job may be booting its guest, and Ctrl-C is to work meanwhile.
-    async with within(LOCK_LIMIT_S, f"another job that makes this template and holds {path}",
-                      error=EnvironmentProblem, hint="has somebody stopped that job? `fuser` of that file says which it is"):
+    async with within(LOCK_LIMIT_S, f"another job that is making this template and holds {path}",
+                      error=EnvironmentProblem, hint="check whether that job was stopped; `fuser` on that file names it"):
         descriptor = await in_thread(locks.hold, path, waits)
     try:
         yield
@@ -165,7 +165,7 @@ async def _booted(spec: MachineSpec, boot: Boot, say: Callable[[str], None]) -> 
         return await _boot(spec, boot)
     except GuestError as error:
         # Once in hundreds of boots an emulated guest stands still before it prints anything.
-        say(f"{error.message}; booting it once more")
+        say(f"{error.message}; booting it again")
         return await _boot(spec, boot)
 
 
@@ -197,14 +197,14 @@ def _wrong_processor(spec: MachineSpec, findings: str) -> EnvironmentProblem:
     first, *more = findings.splitlines()
     others = f"\n  and {len(more)} more (SF_LOG=debug shows them)" if more else ""
     for line in more:
-        log.debug("computed wrong: %s", line)
+        log.debug("wrong result: %s", line)
     emulated = spec.accelerator is Accelerator.TCG
     who = "emulated by" if emulated else "that KVM passes on through"
     # Under KVM it is the processor itself that computes, or another hypervisor below this host.
     hint = ("use another version of QEMU (SF_QEMU), or a host with KVM" if emulated else
-            "use emulation (SF_ACCEL=tcg), or another host: it is this host's processor, or the hypervisor that it runs under")
+            "use emulation (SF_ACCEL=tcg), or another host: the fault is in this host's processor or hypervisor")
     return EnvironmentProblem(
-        f"the guest's processor computes wrong, so that no template was made: -cpu {spec.cpu_model}, {who} QEMU "
+        f"the guest's processor gives wrong results, so no template was made: -cpu {spec.cpu_model}, {who} QEMU "
         f"{qemu_version(spec.qemu)}\n  {first}{others}",
         hint=hint,
     )

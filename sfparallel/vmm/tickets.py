@@ -78,7 +78,7 @@ class Ticket:
     def require(self, *states: TicketState) -> None:
         if self.state not in states:
             wanted = " or ".join(state.value for state in states)
-            raise StateError(f"ticket {self.number} is {self.state.value}; this needs it {wanted}")
+            raise StateError(f"ticket {self.number} is {self.state.value}; this call requires {wanted}")
 
     def require_wanted(self) -> None:
         """Check that its clones may begin.
@@ -88,7 +88,7 @@ class Ticket:
         """
         self.require(TicketState.CLONING)
         if self.unwanted:
-            raise StateError(f"the clones of ticket {self.number} are not wanted any more")
+            raise StateError(f"the clones of ticket {self.number} are no longer wanted")
 
     def start(self, members: list[Member]) -> None:
         """The clones exist from here on."""
@@ -165,7 +165,7 @@ class Tickets:
         """
         ticket = self._tickets.get(number)
         if ticket is None or ticket.owner is not owner or ticket.channel != channel:
-            raise StateError(f"there is no ticket {number} here", hint="ask for one with request_ticket")
+            raise StateError(f"there is no ticket {number} here", hint="request one with request_ticket")
         return ticket
 
     def inherited(self, vm: Vm, channel: int, *numbers: int | None) -> bool:

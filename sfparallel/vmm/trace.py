@@ -94,7 +94,7 @@ class TraceFile:
         try:
             self._file: BinaryIO | None = open(path, "wb", buffering=0)  # noqa: SIM115 (close() closes it)
         except OSError as error:
-            hint = "name a file in a folder that you may write to"
+            hint = "name a file in a writable folder"
             raise EnvironmentProblem(f"--trace {path}: {error.strerror}", hint=hint) from error
 
     def add(self, report: ForkReport) -> None:

@@ -172,7 +172,7 @@ class Vm:
         await events
         address = re.search(r"is (?:0x)?([0-9a-f]+)\s*$", found.strip())
         if not address:
-            raise VMError(f"{self.name}: QEMU does not say where guest memory lies: {found[:200]!r}")
+            raise VMError(f"{self.name}: QEMU did not report the address of guest memory: {found[:200]!r}")
         self.ram_address = int(address[1], 16)
 
     async def connect_port(self) -> None:
@@ -260,7 +260,7 @@ class Vm:
     def require(self, *states: VmState) -> None:
         if self.state not in states:
             wanted = " or ".join(state.value for state in states)
-            raise StateError(f"{self.name} is {self.state.value}; this needs it {wanted}")
+            raise StateError(f"{self.name} is {self.state.value}; this call requires {wanted}")
 
     async def warm(self, code_bytes: int) -> None:
         """Let QEMU allocate memory for code that it will translate, all at once and not page by page when it runs.
@@ -279,7 +279,7 @@ class Vm:
         """Lay an image over a shell that waits; a `load` with a plan that has it as base maps only what differs.
 
         Raises:
-            VMError: the paging layer refused; the VM is of no further use.
+            VMError: the paging layer refused; the VM is unusable.
         """
         self.require(VmState.SHELL)
         await self.paging.map(self.ram_address, plan)
@@ -293,7 +293,7 @@ class Vm:
             device_state: descriptor of the device state; only duplicated here.
 
         Raises:
-            VMError: QEMU or the paging layer refused; the VM is of no further use.
+            VMError: QEMU or the paging layer refused; the VM is unusable.
         """
         self.require(VmState.SHELL)
         self.state = VmState.LOADING
@@ -405,12 +405,12 @@ class Vm:
             return await asyncio.wait_for(frozen, timeout_s)
         except TimeoutError:
             self._frozen = None
-            message = f"{self.name}: the guest did not come to rest within {timeout_s:.0f} s"
+            message = f"{self.name}: the guest's processes did not freeze within {timeout_s:.0f} s"
             if files := self.events.waits_for(self):
-                raise GuestError(f"{message}: a program of it waits for the host's {', '.join(files[:3])}",
+                raise GuestError(f"{message}: one of them waits for the host's {', '.join(files[:3])}",
                                  hint="the server of that folder does not answer") from None
             raise GuestError(f"{message}\n{self.console_tail()}".rstrip(),
-                             hint="a process of it may be stuck in the guest's kernel") from None
+                             hint="one of them may be stuck in the guest's kernel") from None
 
     async def freeze(self, limit_s: float = FREEZE_TIMEOUT_S) -> None:
         """Bring guest and agent port to a clean cut: no byte is under way in either direction. File requests are answered
@@ -438,7 +438,7 @@ class Vm:
             added = await self.qmp.execute("add-fd", fds=[writable])
         number = added.get("fdset-id") if isinstance(added, dict) else None
         if type(number) is not int:
-            raise VMError(f"{self.name}: QEMU does not say under which number it keeps a file")
+            raise VMError(f"{self.name}: QEMU did not report the number of a descriptor")
         try:
             yield f"/dev/fdset/{number}"
         finally:
@@ -489,11 +489,11 @@ class Vm:
         guest_frames.check(frame)
         if self.state in (VmState.FROZEN, VmState.STOPPED):
             # What is sent now would be lost in every clone, and answers to it would find the guest asleep.
-            raise ProtocolError(f"it sent {frame.type.name} while it stands still")
+            raise ProtocolError(f"it sent {frame.type.name} while it was frozen")
         if self.state is VmState.FREEZING:
             self._while_freezing += len(frame.payload) + _FRAME_COST_BYTES
             if self._while_freezing > MOST_WHILE_FREEZING_BYTES:
-                raise ProtocolError(f"it was to stand still, and has sent {MOST_WHILE_FREEZING_BYTES >> 20} MiB since")
+                raise ProtocolError(f"it sent {MOST_WHILE_FREEZING_BYTES >> 20} MiB after it was told to freeze")
         match frame.type:
             case FrameType.FROZEN:
                 report = guest_frames.frozen(frame)

@@ -26,7 +26,7 @@ def step_limit_s() -> float:
     except ValueError:
         limit_s = 0.0
     if not 0 < limit_s < math.inf:
-        raise UsageError(f"{START_LIMIT.variable}={START_LIMIT.get()!r}: a number of seconds above 0")
+        raise UsageError(f"{START_LIMIT.variable}={START_LIMIT.get()!r} is not a number of seconds greater than 0")
     return limit_s
 
 
@@ -83,5 +83,5 @@ async def within(
     except TimeoutError as timeout:
         if not limit.expired():
             raise
-        message = "\n".join(filter(None, (f"waited {limit_s:g} s in vain for {what}", detail())))
+        message = "\n".join(filter(None, (f"waited {limit_s:g} s for {what}, and gave up", detail())))
         raise error(message, hint=hint) from timeout

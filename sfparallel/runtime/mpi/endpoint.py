@@ -31,13 +31,13 @@ PATIENCE_S = 1.0
 """After waiting so long in one call, ask the parent who has ended."""
 
 FLUSH_S = 30.0
-"""How long the end of a program waits for messages that nobody takes."""
+"""How long the end of a program waits for its messages to be received."""
 
 SPINS, SPIN_S, BREATH_S = 20, 1e-4, 1e-3
-"""A program that has asked so often in vain, with so little between, waits so long for something to happen when it asks again."""
+"""After this many unsuccessful polls in quick succession, each further poll of a program waits up to this time for an event."""
 
 LOOK_S, MOST_SKIPPED = 2e-3, 127
-"""Who waits looks for so long before it sleeps: to fall asleep and to wake up costs a guest more than a message does. When
+"""A waiting thread polls this long before it sleeps: falling asleep and waking up take a guest longer than a message. When
 nothing had come by then, the next 1, 3, 7 ... waits sleep at once: others may need the processor for what is waited for."""
 
 MOST_IN_A_ROW = 16
@@ -372,7 +372,7 @@ class Endpoint:
             self._doomed[rank] = (time.monotonic() + GRACE_S, *_CLOSED[1:])
 
     def _declare_left(self, rank: int) -> None:
-        error = PeerLost(f"rank {rank} has returned without taking part", rank=rank, cause="has returned")
+        error = PeerLost(f"rank {rank} has ended, so this call cannot complete", rank=rank, cause="has returned")
         self.engine.on_left(rank, error)
         if self._transport is not None:
             self._transport.forget(rank, error)
@@ -441,7 +441,7 @@ class Endpoint:
             # Passed on: the one who revoked may have died half-way.
             self.revoke(*_revocation(payload, peer, self.size))
         else:
-            raise ProtocolError(f"a control message of the unknown kind {kind}")
+            raise ProtocolError(f"a control message of unknown kind {kind}")
 
 
 def _revocation(payload: bytes, peer: int, size: int) -> tuple[list[int], list[int]]:

@@ -207,7 +207,7 @@ def Compute_dims(nnodes: int, dims: int | Sequence[int]) -> list[int]:
         fixed *= each or 1
     free = wanted.count(0)
     if nnodes < 1 or nnodes % fixed or (not free and nnodes != fixed):
-        raise MPIException(ERR_DIMS, f"{nnodes} processes and {wanted}")
+        raise MPIException(ERR_DIMS, f"{nnodes} processes do not divide into {wanted}")
     found = sorted(_factors(nnodes // fixed, free), reverse=True) if free else []
     return [each or found.pop(0) for each in wanted]
 
@@ -247,7 +247,7 @@ def Lookup_name(service_name: str, info: Info = INFO_NULL) -> str:
 
 def Register_datarep(datarep: str, read_fn: Callable[..., None], write_fn: Callable[..., None],
                      extent_fn: Callable[..., int]) -> NoReturn:
-    unsupported("Register_datarep", "there are no files of MPI's")
+    unsupported("Register_datarep", "MPI files are not supported; use Python's own files")
 
 
 def comm_lock_table(comm: Comm) -> dict[Hashable, Any]:

@@ -231,5 +231,5 @@ def _require_added(number: int) -> None:
 def _remove(number: int) -> None:
     _require_added(number)
     if any(of == number for code, of in _class_of.items() if code != number) or _string_of.get(number):
-        raise MPIException(ERR_OTHER, "codes or strings of it are left")
+        raise MPIException(ERR_OTHER, "it still has codes or strings")
     del _class_of[number]

@@ -103,7 +103,7 @@ class Handle:
             return constant, (name,)
         if name:
             return type(self), (constant(name),)
-        raise ValueError(f"cannot pickle {type(self).__name__}: it means something in this process only")
+        raise ValueError(f"cannot pickle {type(self).__name__}: it is valid in this process only")
 
     def __copy__(self) -> Self:
         return self if self._is_constant else type(self)._of(self._core)

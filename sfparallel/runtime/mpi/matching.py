@@ -253,7 +253,7 @@ class Engine:
             if op is None:
                 return  # it has failed since
             if op.dest != peer:
-                raise ProtocolError("a request for a message that is another's")
+                raise ProtocolError("a request for another rank's message")
             del self._announced[number]
             if not op.error:
                 self._push(peer, DATA, 0, 0, 0, number, op.nbytes, op.frames, op)
@@ -261,7 +261,7 @@ class Engine:
             op = self._to_be_acknowledged.get(number)
             if op is not None:
                 if op.dest != peer:
-                    raise ProtocolError("an acknowledgement of a message that is another's")
+                    raise ProtocolError("an acknowledgement of another rank's message")
                 del self._to_be_acknowledged[number]
                 op.awaits_ack = False
                 if not op.awaits_wire:
@@ -269,7 +269,7 @@ class Engine:
         elif kind >= CONTROL and self._on_control is not None:
             self._on_control(peer, kind, tag, ctx, number, bytes(payload))
         elif kind != CREDIT:
-            raise ProtocolError(f"a message of the unknown kind {kind}")
+            raise ProtocolError(f"a message of unknown kind {kind}")
 
     def on_eager(self, peer: int, flags: int, tag: int, ctx: int, number: int, credit: int, payload: memoryview) -> None:
         """A small message has arrived, as a whole. `payload` is only valid during the call."""
@@ -326,7 +326,7 @@ class Engine:
     def landing(self, peer: int, number: int, nbytes: int) -> memoryview:
         """Where the payload of DATA shall go; `on_data` when it is complete."""
         if self._asked.pop((peer, number), None) != nbytes:
-            raise ProtocolError(f"{nbytes} bytes that were not asked for")
+            raise ProtocolError(f"{nbytes} bytes that were not requested")
         self._heralded.discard((peer, number))
         target = self._incoming.get((peer, number))
         if isinstance(target, RecvOp) and target.buffer is not None and nbytes <= len(target.buffer):

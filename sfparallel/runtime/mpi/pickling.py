@@ -117,7 +117,7 @@ class Pickle:
         try:
             data = python_pickle.dumps(obj, 5, buffer_callback=keep)
         except (python_pickle.PicklingError, AttributeError, TypeError):
-            # Functions without a name that can be imported. Seldom needed, and dear to import.
+            # Functions without a name that can be imported. Seldom needed, and slow to import.
             from sfparallel.runtime import by_value
             outside.clear()
             data = by_value.dumps(obj, keep)

@@ -15,6 +15,7 @@ from sfparallel.runtime.mpi.matching import RecvOp, SendOp
 from sfparallel.runtime.mpi.messages import Block
 from sfparallel.runtime.mpi.pickling import pickle
 from sfparallel.runtime.mpi.status import Status
+from sfparallel.text import no_answer
 
 
 class Owner(Protocol):
@@ -165,7 +166,7 @@ class Persistent(RequestCore):
 
     def start(self) -> None:
         if self.active:
-            raise MPIException(ERR_REQUEST, "the request is active already")
+            raise MPIException(ERR_REQUEST, "the request is already active")
         self._running = self._begin()
         self.active = True
 
@@ -208,8 +209,7 @@ def deadline_of(timeout: float | None) -> float | None:
 
 def timed_out(call: str, timeout: float | None, missing: list[int]) -> RegionTimeout:
     """The error for a call that took too long."""
-    names = ", ".join(map(str, missing)) or "none"
-    return RegionTimeout(f"{call} took longer than {timeout} s; missing: rank {names}", missing=missing)
+    return RegionTimeout(f"{call} took longer than {timeout} s{no_answer(missing)}", missing=missing)
 
 
 class Request(Handle):
@@ -565,7 +565,7 @@ class Grequest(Request):
         """It is done, and `obj` is its object."""
         core = self._live()
         if not isinstance(core, Generalized) or core.done:
-            raise MPIException(ERR_ARG, "not a generalized request that goes on")
+            raise MPIException(ERR_ARG, "not an active generalized request")
         core.complete(obj)
 
     def _take(self, status: Status | None) -> Any:

@@ -135,7 +135,7 @@ def graph_index(index: Sequence[int]) -> list[int]:
 def create_graph(comm: Comm, index: Sequence[int], edges: Sequence[int]) -> Any:
     first = graph_index(index)
     if any(not 0 <= edge < len(first) for edge in edges):
-        raise MPIException(ERR_ARG, "an edge leads nowhere")
+        raise MPIException(ERR_ARG, "an edge leads to no node")
     return _made(comm, Graphcomm, len(first), Graph(first, edges))
 
 

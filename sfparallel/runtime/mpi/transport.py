@@ -111,7 +111,7 @@ class Line:
         else:
             self.queue.append((_rest([header, *frames], 0), op))
             if op is None and len(self.queue) > MOST_QUEUED:
-                self._transport.wrong(self, "requests without end, and reads no answer")
+                self._transport.wrong(self, "requests without end, and does not read the answers")
                 return
         self._want_to_write(not self.connecting)
 
@@ -196,7 +196,7 @@ class Line:
             kind, flags, _, tag, ctx, number, credit, nbytes = HEADER.unpack_from(view, at)
             start = at + HEADER_BYTES
             if self.peer < 0 and (kind != HELLO or nbytes):
-                self._transport.refuse(self, "a connection does not say whose it is")
+                self._transport.refuse(self, "a connection does not identify its rank")
                 return end
             if kind == DATA and self.peer >= 0:
                 landing = engine.landing(self.peer, number, nbytes)
@@ -330,7 +330,7 @@ class Transport:
         The caller knows that no other thread needs this transport.
 
         Returns:
-            False if that time has passed in vain.
+            False if nothing came in that time.
         """
         line = self.heard.get(peer)
         if line is None or self.writers or self._retry:

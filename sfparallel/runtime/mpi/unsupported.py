@@ -11,11 +11,11 @@ from sfparallel.runtime.mpi.handle import Handle, predefined
 
 def unsupported(what: str, instead: str) -> NoReturn:
     """Raise NotImplementedError."""
-    raise NotImplementedError(f"{what} is not offered by sfparallel; instead: {instead}")
+    raise NotImplementedError(f"{what} is not supported by sfparallel; instead: {instead}")
 
 
 _NO_WINDOWS = "exchange messages (Send, Recv, Isend, Irecv): memory of other ranks cannot be accessed"
-_NO_FILES = "gather the data at one rank and write it there, or write a file in each rank (collect=)"
+_NO_FILES = "gather the data at one rank and write it there, or write one file per rank (sf.parallel needs collect= for it)"
 
 
 class Win(WithErrhandler, Handle):

@@ -54,22 +54,22 @@ class _NeedsWindows:
 class Counter(_NeedsWindows):
     """Not offered."""
 
-    _instead = "have one rank count, and ask it by messages; or give out work with sf.parallel_map, which balances it by itself"
+    _instead = "count in one rank and query it by messages, or distribute work with sf.parallel_map, which balances it"
 
 
 class Mutex(_NeedsWindows):
     """Not offered."""
 
-    _instead = "have one rank grant turns by messages, or use Sequential"
+    _instead = "let one rank grant turns by messages, or use Sequential"
 
 
 class Condition(_NeedsWindows):
     """Not offered."""
 
-    _instead = "send a message to who waits"
+    _instead = "send a message to the waiting ranks"
 
 
 class Semaphore(_NeedsWindows):
     """Not offered."""
 
-    _instead = "have one rank grant turns by messages"
+    _instead = "let one rank grant turns by messages"
