@@ -18,6 +18,7 @@ help: ## this list
 
 build: ## install what is needed, build the native parts (quick when there is nothing to do)
 	@tools/prepare
+	@[ "$(MAKECMDGOALS)" != build ] || echo 'built; next: . .venv/bin/activate, then sf doctor, then sf image build'
 
 dist: build ## sdist, and from it a wheel with the native parts built, in dist/
 	@rm -rf dist
