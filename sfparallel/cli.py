@@ -125,12 +125,12 @@ def _sfrun_parser() -> _Parser:
     add("--env", action="append", default=[], metavar="K[=V]",
         help="set an environment variable of the program; without =V, copy yours")
     add("--data", action="append", default=[], metavar="DIR", help="show a folder read-only at the same path (block image)")
-    add("--venv", metavar="PATH", help="let the program find the packages of this virtual environment of the host")
+    add("--venv", metavar="PATH", help="make the packages of this virtual environment of the host available in VMs")
     add("--forward", action="append", default=[], metavar="HOST:GUEST", help="forward a TCP port of 127.0.0.1 to the parent")
     add("--seed", type=int, metavar="S", help="seed of sf.rng() in calls that have no seed=; default: fresh entropy")
     loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("-v", "--verbose", action="count", default=0, help="print each step of the job; twice: more (SF_LOG)")
-    loudness.add_argument("-q", "--quiet", action="store_true", help="print only what fails")
+    loudness.add_argument("-v", "--verbose", action="count", default=0, help="print each step of the job; -vv: all log messages")
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print only errors")
     add("--stats", action="store_true", help="print the time and memory of each fork")
     add("--trace", type=Path, metavar="FILE", help="write every phase of every fork to FILE (Chrome's trace format)")
     add("--pool", type=int, metavar="N", help=argparse.SUPPRESS)
@@ -227,8 +227,8 @@ def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
     if options.stats or options.trace:
         raise UsageError("--stats and --trace are not available with --local", hint="run the program without --local")
     if job_options.venv:
-        raise UsageError("--local runs the program in the environment of sfrun itself, without --venv",
-                         hint="install sfparallel in that environment too, and run its sfrun")  # fmt: skip
+        raise UsageError("--venv is not available with --local: the program runs in the environment of sfrun",
+                         hint="install sfparallel in that environment, and run its sfrun")  # fmt: skip
     for host, guest in job_options.forwards:
         if host != guest:
             raise UsageError(f"--forward {host}:{guest} is not available with --local: the program's ports are those of the host",
@@ -326,12 +326,12 @@ def _sf_parser() -> _Parser:
                        help="release of Debian or Ubuntu (default: that of this host, or of --from)")  # fmt: skip
     image.add_parser("list", help="list the images in the cache folder")
     image.add_parser("rm", help="remove an image").add_argument("name")
-    for name, purpose in (("ps", "list the running jobs"), ("df", "what is in the cache folder, and its size")):
-        commands.add_parser(name, help=purpose).add_argument("--json", action="store_true", help="for programs")
-    clean = commands.add_parser("clean", help="remove the remains of interrupted builds, and templates; nothing that a job uses")
-    clean.add_argument("names", nargs="*", metavar="NAME", help="remove this, as `sf df` names it; an image with its templates")
+    for name, purpose in (("ps", "list the running jobs"), ("df", "list the contents of the cache folder, with sizes")):
+        commands.add_parser(name, help=purpose).add_argument("--json", action="store_true", help="print JSON")
+    clean = commands.add_parser("clean", help="remove the remains of interrupted builds, and templates, unless a job uses them")
+    clean.add_argument("names", nargs="*", metavar="NAME", help="remove this entry of `sf df`; with an image, its templates too")
     clean.add_argument("--all", action="store_true", help="remove images, data images and initramfs as well")
-    commands.add_parser("completion", help="a script by which bash completes commands and options: eval \"$(sf completion)\"")
+    commands.add_parser("completion", help="print a completion script for bash; use it with eval \"$(sf completion)\"")
     commands.add_parser("settings", help="print the settings and the variables that change them")
     return parser
 
@@ -391,7 +391,7 @@ def _image(options: argparse.Namespace) -> int:
     elif options.action == "list":
         there = images.list_images()
         if not there:
-            say("sf: there are no guest images; `sf image build` makes one")
+            say("sf: there are no guest images; `sf image build` builds one")
         for image in there:
             _tell(f"{image.name:20} {image.key[:12]}  {image.root.stat().st_size >> 20:6} MiB  {image.describe()}")
     else:
@@ -421,7 +421,7 @@ def _clean(options: argparse.Namespace) -> int:
     from sfparallel.vmm.cache import choose, clean, described_removal
 
     if options.names and options.all:
-        raise UsageError("--all removes everything: names besides it mean nothing")
+        raise UsageError("--all cannot be combined with names", hint="to remove only these entries, omit --all")
     lines = map(described_removal, choose(options.names)) if options.names else clean(everything=options.all)
     for line in lines:
         _tell(line)

@@ -31,7 +31,7 @@ CACHE = Setting("SF_CACHE", "", "folder for guest images and templates (default:
 ACCEL = Setting("SF_ACCEL", "auto", "auto, kvm or tcg: how guests are executed; auto uses KVM if a test shows that it works")
 QEMU = Setting("SF_QEMU", "qemu-system-x86_64", "the QEMU program")
 CLONE_MEMORY = Setting("SF_CLONE_MEMORY", "80M", "private memory that the supervisor assumes per clone when it admits a fork")
-LOG = Setting("SF_LOG", "warning", "what sfrun prints to stderr: error (only what fails), warning, info (each step), debug")
+LOG = Setting("SF_LOG", "warning", "what sfrun prints to stderr: error (only errors), warning, info (each step), debug")
 START_LIMIT = Setting("SF_START_LIMIT", "60", "time limit in seconds for one step of a job's start")
 PROGRESS = Setting("SF_PROGRESS", "0", "in the guest (--env): 1 shows the progress of every parallel call that has no progress=")
 
@@ -57,7 +57,7 @@ def log_level() -> str:
     """
     level = LOG.get().lower()
     if level not in ("debug", "info", "warning", "error"):
-        raise UsageError(f"{LOG.variable}={LOG.get()!r} is not a level", hint="set it to error, warning, info or debug")
+        raise UsageError(f"{LOG.variable} must be error, warning, info or debug, not {LOG.get()!r}")
     return level
 
 

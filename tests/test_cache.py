@@ -75,7 +75,7 @@ def test_everything_is_listed_with_its_size(folder: Path, sf: Sf) -> None:
     assert rows["1111"]["bytes"] < 1 << 20, "holes take no room"
     assert not any(row["in_use"] for row in rows.values())
     *table, total = sf("df").stdout.splitlines()
-    assert len(table) == 10 and total.startswith("in all 0 MiB in ") and "template: 0" in total
+    assert len(table) == 10 and total.startswith("total: 0 MiB in ") and "template: 0" in total
 
 
 def test_clean_keeps_what_is_used_and_says_so(folder: Path, sf: Sf) -> None:

@@ -186,8 +186,8 @@ pathlib.Path("new").write_text("x")
 def test_each_step_is_told_on_demand(sfrun: Sfrun) -> None:
     """In an ordinary job SF_LOG=info used to say nothing at all."""
     told = sfrun(FORKS, "-v").ok().err.splitlines()
-    steps = ("guest image 'default': ", "template: ", "the parent VM is up (1024 MiB", "fork 1: n=2, parent paused",
-             "changed files are written", "the program has ended with 0; 1 forks")  # fmt: skip
+    steps = ("guest image 'default': ", "template: ", "the parent VM is ready (1024 MiB", "fork 1: n=2, parent paused",
+             "copying changed files to the host", "the program ended with exit code 0; forks: 1")  # fmt: skip
     lines = [next(i for i, line in enumerate(told) if step in line) for step in steps]
     assert lines == sorted(lines), told
     assert all(re.match(r"sfrun: +\d+\.\d\d s: ", told[i]) for i in lines), told
@@ -207,5 +207,5 @@ def test_quiet_and_levels(tmp_path: Path) -> None:
     assert "selector" not in told(tmp_path, "-vv").stderr
     done = told(tmp_path, level="foo")
     assert done.returncode == command_errors.EXIT_USAGE and "Traceback" not in done.stderr
-    assert "SF_LOG='foo' is not a level" in done.stderr
+    assert "SF_LOG must be error, warning, info or debug, not 'foo'" in done.stderr
     assert "not allowed with" in told(tmp_path, "-v", "-q").stderr

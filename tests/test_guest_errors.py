@@ -75,8 +75,8 @@ def test_what_a_vm_does_not_have_is_told_with_the_remedy(sfrun: Sfrun, tmp_path:
     }.items():  # fmt: skip
         assert all(word in told[call] for word in words), (call, told[call])
     for call in ("part_of_a_module", "own_file"):
-        assert "image" not in told[call] and "of the host's files" not in told[call], told[call]
-    assert ended.code == 1 and ended.err.splitlines()[-1].startswith("`sfrun --env PYTHONPATH")
+        assert "image" not in told[call] and "folders of the host" not in told[call], told[call]
+    assert ended.code == 1 and "`sfrun --env PYTHONPATH" in ended.err.splitlines()[-2]
     assert f"{build} --pip nothere" in ended.err
 
 

@@ -16,8 +16,8 @@ FULL_DISK = (
     "with collect= or as results; read big inputs in place, from the current folder or from `--data`, instead of copying them"
 )
 NETWORK = (
-    "VMs have no network but the one among themselves. Put packages into the guest image, data into the current folder or\n"
-    "`sfrun --data`; the host reaches the parent VM by `sfrun --forward`"
+    "VMs have no network outside their job. Put packages into the guest image, and data into the current folder or a folder of\n"
+    "`sfrun --data`; `sfrun --forward` forwards a TCP port of the host to the parent VM"
 )
 
 
@@ -65,12 +65,13 @@ def _missing_module(name: str) -> str | None:
         return None
     image = orders.get("image", "default")
     if name in sys.stdlib_module_names:
-        return f"the guest image {image!r} lacks a part of Python's library. To add it:\n  {_addition('--package python3-full')}"
+        return (f"the guest image {image!r} lacks this part of Python's standard library. To add it:\n"
+                f"  {_addition('--package python3-full')}")  # fmt: skip
     return (f"the guest image {image!r} has no module {name!r}. To add a package (its name may differ from the module's):\n"
             f"  {_addition(f'--pip {name}')}\n"
-            "or bring a virtual environment that has it: `sfrun --venv PATH`.\n"
-            "Modules of your own are found in the script's folder, and in folders below it or the current one that\n"
-            "`sfrun --env PYTHONPATH=...` names")  # fmt: skip
+            "or use a virtual environment that has it: `sfrun --venv PATH`.\n"
+            "Your own modules are imported from the script's folder, and from the folders in `sfrun --env PYTHONPATH=...`,\n"
+            "which must be below the script's folder or the current folder")  # fmt: skip
 
 
 def _from_subprocess(error: BaseException) -> bool:
@@ -84,7 +85,8 @@ def _from_subprocess(error: BaseException) -> bool:
 
 def _missing_file(name: str, started: bool) -> str | None:
     if started and ("/" not in name or name.startswith(("/usr/", "/bin/", "/sbin/", "/opt/"))):
-        return (f"the guest image {orders.get('image', 'default')!r} has no program {name!r}. To add a Debian package:\n"
+        image = orders.get("image", "default")
+        return (f"the guest image {image!r} has no program {name!r}. To add the Debian package that contains it:\n"
                 f"  {_addition('--package PACKAGE')}")  # fmt: skip
     try:
         path = os.path.abspath(name)
@@ -92,7 +94,7 @@ def _missing_file(name: str, started: bool) -> str | None:
             return None  # it is not on the host either
     except OSError:
         return None
-    return ("of the host's files, a VM has the script's folder, the current folder, and those of `sfrun --data FOLDER`;\n"
+    return ("a VM has these folders of the host: the script's folder, the current folder, and those of `sfrun --data FOLDER`;\n"
             f"{path} is in none of them")  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def entries() -> list[Entry]:
     found += (_template(path, names) for path in sorted(cache.glob("templates/[!.]*")) if path.is_dir())
     found += (Entry(Kind.DATA, path.stem, path, _source(path)) for path in sorted(cache.glob("data/[!.]*.sqfs")))
     found += (Entry(Kind.INITRAMFS, path.stem, path) for path in sorted(cache.glob("initrd/[!.]*.img")))
-    found += (Entry(Kind.PROBE, path.name, path, "what libvirt found out about QEMU") for path in cache.glob("libvirt"))
+    found += (Entry(Kind.PROBE, path.name, path, "libvirt's probe of QEMU") for path in cache.glob("libvirt"))
     litter = [*cache.glob("images/.*"), *cache.glob("templates/.*"), *cache.glob("data/.*"), *cache.glob("data/*.part"),
               *cache.glob("initrd/.*")]  # fmt: skip
     found += (Entry(Kind.UNFINISHED, path.name, path) for path in sorted(litter) if not locks.is_lock(path))
@@ -157,12 +157,12 @@ def choose(names: Sequence[str]) -> list[Entry]:
         if not found:
             near = nearest(name, {entry.name for entry in there})
             raise UsageError(f"there is no {name!r} in the cache folder" + (f"; did you mean {near}?" if near else ""),
-                             hint="`sf df` lists what is there")  # fmt: skip
+                             hint="`sf df` lists its contents")  # fmt: skip
         keys = {entry.key for entry in found if entry.kind is Kind.IMAGE and entry.key}
         found += (entry for entry in there if entry.kind is Kind.TEMPLATE and entry.key in keys)
         chosen |= {entry.path: entry for entry in found}
     if busy := [f"{entry.kind.value} {entry.name}" for entry in chosen.values() if entry.in_use]:
-        raise StateError(f"in use: {', '.join(busy)}", hint="wait for the jobs that use it; `sf ps` lists them")
+        raise StateError(f"in use: {', '.join(busy)}", hint="wait until no job uses it; `sf ps` lists the jobs")
     return list(chosen.values())
 
 
@@ -211,13 +211,13 @@ def measured() -> list[Row]:
 def table(rows: Sequence[Row]) -> list[str]:
     """What `sf df` shows, in lines."""
     width = max((len(row.entry.name) for row in rows), default=4)
-    lines = [f"{'KIND':10} {'NAME':{width}} {'SIZE':>10} USED  CONTENT"]
+    lines = [f"{'KIND':10} {'NAME':{width}} {'SIZE':>10} IN USE  CONTENT"]
     sums: dict[Kind, int] = {}
     for row in rows:
         entry, size, used = row.entry, f"{row.size_bytes >> 20} MiB", "yes" if row.in_use else ""
-        line = f"{entry.kind.value:10} {in_one_line(entry.name):{width}} {size:>10} {used:>4}  {in_one_line(entry.content)}"
+        line = f"{entry.kind.value:10} {in_one_line(entry.name):{width}} {size:>10} {used:>6}  {in_one_line(entry.content)}"
         lines.append(line.rstrip())
         sums[entry.kind] = sums.get(entry.kind, 0) + row.size_bytes
     shares = ", ".join(f"{kind.value}: {size >> 20}" for kind, size in sums.items())
-    lines.append(f"in all {sum(sums.values()) >> 20} MiB in {cache_folder()}" + (f" ({shares})" if shares else ""))
+    lines.append(f"total: {sum(sums.values()) >> 20} MiB in {cache_folder()}" + (f" ({shares})" if shares else ""))
     return lines

@@ -58,7 +58,7 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     prefix = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job's image of {source}")):
+        with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job that is making the image of {source}")):
             image = _find_or_build(source, cache, prefix, progress)
             # Shells of the pool open the image by its name at any time until the job ends.
             use(image)

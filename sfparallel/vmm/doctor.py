@@ -244,7 +244,7 @@ def _permission() -> Finding:
     missing = [capability for capability, bit in _NEEDED_CAPABILITIES.items() if not held >> bit & 1]
     who = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
     if missing:
-        remedy = f"run as root (sudo {command_path('sfrun')} ...), or in a container with these"
+        remedy = f"run as root (sudo {command_path('sfrun')} ...), or in a container with these capabilities"
         return Finding(name, Status.FORBIDDEN, f"{who} lacks {', '.join(missing)}", remedy)
     return Finding(name, Status.OK, f"{who}, with {', '.join(_NEEDED_CAPABILITIES)}")
 
@@ -289,8 +289,8 @@ def _mounts() -> Finding:
     thread.start()
     thread.join()
     if failures and failures[0].errno == errno.EINVAL:  # mount(2): what is to be made private is no mount point
-        return Finding(name, Status.BROKEN, "this process's root folder is not a mount point: a chroot, probably",
-                       "before the chroot: mount --bind ROOT ROOT")  # fmt: skip
+        return Finding(name, Status.BROKEN, "the root folder of this process is not a mount point (in a chroot?)",
+                       "before chroot, run: mount --bind ROOT ROOT")  # fmt: skip
     if failures:
         remedy = "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS"
         return verdict_of(failures[0], name, "no mount namespace with a tmpfs", remedy,

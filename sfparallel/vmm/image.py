@@ -197,7 +197,7 @@ def remove(name: str) -> None:
     folders = [path for path in _images().glob(f"{name}-*") if re.fullmatch(r"[0-9a-f]{12}", path.name.removeprefix(f"{name}-"))]
     with contextlib.ExitStack() as stack:
         if not all([stack.enter_context(taken(folder / "root.sqfs")) for folder in folders]):
-            raise StateError(f"a job uses the image {name!r}", hint="wait for it; `sf ps` lists the jobs")
+            raise StateError(f"a job uses the image {name!r}", hint="wait until the job has ended; `sf ps` lists the jobs")
         (_images() / f"{name}.json").unlink()
         doomed = [hide(folder) for folder in folders]
     for folder in doomed:
@@ -302,10 +302,10 @@ def _remove_litter() -> None:
 def _check_host(recipe: Recipe) -> None:
     tools = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools"}
     if missing := [program for program in tools if shutil.which(program) is None]:
-        raise EnvironmentProblem(f"what builds guest images is not installed: {', '.join(missing)}",
+        raise EnvironmentProblem(f"building a guest image needs programs that are not installed: {', '.join(missing)}",
                                  hint=f"apt install {' '.join(tools[program] for program in missing)}")  # fmt: skip
     if (recipe.pip or recipe.requirements) and importlib.util.find_spec("pip") is None:  # as in environments of uv
-        raise EnvironmentProblem("the environment of sf has no pip, which gets Python packages for images",
+        raise EnvironmentProblem("the environment of sf has no pip, which installs Python packages into images",
                                  hint=f"{sys.executable} -m ensurepip, or `uv pip install pip`")  # fmt: skip
     if os.geteuid() != 0:
         raise EnvironmentProblem("building a guest image needs root: its files have several owners",

@@ -106,9 +106,9 @@ def supplied(options: JobOptions, image: Image, note: Callable[[str], None]) -> 
         except UsageError as error:
             note(f"sfrun: {script} imports {listed}, which the guest image {image.name!r} lacks\n  {error}")
             return options
-        note(f"sfrun: the guest image {image.name!r} lacks {listed}: the packages of {venv.folder} are brought along (--venv)")
+        note(f"sfrun: the guest image {image.name!r} lacks {listed}; using the packages of {venv.folder} (--venv)")
         return replace(options, venv=venv, data=(*options.data, venv.packages))
     pip = " ".join(f"--pip {name}" for name in names)
-    note(f"sfrun: {script} imports {listed}, which the guest image {image.name!r} lacks. To add packages of these names:\n"
+    note(f"sfrun: {script} imports {listed}, which the guest image {image.name!r} lacks. To add packages with these names:\n"
          f"  sf image build {image.name} --from {image.name} {pip}")  # fmt: skip
     return options

@@ -79,7 +79,7 @@ class Job:
 
     def __init__(self, options: JobOptions, places: Places, pid: int) -> None:
         if len(options.data) > DATA_SLOTS:
-            raise UsageError(f"--data and --venv can be given {DATA_SLOTS} times in all, not {len(options.data)}")
+            raise UsageError(f"--data and --venv can be given at most {DATA_SLOTS} times together, not {len(options.data)}")
         self.name = f"sf{pid}"
         self._pid = pid
         self._options = options
@@ -225,7 +225,7 @@ class Job:
             await parent.woken
         async with within(step_limit_s(), "QEMU to plug the parent's data disks"):
             await plug_data_disks(parent, spec.data_images)
-        log.info("the parent VM is up (%d MiB, processors: %d, %s); the program starts",
+        log.info("the parent VM is ready (%d MiB, processors: %d, %s); the program starts",
                  spec.memory_bytes >> 20, spec.cpus, spec.accelerator.value)
         self._run_program(parent)
         if parent.memory:  # else it is gone already
@@ -431,7 +431,7 @@ class Job:
         if (vm is self._parent or rank is not None) and frame.payload.find(b"\xa2op\xa4file", 0, 64) >= 0:
             if not self._changes_told:
                 self._changes_told = True
-                log.info("changed files are written to the host")
+                log.info("copying changed files to the host")
             self._files.change(vm, frame.channel, rank, frame.payload)
             return
         self._regions.request(vm, frame.channel, frame.payload)
@@ -445,7 +445,7 @@ class Job:
         if not self._done.done():
             if os.WIFSIGNALED(report.status) and report.oom_kills:
                 self._say("sfrun: the parent ran out of memory and its kernel killed the program; give it more with --memory")
-            log.info("the program has ended with %d; %d forks", exit_code(report.status), self._forks)
+            log.info("the program ended with exit code %d; forks: %d", exit_code(report.status), self._forks)
             self._done.set_result(exit_code(report.status))
 
     def _report(self, report: ForkReport) -> None:
@@ -542,7 +542,7 @@ def _use(path: Path, what: str) -> None:
         EnvironmentProblem: it was removed just now.
     """
     if not locks.use(path):
-        raise EnvironmentProblem(f"{what} was removed while the job started", hint="start it again")
+        raise EnvironmentProblem(f"{what} was removed while the job was starting", hint="run the program again")
 
 
 def run(options: JobOptions, places: Places, pid: int) -> int:

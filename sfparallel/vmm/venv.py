@@ -37,11 +37,11 @@ class Venv:
                                   timeout=_LIMIT_S, check=True)  # fmt: skip
             own, version = done.stdout.split()
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise UsageError(f"--venv {self.folder}: its Python does not run: {error}",
+            raise UsageError(f"the Python of --venv {self.folder} does not run: {error}",
                              hint="create the environment again") from error  # fmt: skip
         if own != magic:
             raise UsageError(
-                f"--venv {self.folder} has packages for Python {version}, and the guest image {image!r} has another one",
+                f"--venv {self.folder} has packages for Python {version}, but the guest image {image!r} has another version",
                 hint="use an image with that Python (`sf image build --release`), or put the packages into the image: "
                      "`pip freeze > FILE`, then `sf image build --requirements FILE`",
             )  # fmt: skip
@@ -55,9 +55,9 @@ def find(text: str) -> Venv:
     """
     folder = Path(os.path.realpath(text))
     if not (folder / "pyvenv.cfg").is_file():
-        raise UsageError(f"--venv {text}: not a virtual environment: there is no pyvenv.cfg in it",
-                         hint="name the folder that `python3 -m venv` made")  # fmt: skip
+        raise UsageError(f"--venv {text} is not a virtual environment: it has no pyvenv.cfg",
+                         hint="name the folder that `python3 -m venv` created")  # fmt: skip
     found = sorted(folder.glob("lib/python3*/site-packages"))
     if len(found) != 1:
-        raise UsageError(f"--venv {text}: {len(found)} folders lib/python3*/site-packages in it, not one")
+        raise UsageError(f"--venv {text} must have exactly one folder lib/python3*/site-packages, not {len(found)}")
     return Venv(folder, found[0])
