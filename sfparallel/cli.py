@@ -93,7 +93,7 @@ def _unknown(word: str, known: Iterable[str]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """The log quotes what guests, QEMU and libvirt say. Steps (INFO) come with the time since the start."""
+    """The log quotes what guests, QEMU and libvirt say. Steps (INFO) have the time since the start."""
 
     def format(self, record: logging.LogRecord) -> str:
         step = record.levelno == logging.INFO
@@ -199,7 +199,7 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
     parser = _sfrun_parser()
     options = parser.parse(own)
     if options.verbose or options.quiet:
-        # Into the environment, where all that asks for it looks.
+        # In the environment, because everything reads the level there.
         os.environ[LOG.variable] = "error" if options.quiet else "info" if options.verbose == 1 else "debug"
     if not words:
         parser.error("there is no program to run: give a script, -m MODULE or -c COMMAND")
@@ -303,7 +303,7 @@ def _start_log() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=log_level().upper(), handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)  # which selector it uses is of no use to anybody
+    logging.getLogger("asyncio").setLevel(logging.WARNING)  # it logs only which selector it uses
 
 
 # -- sf ----------------------------------------------------------------------------------------------------------------

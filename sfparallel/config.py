@@ -62,7 +62,7 @@ def log_level() -> str:
 
 
 def debugging() -> bool:
-    """Whether errors come with a traceback."""
+    """Whether errors are printed with a traceback."""
     return LOG.get().lower() == "debug"
 
 

@@ -1,4 +1,4 @@
-"""Notes on errors of a guest's world, for somebody who knows the host's: disk, packages, programs, files, network."""
+"""Notes on errors that the VM causes: its disk, packages, programs, files and network differ from those of the host."""
 
 from __future__ import annotations
 

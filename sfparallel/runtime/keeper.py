@@ -81,10 +81,10 @@ def main() -> None:
 
 
 def _compile() -> None:
-    """Compile the package where no bytecode came along: the guest's Python is of another version than the host's. Otherwise each
-    program, and each clone, would compile what it imports."""
+    """Compile the package if the initramfs has no bytecode, because the guest's Python version differs from the host's. Otherwise
+    each program, and each clone, would compile what it imports."""
     package = os.path.dirname(sfparallel.__file__)
-    # A module that this process does not import: what it does import, is compiled by now.
+    # A module that this process does not import: those that it imports are compiled by now.
     if not os.path.exists(importlib.util.cache_from_source(f"{package}/runtime/warm.py")):
         subprocess.run([PYTHON, "-m", "compileall", "-q", package], check=False)
 

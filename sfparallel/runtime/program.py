@@ -43,8 +43,8 @@ def set_up() -> None:
 
 
 def _add_packages(folder: str) -> None:
-    """As a virtual environment has them: behind Python's own library, before what the distribution has; with `.pth` files."""
-    import site  # it is what imports us, and is whole but for its last lines
+    """Add packages as a virtual environment does: after Python's library, before those of the distribution; with `.pth` files."""
+    import site  # it imports us in its last lines, so all that we need of it is defined
     before = list(sys.path)
     site.addsitedir(folder)
     added = [entry for entry in sys.path if entry not in before]
@@ -77,7 +77,7 @@ def _enter_world(ranks: int) -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Python's own, with notes on what is other in a VM."""
+    """Python's own, with notes on errors that the VM causes."""
     # Ctrl-C needs none. And eval(), which some modules call when they are imported, would have the interpreter forget that it has
     # to end by SIGINT (pythonrun.c: run_eval_code_obj).
     if issubclass(kind, Exception):

@@ -1,7 +1,7 @@
 """What is in the cache folder: how large it is, whether a job uses it, and how it is removed.
 
-A job holds whatever it may open again by its name with a shared lock (`locks.use`), as long as it lives: image, template, data
-images, initramfs. Who removes something takes the exclusive lock first, so that nothing is taken from a job, whatever else runs.
+Until it ends, a job holds a shared lock (`locks.use`) on everything that it may open again by name: image, template, data images,
+initramfs. A removal takes the exclusive lock first, so that it never removes what a job uses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sfparallel.vmm import locks, manifest
 
 
 class Kind(enum.Enum):
-    """What a thing in the cache folder is."""
+    """Kind of an entry of the cache folder."""
 
     IMAGE = "image"
     TEMPLATE = "template"
@@ -34,12 +34,12 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache folder.
+    """One entry of the cache folder.
 
     Attributes:
-        name: by which `sf clean` takes it.
-        content: for users, in a line.
-        key: what names its image, of an image or a template.
+        name: in `sf df` and `sf clean`.
+        content: a description for users, in one line.
+        key: that of the image, for an image or a template.
     """
 
     kind: Kind
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def lock(self) -> Path:
-        """The file that jobs which use it, or builders that make it, have locked."""
+        """The file that is locked by jobs that use this entry, or by its builder."""
         if self.kind is Kind.IMAGE:
             return self.path / "root.sqfs"
         if self.kind is Kind.TEMPLATE:
@@ -63,7 +63,7 @@ class Entry:
             return not ours
 
     def size_bytes(self) -> int:
-        """What it takes on the disk: templates have holes."""
+        """Its size on the disk; templates have holes."""
         size = 0
         for path in (self.path, *(Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)):
             with contextlib.suppress(FileNotFoundError):  # a builder has just renamed it
@@ -71,7 +71,7 @@ class Entry:
         return size
 
     def remove(self) -> bool:
-        """Delete it, unless somebody uses it."""
+        """Delete it, unless it is in use; returns whether it was deleted."""
         with locks.taken(self.lock) as ours:
             if not ours:
                 return False
@@ -92,7 +92,7 @@ def _delete(path: Path) -> None:
 
 
 def entries() -> list[Entry]:
-    """All that is in the cache folder: images, templates, data images, initramfs, and what interrupted builds left."""
+    """The contents of the cache folder: images, templates, data images, initramfs, and the remains of interrupted builds."""
     cache = cache_folder()
     found = list(_images())
     names = {entry.key: entry.name for entry in found}
@@ -132,7 +132,7 @@ def _template(path: Path, names: dict[str, str]) -> Entry:
 
 
 def _source_of(path: Path) -> Path:
-    """The file that says which folder a data image is of."""
+    """The file that names the folder of a data image."""
     return path.with_name(path.name.partition("-")[0] + ".source")
 
 
@@ -144,7 +144,7 @@ def _source(path: Path) -> str:
 
 
 def choose(names: Sequence[str]) -> list[Entry]:
-    """The entries of these names; an image with its templates.
+    """The entries with these names; with an image, its templates.
 
     Raises:
         UsageError: there is no such entry.
@@ -167,7 +167,7 @@ def choose(names: Sequence[str]) -> list[Entry]:
 
 
 def clean(*, everything: bool) -> Iterator[str]:
-    """Remove what interrupted builds left, and templates, but what is in use; yields a line for each.
+    """Remove the remains of interrupted builds, and templates, unless they are in use; yields a line for each.
 
     Args:
         everything: images, data images, initramfs and probes as well.
@@ -178,20 +178,20 @@ def clean(*, everything: bool) -> Iterator[str]:
             yield described_removal(entry)
     for path in cache_folder().glob("*/*"):
         if locks.is_lock(path):
-            with locks.taken(path) as ours:  # who waits for it meanwhile finds that it has no name any more, and makes another
+            with locks.taken(path) as ours:  # a process that waits for it finds that it has no name, and makes another
                 if ours:
                     path.unlink(missing_ok=True)
 
 
 def described_removal(entry: Entry) -> str:
-    """Remove an entry; a line that says whether it is gone."""
+    """Remove an entry, and describe the result in one line."""
     what = f"{entry.kind.value} {entry.name}"
     return f"removed {what}" if entry.remove() else f"kept {what}: it is in use"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What `sf df` shows of an entry."""
+    """One line of `sf df`."""
 
     entry: Entry
     size_bytes: int
@@ -204,12 +204,12 @@ class Row:
 
 
 def measured() -> list[Row]:
-    """All entries, with what they take and whether they are in use."""
+    """All entries, with their sizes, and whether they are in use."""
     return [Row(entry, entry.size_bytes(), entry.in_use) for entry in entries()]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """What `sf df` shows, in lines."""
+    """The lines of `sf df`."""
     width = max((len(row.entry.name) for row in rows), default=4)
     lines = [f"{'KIND':10} {'NAME':{width}} {'SIZE':>10} IN USE  CONTENT"]
     sums: dict[Kind, int] = {}

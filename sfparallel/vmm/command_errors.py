@@ -51,7 +51,7 @@ def errors_told(command: str) -> Iterator[None]:
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `sf df | head`: as a program that SIGPIPE kills; what is buffered has no reader
+    except BrokenPipeError:  # `sf df | head`: exit like a program killed by SIGPIPE; the buffered output has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`sf completion`: completion of commands and options for bash, made from the parsers themselves."""
+"""`sf completion`: completion of commands and options in bash, generated from the parsers."""
 
 from __future__ import annotations
 

@@ -205,16 +205,16 @@ def remove(name: str) -> None:
 
 
 def hide(path: Path) -> Path:
-    """Put what is to be deleted out of sight, so that nobody finds half of it; returns where it is."""
+    """Rename a path that will be deleted to a hidden name, so that nobody finds half of it; returns the new path."""
     doomed = path.with_name(f".doomed-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)  # whoever deleted its like may have been killed
+    shutil.rmtree(doomed, ignore_errors=True)  # an earlier deletion may have been interrupted
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
     return doomed
 
 
 def forget(folder: Path) -> None:
-    """Let no name mean the image in this folder any more."""
+    """Remove all names of the image in this folder."""
     for image in list_images():
         if image.folder == folder:
             (_images() / f"{image.name}.json").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What a script imports that its guest image lacks: known before anything is booted.
+"""Finds imports of a script that its guest image lacks, before a VM boots.
 
-If the virtual environment that `sfrun` is called from has it, that is brought along, as by `--venv`.
+If the active virtual environment has them, its packages are added, as with `--venv`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sfparallel.vmm.options import JobOptions, Program
 from sfparallel.vmm.venv import Venv, find
 
 _ALWAYS = {"sfparallel", "mpi4py", "numpy", "zmq", "cloudpickle", "msgpack"}
-"""Every guest image has these, or we bring them."""
+"""Every guest image has these, or we add them."""
 _PLACES = ("usr/lib/python3/dist-packages", "usr/local/lib/python3*/dist-packages")
 _LIMIT_S = 30.0
 
 
 def imported(source: bytes) -> set[str]:
-    """Top-level names of what a script imports whatever happens: not in functions, in `try` or under a condition. Empty where the
-    script changes where modules are looked for, or is no Python."""
+    """Top-level names of modules that a script always imports: not in functions, in `try` or under a condition. Empty if
+    the script changes the module search path, or is not valid Python."""
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return set()  # the interpreter tells what is wrong with it
+        return set()  # the interpreter reports the error
     if b"sys.path" in source or b"site.addsitedir" in source:
         return set()
     names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
@@ -40,12 +40,12 @@ def imported(source: bytes) -> set[str]:
 
 
 def _has(folder: Path, name: str) -> bool:
-    """Whether a folder has a module or package; packages may be folders without anything."""
+    """Whether a folder has a module or package; any folder may be a package."""
     return any((folder / entry).exists() for entry in (name, f"{name}.py")) or any(folder.glob(f"{name}.*.so"))
 
 
 def _in_image(image: Image, names: Iterable[str]) -> set[str]:
-    """Those of the names that the image has; all of them where that is not known."""
+    """The names that the image has; all of them if that is unknown."""
     wanted = set(names)
     argv = ["unsquashfs", "-lc", str(image.root), *(f"{place}/*" for place in _PLACES)]
     try:
@@ -54,7 +54,7 @@ def _in_image(image: Image, names: Iterable[str]) -> set[str]:
         return wanted
     entries = {line.partition("dist-packages/")[2].partition("/")[0] for line in done.stdout.splitlines()}
     there = {entry.partition(".")[0] for entry in entries if "dist-info" not in entry and "egg-info" not in entry}
-    # A .pth file can make modules be found anywhere.
+    # A .pth file can add any folder to the search path.
     hidden = any(entry.endswith(".pth") and not entry.startswith("distutils-precedence") for entry in entries)
     return wanted if hidden or not there else wanted & there
 
@@ -79,7 +79,7 @@ def missing(program: Program, image: Image) -> list[str]:
 
 
 def active_environment(environment: Mapping[str, str]) -> Venv | None:
-    """The virtual environment that is active in the user's shell, or that `sfrun` itself is in."""
+    """The virtual environment that is active in the user's shell, or that of `sfrun`."""
     for folder in (environment.get("VIRTUAL_ENV"), sys.prefix):
         try:
             if folder:
@@ -90,7 +90,7 @@ def active_environment(environment: Mapping[str, str]) -> Venv | None:
 
 
 def supplied(options: JobOptions, image: Image, note: Callable[[str], None]) -> JobOptions:
-    """The options with the active environment added, if the script imports something that only that has; what nobody has is told.
+    """The options, with the active environment added if it has all imports that the image lacks; otherwise the user is told.
 
     Args:
         note: shows the user a line.

@@ -164,7 +164,7 @@ class Job:
         self._output.write(STDERR, f"{printable(line)}\n".encode())
 
     def _note(self, line: str) -> None:
-        """What the user may want to know, unless nothing but failures is to be told. May be called in any thread."""
+        """Show the user a line that is no error, unless only errors are printed. May be called in any thread."""
         if log.isEnabledFor(logging.WARNING):
             self._say(line)
 

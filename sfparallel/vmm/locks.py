@@ -1,5 +1,5 @@
-"""Locks, by flock(2), which end with their holders, however these end: of builders, on a file beside what is built; and of jobs,
-on what they use itself."""
+"""Locks by flock(2), which end with their holders, however these end: of builders, on a file beside the one that they build; of
+jobs, on the files that they use."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def folder_locked(folder: Path) -> Iterator[None]:
 
 
 def use(path: Path) -> bool:
-    """Mark a file as in use until this process ends; False: it is not there any more.
+    """Mark a file as in use until this process ends; False if it no longer exists.
 
-    The descriptor is left open on purpose: the kernel drops the lock however the process ends. Whoever removes the file holds its
-    lock for a moment, so that this hardly ever waits.
+    The descriptor is left open on purpose: the kernel drops the lock however the process ends. A removal holds the lock
+    only for a moment, so this rarely waits.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,8 +84,7 @@ def use(path: Path) -> bool:
 
 @contextlib.contextmanager
 def taken(path: Path) -> Iterator[bool]:
-    """Hold a file's exclusive lock for the length of a block, if nobody has it; whether that is so. A file that is not there is
-    free."""
+    """Hold a file's exclusive lock during a block if it is free; yields whether it was. The lock of a missing file is free."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -109,7 +108,7 @@ def is_lock(path: Path) -> bool:
 
 
 def of_builder(path: Path) -> Path:
-    """What whoever makes an unfinished entry of the cache folder has locked meanwhile."""
+    """The file that the builder of an unfinished entry of the cache folder has locked."""
     name = path.name
     if name.startswith(".doomed-"):
         return path

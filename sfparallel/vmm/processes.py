@@ -39,7 +39,7 @@ def private_memory(pid: int) -> PrivateMemory:
 
 
 def memory_of_family(pid: int) -> int:
-    """Memory of a process and all that descend from it, in bytes: what several have mapped counts for each by its share (Pss)."""
+    """Memory of a process and its descendants, in bytes. Each process counts its share of shared pages (Pss)."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -59,7 +59,7 @@ def memory_of_family(pid: int) -> int:
 
 
 def command_path(name: str) -> str:
-    """`sf` or `sfrun` as root can call it: sudo has a path of its own, in which an environment's commands are not."""
+    """`sf` or `sfrun` as sudo finds it: with its folder, because sudo's own PATH has no commands of environments."""
     folder, called = os.path.split(sys.argv[0])
     return os.path.join(folder, name) if called in ("sf", "sfrun") else name
 

@@ -28,11 +28,11 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred, unix(7)
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What a job says of itself.
+    """What `sf ps` shows of a job.
 
     Attributes:
         image: name of its guest image.
-        memory_bytes: of it and its VMs. It does not say so itself: whoever asks looks.
+        memory_bytes: of it and its VMs, measured by the process that asks; the job does not send it.
     """
 
     pid: int
@@ -76,7 +76,7 @@ def _names() -> list[str]:
 
 
 def _owner(writer: asyncio.StreamWriter) -> int:
-    """The process that listens, as we know it: the job itself may be in another PID namespace."""
+    """Process id of the job in our PID namespace, which may not be the job's own."""
     connection: socket.socket = writer.get_extra_info("socket")
     pid: int = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
     return pid
@@ -91,14 +91,14 @@ async def running_jobs() -> list[JobStatus]:
                 reader, writer = await asyncio.open_unix_connection(path=f"\0{name}")
                 with contextlib.closing(writer):
                     answer = unpack(await reader.read())
-                    # A job of another version may say more, or less.
+                    # A job of another version may send more fields, or fewer.
                     known = {field.name: answer[field.name] for field in fields(JobStatus) if field.name in answer}
                     jobs.append(JobStatus(**{**known, "memory_bytes": memory_of_family(_owner(writer))}))
     return jobs
 
 
 def table(jobs: Sequence[JobStatus]) -> list[str]:
-    """What `sf ps` shows, in lines."""
+    """The lines of `sf ps`."""
     lines = [f"{'PID':>8} {'CLONES':>7} {'FORKS':>6} {'SECONDS':>8} {'MEMORY':>10}  {'IMAGE':12}  PROGRAM"]
     for job in jobs:
         memory = f"{job.memory_bytes >> 20} MiB"

@@ -12,7 +12,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def summary(report: ForkReport) -> str:
-    """The same in a line, for the log."""
+    """One fork's report in one line, for the log."""
     paused = f", parent paused {_ms(report.save.pause)}" if report.save else ""
     return (f"fork {report.number}: n={report.n}{paused}, all loaded after {_ms(report.loaded)}, "
             f"last answer after {_ms(report.last_answer)}")

@@ -1,4 +1,4 @@
-"""`sfrun --venv PATH`: a virtual environment of the host, whose packages programs find in the VM, read-only, at the same path."""
+"""`sfrun --venv PATH`: a virtual environment of the host, whose packages are available in VMs, read-only, at the same path."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Venv:
     """A virtual environment.
 
     Attributes:
-        folder: as the user named it, resolved.
+        folder: its resolved path.
         packages: the folder with its packages.
     """
 
