@@ -303,7 +303,7 @@ def _start_log() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=log_level().upper(), handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)  # it logs only which selector it uses
+    logging.getLogger("asyncio").setLevel(logging.WARNING)  # below that, it logs only which selector it uses
 
 
 # -- sf ----------------------------------------------------------------------------------------------------------------
