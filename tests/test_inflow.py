@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,21 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(name="link_not_watched")
+def link_not_watched_fixture() -> Iterator[ParentLink]:
+    link = ParentLink("127.0.0.1")
+    link.expect(["127.2.0.0", "127.2.0.1", "127.2.0.2", ADDRESS])
+    yield link
+    link.close()
+
+
 def shake_hands(sock: socket.socket) -> None:
     """Up to where messages may come."""
     sock.sendall(GREETING_3 + READY)
+    hear_ready(sock)
+
+
+def hear_ready(sock: socket.socket) -> None:
     said = b""
     while b"READY" not in said or b"ROUTER" not in said:
         said += sock.recv(1 << 16)
@@ -199,6 +211,38 @@ def test_what_never_becomes_a_message(link: ParentLink, way: str, source: str) -
     if source == ADDRESS and "TiB" not in way:  # for so much ZeroMQ has no memory, and hangs up itself
         assert [each.rank for each in got] == [RANK]
         assert "not a whole message" in got[0].why  # type: ignore[union-attr]
+    good_from_rank_0(link)
+
+
+def test_what_comes_before_the_region_looks(link_not_watched: ParentLink) -> None:
+    """A clone may be faster than its parent, which may also do much else before it looks for answers."""
+    link, before = link_not_watched, resident_bytes()
+    data = ENDLESS["long frames without a last one"]
+    with raw(link, ADDRESS) as sock:
+        sock.settimeout(5)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            shake_hands(sock)
+            while sent < GENEROUS_BYTES:
+                sock.sendall(data)
+                sent += len(data)
+        assert sent < MOST_UNREAD_BYTES
+        assert resident_bytes() - before < MOST_UNREAD_BYTES
+        poller = zmq.Poller()
+        link.watch(poller)
+        sock.settimeout(60)
+        hear_ready(sock)
+        sock.setblocking(False)
+        rest = memoryview(data)
+        got: list[Message | BadMessage] = []
+        end = time.monotonic() + 60
+        while not got:
+            assert time.monotonic() < end
+            with contextlib.suppress(OSError):
+                rest = rest[sock.send(rest):] or memoryview(data)
+            poller.poll((link.poll_ms(1.0) or 0) // 10)
+            got += link.take()
+    assert [each.rank for each in got if isinstance(each, BadMessage)] == [RANK]
     good_from_rank_0(link)
 
 

@@ -129,6 +129,7 @@ def test_ctrl_c_between_two_frames_loses_no_message() -> None:
     here, there = socket.socketpair()
     link = ParentLink("127.0.0.1")
     link.expect(["127.0.0.1"])
+    link.listen()
     link.dealer.connect(link.endpoint)
     link.dealer.send(wire.pack({"kind": Kind.DONE.value, "rank": 0, "status": 0}))
     world = World(1)

@@ -1,9 +1,12 @@
 """The line between a region's parent and its clones: messages over ZeroMQ on the clone network.
 
-The parent binds a ROUTER before the fork. Next to it, in the same context, lies a DEALER that is not connected yet: in a clone
-the context and its I/O thread go on (they are memory of the VM like everything else), so that only `connect` is left to do
-there. The clone's copy of the ROUTER listens on an address that it does not have any more: nobody can reach it, so it is left
-alone (closing it would wake two more threads on the way to the user's function).
+The parent has a ROUTER and a listening socket before the fork. Next to it, in the same context, lies a DEALER that is not
+connected yet: in a clone the context and its I/O thread go on (they are memory of the VM like everything else), so that only
+`connect` is left to do there. The clone's copy of the listening socket has an address that the clone has no longer: nobody can
+reach it, so it is left alone (closing it would wake two more threads on the way to the user's function).
+
+The ROUTER gets the listening socket when the region looks for answers, and not before: ZeroMQ would accept connections of which
+nobody here is told, and read from them without a bound. Until then they wait in the kernel, which holds little of each.
 
 The answer of a rank that is small goes another way, if the supervisor takes it: with the clone's exit, over the line by which it
 was made (`pack_answer`). A TCP connection and its handshake are most of what a clone does for a trivial function otherwise.
@@ -37,7 +40,8 @@ from sfparallel.runtime.strangers import Strangers
 __all__ = ["CloneLink", "Kind", "Order", "ParentLink", "pack_answer", "set_up_dealer"]
 
 HANDSHAKE_MS = 300_000
-"""Many clones on few emulated cores may take long to get through the handshake; the default of 30 s is too short."""
+"""Many clones on few emulated cores may take long to get through the handshake; the default of 30 s is too short. A clone itself
+has no limit: its parent may look for answers much later."""
 
 BACKLOG = 4096
 
@@ -88,19 +92,19 @@ class ParentLink:
         context = HERE.zmq_context()
         self._calls: zmq.Socket[bytes] | None = None
         """Readable when somebody has connected."""
+        self._listener = socket.create_server((address, 0), backlog=BACKLOG)
+        self._listener.setblocking(False)
+        self._port = int(self._listener.getsockname()[1])
+        self.endpoint = f"tcp://{address}:{self._port}"
         self.router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         self.dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         try:
-            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, UNREAD), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-                                  (zmq.BACKLOG, BACKLOG)):
+            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, UNREAD), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS)):
                 self.router.setsockopt(option, value)
-            self.router.bind(as_bytes(f"tcp://{address}:*"))
-            self.endpoint = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
             set_up_dealer(self.dealer)
         except BaseException:
             self.close()
             raise
-        self._port = int(self.endpoint.rpartition(":")[2])
         self._inflow = Inflow(self._port)
         self._incoming: dict[tuple[bytes, str], Incoming | None] = {}
         """What comes in pieces, by connection; None where they are of a rank that was forgotten, and not wanted."""
@@ -131,6 +135,14 @@ class ParentLink:
 
     def watch(self, poller: zmq.Poller) -> None:
         """Have a poller look out for messages and connections. Not before the fork: nobody connects then, and it takes time."""
+        self.listen()
+        poller.register(self._calls, zmq.POLLIN)
+        poller.register(self.router, zmq.POLLIN)
+
+    def listen(self) -> None:
+        """Accept connections from now on, and be told of each."""
+        if self._calls is not None:
+            return
         self._calls = calls = HERE.zmq_context().socket(zmq.PAIR)
         # Without a limit: with one, ZeroMQ's I/O thread would stand still until somebody reads.
         calls.setsockopt(zmq.RCVHWM, 0)
@@ -138,8 +150,9 @@ class ParentLink:
         name = f"inproc://calls-{next(_NUMBERS)}"
         self.router.monitor(as_bytes(name), zmq.EVENT_ACCEPTED)
         calls.connect(as_bytes(name))
-        poller.register(calls, zmq.POLLIN)
-        poller.register(self.router, zmq.POLLIN)
+        self.router.setsockopt(zmq.USE_FD, self._listener.fileno())
+        self.router.bind(as_bytes(self.endpoint))
+        self._listener.detach()  # it is ZeroMQ's now
 
     def forget(self, rank: int) -> None:
         """Take nothing more from this rank."""
@@ -206,6 +219,7 @@ class ParentLink:
         if self._calls is not None:
             self.router.disable_monitor()
             self._calls.close(linger=0)
+        self._listener.close()
         self.router.close(linger=0)
         self.dealer.close(linger=0)
 
@@ -319,7 +333,7 @@ def _peer(frame: zmq.Frame) -> str:
 
 def set_up_dealer(dealer: zmq.Socket[bytes]) -> None:
     """Options of a clone's end, to be set before it connects."""
-    for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, HANDSHAKE_MS)):
+    for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.HANDSHAKE_IVL, 0)):
         dealer.setsockopt(option, value)
 
 

@@ -434,7 +434,7 @@ def bind_link(address: str) -> ParentLink:
     """The parent's end of the line to its clones."""
     try:
         return ParentLink(address)
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         raise NetworkError(f"cannot listen for answers on {address}: {error}") from error
 
 
