@@ -24,14 +24,17 @@ class HostileGuest:
     Attributes:
         vm: as the supervisor holds it, running.
         port: the guest's end of the agent port.
+        monitor: QEMU's end of its monitor.
+        paging: that of its paging layer.
         console: what QEMU appends its console to.
         lost: the cause of its end, once there is one.
     """
 
-    def __init__(self, vm: Vm, port: socket.socket, monitor: socket.socket, console: int) -> None:
+    def __init__(self, vm: Vm, port: socket.socket, monitor: socket.socket, paging: socket.socket, console: int) -> None:
         self.vm = vm
         self.port = port
         self.monitor = monitor
+        self.paging = paging
         self.console = console
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._parser = FrameParser()
@@ -49,6 +52,14 @@ class HostileGuest:
         """What the next piece of the stream completes."""
         data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.port, 1 << 20), PATIENCE_S)
         return list(self._parser.feed(data))
+
+    async def obey(self, *answers: str) -> None:
+        """As QEMU: answer so many commands, and wait for one more, which has no answer. Its descriptors are dropped."""
+        loop = asyncio.get_running_loop()
+        for answer in (*answers, ""):
+            await asyncio.wait_for(loop.sock_recv(self.monitor, 1 << 16), PATIENCE_S)
+            if answer:
+                await self.say(f'{{"return": {answer}}}\n'.encode(), to_monitor=True)
 
     async def end(self) -> str:
         """Wait until the supervisor has ended the VM; returns the cause."""
@@ -74,7 +85,7 @@ async def hostile_guest(name: str = "clone 1", number: int = 1) -> AsyncIterator
         vm = Vm(name, process.pid, Sockets(monitor, port, paging, console), child=True, number=number)
         await vm.connect_port()
         vm.state = VmState.RUNNING
-        guest = HostileGuest(vm, ends[1], ends[0], appending)
+        guest = HostileGuest(vm, ends[1], ends[0], ends[2], appending)
         try:
             yield guest
         finally:

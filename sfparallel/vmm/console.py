@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from sfparallel.text import printable
@@ -31,7 +32,7 @@ class Console:
         try:
             tail = self._end(TAIL_BYTES)
         except OSError:
-            return ""
+            tail = self._kept[-TAIL_BYTES:]
         return printable(tail.decode(errors="replace").replace("\r", "")).strip()
 
     def trim(self) -> None:
@@ -47,7 +48,11 @@ class Console:
             return  # it is tried again
 
     def close(self) -> None:
+        """The end of it can still be asked for; the number of the descriptor will soon be another file's."""
+        with contextlib.suppress(OSError):
+            self._kept = self._end(TAIL_BYTES)
         os.close(self._descriptor)
+        self._descriptor = -1
 
     def _end(self, size: int) -> bytes:
         length = os.fstat(self._descriptor).st_size

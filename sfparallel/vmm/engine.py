@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfparallel.errors import Closed, PagingError, StateError, VMError
+from sfparallel.errors import Closed, PagingError, SfError, VMError
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
 from sfparallel.vmm.layers import MemoryMap, Records
 from sfparallel.vmm.paging import CommitResult, PagingRefused
@@ -155,12 +155,13 @@ async def _freeze_and_save(
                 saving = await vm.stop_and_save(devices)
                 stopped = time.monotonic()
                 try:
-                    result = await _commit(vm, plan)
-                    if result.remapped and len(vm.memory.layers) < MAX_LAYERS:
-                        runs = result.runs
-                    else:
-                        vm.memory = vm.memory.apply(result.runs, plan.target_number)
-                        await _flatten(vm, store, _to_merge(vm.memory) if result.remapped else None)
+                    with vm.ended_if_cancelled():
+                        result = await _commit(vm, plan)
+                        if result.remapped and len(vm.memory.layers) < MAX_LAYERS:
+                            runs = result.runs
+                        else:
+                            vm.memory = vm.memory.apply(result.runs, plan.target_number)
+                            await _flatten(vm, store, _to_merge(vm.memory) if result.remapped else None)
                     committed = time.monotonic()
                 finally:
                     await asyncio.wait([saving])
@@ -174,6 +175,7 @@ async def _freeze_and_save(
                         vm.memory = vm.memory.apply(runs, plan.target_number)
             resumed = time.monotonic()
             saved = await saving
+        vm.require(VmState.FROZEN)  # it may have ended together with the last answer
         checkpoint = Checkpoint(vm.memory, device_state, store, vm.disks)
     except BaseException:
         os.close(device_state)
@@ -276,7 +278,7 @@ async def launch(
         except TimeoutError:
             lost(shell, f"its agent did not wake up within {WAKE_TIMEOUT_S:.0f} s")
             shell.kill()
-        except (VMError, StateError, OSError) as error:  # OSError: no descriptors, say
+        except (SfError, OSError) as error:  # whatever it is, it must not cost the others; OSError: no descriptors, say
             lost(shell, str(error))
             shell.kill()
 

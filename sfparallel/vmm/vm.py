@@ -15,7 +15,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ MOST_WHILE_FREEZING_BYTES = 256 << 20
 host's memory; an agent of ours empties two pipes, and passes on what its programs had asked for."""
 
 _PORT_GRACE_S = 1.0
+_KILL_GRACE_S = 2.0
 _FRAME_COST_BYTES = 100
 
 
@@ -107,7 +108,7 @@ class Vm:
         self.name = name
         self.pid = pid
         self.number = number
-        self.state = VmState.SHELL
+        self._state = VmState.SHELL
         self.events = VmEvents()
         self.memory: MemoryMap | None = None
         self.disks: tuple[Path, ...] = ()
@@ -135,12 +136,24 @@ class Vm:
         self._while_freezing = 0
         self._room: asyncio.Future[None] | None = None
         self._budget = EventBudget(self.started)
+        self._dying: asyncio.TimerHandle | None = None
         self._pidfd = os.pidfd_open(pid) if pid else None
         if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._exited)
         self.qmp = Qmp(sockets.qmp, name, on_event=self._event, on_close=self._monitor_closed)
         self.paging = PagingLayer(sockets.paging, name=name)
         self._trimming = self._loop.call_later(PERIOD_S, self._trim_console)
+
+    @property
+    def state(self) -> VmState:
+        return self._state
+
+    @state.setter
+    def state(self, state: VmState) -> None:
+        """Raises VMError if it is gone: it may have ended together with the answer that its owner has just waited for."""
+        if self._state is VmState.GONE:
+            raise VMError(f"{self.name}: {self.cause or 'it is gone'}")
+        self._state = state
 
     # -- start and end ---------------------------------------------------------------------------------------------
 
@@ -183,11 +196,30 @@ class Vm:
         """End the VM at once. `on_gone` follows when the kernel has reaped it."""
         if self.state is VmState.GONE:
             return
+        self._dying = self._dying or self._loop.call_later(_KILL_GRACE_S, self._give_up)
         if self._pidfd is None:
             self.paging.close()  # which the library inside QEMU takes as the order to end
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _give_up(self) -> None:
+        """It was killed, and does not end: the kernel keeps it (state D), or it is in another PID namespace and stands still.
+        Nobody is to wait for its answers."""
+        if self._pidfd is None:
+            self._exited()
+        else:
+            self.qmp.close()
+
+    @contextlib.contextmanager
+    def ended_if_cancelled(self) -> Iterator[None]:
+        """Whoever is cancelled in this block leaves the VM in an unknown state. It is ended before anything else is done, so that
+        what still waits for its answers comes to an end."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.kill()
+            raise
 
     def end(self, cause: str) -> None:
         """End the VM at once, for a reason that its owner is to be told."""
@@ -230,6 +262,8 @@ class Vm:
         if not self._port.close():
             self._agent_socket.close()
         self._trimming.cancel()
+        if self._dying:
+            self._dying.cancel()
         error = VMError(f"{self.name}: {cause}")
         for future in (self._frozen, self.woken):
             if future and not future.done():
@@ -440,9 +474,10 @@ class Vm:
         if type(number) is not int:
             raise VMError(f"{self.name}: QEMU did not report the number of a descriptor")
         try:
-            yield f"/dev/fdset/{number}"
+            with self.ended_if_cancelled():
+                yield f"/dev/fdset/{number}"
         finally:
-            if self.state is not VmState.GONE:
+            with contextlib.suppress(QmpError):  # of one that is ending: why is known, or told by whatever comes next
                 await self.qmp.execute("remove-fd", fdset_id=number)
 
     async def stop_and_save(self, devices: str) -> asyncio.Future[float]:
@@ -466,9 +501,10 @@ class Vm:
 
         written = self._loop.create_task(saved())
         try:
-            await stopping
+            with self.ended_if_cancelled():
+                await stopping
         except BaseException:
-            await asyncio.wait([written])
+            await asyncio.gather(written, return_exceptions=True)
             raise
         return written
 
