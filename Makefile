@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --line-length 130 --target-version py311 --select E,F,W,I,B,UP,SIM,RUF
-SOURCES := sfparallel examples tests benchmarks setup.py
+SOURCES := sfparallel examples tests benchmarks tools setup.py
 
 RENDER_PACKAGES := --package povray --package povray-examples --package python3-pil --package python3-rich
 ML_IMAGE := $(BIN)/sf image build ml --pip joblib --pip scikit-learn --pip pandas --pip pytest --pip hypothesis
@@ -10,7 +10,7 @@ BENCH_IMAGE := --package mpich --pip mpi4py==4.1.2 --pip loky --pip distributed 
 
 BEGAN := $(shell date +%s)
 
-.PHONY: help build dist bench-tools demo example-render test test-long test-kvm test-matrix lint \
+.PHONY: help build dist man bench-tools demo example-render test test-long test-kvm test-matrix lint \
 	bench bench-fork bench-comm bench-map bench-start bench-kvm clean
 
 help: ## this list
@@ -24,6 +24,9 @@ dist: build ## sdist, and from it a wheel with the native parts built, in dist/
 	@rm -rf dist
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(BIN)/python -m build --outdir dist . >/dev/null
 	@ls dist/*
+
+man: build ## write the manual pages anew, from the parsers of the commands
+	@$(BIN)/python tools/manpages.py docs/man
 
 demo: build ## build the guest image of the example, then run BLAST in clones of a VM
 	@$(BIN)/sf image build blast --package ncbi-blast+ --package mmseqs2-examples

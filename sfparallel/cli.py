@@ -316,7 +316,7 @@ def _sf_parser() -> _Parser:
     commands.add_parser("doctor", help="check this machine, and say how to mend what does not work")
     image = commands.add_parser("image", help="guest images").add_subparsers(dest="action", required=True, metavar="ACTION")
     build = image.add_parser("build", help="build a guest image, unless it is built already")
-    build.add_argument("name", nargs="?", default="default")
+    build.add_argument("name", nargs="?", default="default", metavar="NAME", help="name of the image; default: default")
     build.add_argument("--package", action="append", default=[], metavar="DEB", help="a Debian package to add (repeatable)")
     build.add_argument("--pip", action="append", default=[], metavar="SPEC", help="a Python package to add (repeatable)")
     build.add_argument("--requirements", action="append", default=[], type=Path, metavar="FILE",
@@ -325,7 +325,7 @@ def _sf_parser() -> _Parser:
     build.add_argument("--release", metavar="RELEASE",
                        help="release of Debian or Ubuntu (default: that of this host, or of --from)")  # fmt: skip
     image.add_parser("list", help="list the images in the cache folder")
-    image.add_parser("rm", help="remove an image").add_argument("name")
+    image.add_parser("rm", help="remove an image").add_argument("name", metavar="NAME", help="name of the image")
     for name, purpose in (("ps", "list the running jobs"), ("df", "list the contents of the cache folder, with sizes")):
         commands.add_parser(name, help=purpose).add_argument("--json", action="store_true", help="print JSON")
     clean = commands.add_parser("clean", help="remove the remains of interrupted builds, and templates, unless a job uses them")

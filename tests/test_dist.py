@@ -45,6 +45,7 @@ def test_the_wheel_has_the_parts_built_and_no_sources(dist: Path) -> None:
         for part in PARTS[1:3]:
             assert archive.getinfo(f"sfparallel/{part}").external_attr >> 16 & 0o111, f"{part} is not executable"
     assert {f"sfparallel/{part}" for part in PARTS} <= set(names)
+    assert {"sf.1", "sfrun.1"} <= {name.rpartition("/share/man/man1/")[2] for name in names}
     assert not [name for name in names if name.endswith((".c", ".h", "Makefile", "_native_build.py"))]
     python = {f"sfparallel/{path.relative_to(ROOT / 'sfparallel')}" for path in (ROOT / "sfparallel").rglob("*.py")}
     assert python - set(names) == {"sfparallel/_native_build.py"}
@@ -81,6 +82,7 @@ def test_the_wheel_forks_where_nothing_else_is(dist: Path, tmp_path: Path) -> No
         "--disable-pip-version-check", wheel)
     where = run(venv / "bin" / "python", "-c", "import sfparallel; print(sfparallel.__file__)")
     assert where.startswith(str(venv))
+    assert {path.name for path in (venv / "share" / "man" / "man1").iterdir()} == {"sf.1", "sfrun.1"}  # where man(1) looks
     told = run(venv / "bin" / "sf", "doctor").splitlines()
     assert told[0].startswith("ready: ") and {"libsfpage.so answers in QEMU", "sfagent runs", "cpu_check runs"} <= {
         line.partition("  ")[2].strip().partition("  ")[2].strip() for line in told}, told  # fmt: skip

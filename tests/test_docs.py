@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -74,6 +76,37 @@ def test_every_option_is_in_the_reference(command: str, option: str) -> None:
 def test_the_reference_has_no_option_that_is_not_there() -> None:
     known = {option for _, option in OPTIONS} | {"-m", "-c"}
     assert set(_OPTION.findall(_code(section(REFERENCE, "Commands")))) <= known
+
+
+def _manpages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("manpages", ROOT / "tools" / "manpages.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manual_pages_are_those_of_the_parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make man` writes them."""
+    monkeypatch.setenv("COLUMNS", "200")
+    _manpages().main(tmp_path)
+    for name in ("sf.1", "sfrun.1"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "man" / name).read_text()
+
+
+def test_a_manual_page_needs_a_text_for_each_option_and_command() -> None:
+    parser = argparse.ArgumentParser(prog="sf")
+    below = parser.add_subparsers()
+    below.add_parser("one", help="told").add_argument("--all", help="told")
+    page = _manpages().page(parser)
+    assert ".SS sf one\ntold\n.TP\n.B \\-\\-all ALL\ntold\n" in page
+    below.add_parser("two")
+    with pytest.raises(SystemExit, match="sf two has no help="):
+        _manpages().page(parser)
+    parser = argparse.ArgumentParser(prog="sfrun")
+    parser.add_argument("-n")
+    with pytest.raises(SystemExit, match="sfrun -n N has no help="):
+        _manpages().page(parser)
 
 
 def test_every_command_of_sf_is_in_the_reference() -> None:
