@@ -1,20 +1,23 @@
 """Tests that others have written for executors: CPython's, on clones made by `sfrun --local`, and joblib's, in VMs.
 
-They are not part of this project: Debian's package of CPython's is fetched when it is needed, and kept in pytest's cache; joblib
-brings its own into the guest image.
+They are not part of this project: Debian's package of CPython's, for the Python that runs this test, is fetched when it is needed
+and kept in pytest's cache; joblib brings its own into the guest image.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import BIN, Sfrun
 
-PACKAGE = "libpython3.11-testsuite"
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+PACKAGE = f"lib{PYTHON}-testsuite"
+"""Debian's name for CPython's tests: each release has those of its own Python only."""
 
 LEFT_OUT = {
     # They start Python anew, with the standard library's executors; test_executor.py has the like.
@@ -35,18 +38,22 @@ LEFT_OUT = {
     "test_traceback": "wants the remote traceback as a cause; it is a note",
     "test_ressources_gced_in_workers": "asks multiprocessing for the executor's context",
     "test_shutdown_deadlock_pickle": "looks at the thread of ProcessPoolExecutor",
+    "test_python_finalization_error": "makes the second thread of ProcessPoolExecutor fail",
 }
 """Tests that do not fit, and why."""
 
 PROGRAM = """
-import importlib.util, sys, unittest
+import importlib, multiprocessing, pkgutil, sys, test, types, unittest
 from concurrent import futures
 import sfparallel as sf
 
-path, *left_out = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("test.test_concurrent_futures", path)
-suite = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(suite)
+folder, *left_out = sys.argv[1:]
+test.__path__.insert(0, folder)
+whole = importlib.import_module("test.test_concurrent_futures")
+# One module up to Python 3.11, a package since.
+below = [f"{whole.__name__}.{part.name}" for part in pkgutil.iter_modules(getattr(whole, "__path__", []))]
+parts = [whole, *map(importlib.import_module, below)]
+suite = types.SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
 
 class Executor(sf.Executor):
     def __init__(self, max_workers=None, mp_context=None, **options):
@@ -61,6 +68,11 @@ class Mixin(suite.ExecutorMixin):
 
     def get_context(self):
         return None
+
+    def create_event(self):  # later versions of Python 3.13 ask for one that works in other processes
+        manager = multiprocessing.Manager()
+        self.addCleanup(manager.shutdown)
+        return manager.Event()
 
 class FailingInitializer(suite.FailingInitializerMixin):
     executor_type = Executor
@@ -84,6 +96,11 @@ class Deadlock(suite.ExecutorDeadlockTest):
             executor.shutdown(wait=True)
             with self.assertRaises(sf.CloneLost):
                 future.result()
+
+    def test_crash_big_data(self):
+        crash = suite._crash
+        with Executor(2) as executor, self.assertRaises(sf.CloneLost):
+            list(executor.map(lambda data: crash(), ["a" * suite.support.PIPE_MAX_SIZE] * 10))
 
 class Shutdown(suite.ProcessPoolShutdownTest):
     def test_cancel_futures(self):
@@ -122,9 +139,9 @@ sys.exit(not result.wasSuccessful())
 
 @pytest.fixture(scope="session")
 def suite(request: pytest.FixtureRequest) -> Path:
-    """The file with CPython's tests."""
+    """The folder of CPython's tests."""
     folder = Path(request.config.cache.mkdir("cpython"))  # type: ignore[union-attr]
-    tests = folder / "usr/lib/python3.11/test/test_concurrent_futures.py"
+    tests = folder / "usr" / "lib" / PYTHON / "test"
     if not tests.exists():
         ended = subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, capture_output=True, text=True, timeout=300)
         packages = list(folder.glob(f"{PACKAGE}_*.deb"))
