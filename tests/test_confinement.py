@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,14 @@ def job(places, pid):
         assert len(children_of(init)) == 1
         process.terminate()
         assert process.wait(HANG_S) == 128 + 15
+
+
+def test_a_chroot_that_is_no_mount_point_is_told_in_a_line(tmp_path: Path) -> None:
+    """It used to be a traceback."""
+    root = tmp_path / "root"
+    (root / "run").mkdir(parents=True)
+    script = ("import os, sys; from sfparallel.vmm.confinement import confine; "
+              f"os.chroot({str(root)!r}); os.chdir('/'); sys.exit(confine(lambda places, pid: 0, public_folder=False))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 70 and done.stderr.startswith("sfrun: cannot make the job's mounts: "), done
+    assert "chroot" in done.stderr and "mount --bind ROOT ROOT" in done.stderr and "Traceback" not in done.stderr, done

@@ -26,6 +26,7 @@ its VMs are gone; `sfrun` waits for no more than that if the kernel keeps the re
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -42,6 +43,7 @@ from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.text import printable
 from sfparallel.vmm import job_control, processes, signals
+from sfparallel.vmm.command_errors import errors_told
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
@@ -51,6 +53,9 @@ _TOLD = (signal.SIGCHLD, signal.SIGIO)
 """What the kernel tells `sfrun` and the init."""
 WAITED = (*FORWARDED, *job_control.STOPPING, signal.SIGCONT, *_TOLD)
 """Signals that `sfrun` and the init block, and wait for."""
+NO_MOUNT_POINT = "the root folder of this process is not a mount point (in a chroot?)"
+"""What mount(2) means by EINVAL when / is to be made private: mounts of the job would show in the world outside."""
+BIND_ROOT = "before chroot, run: mount --bind ROOT ROOT"
 _LOOK_S = 0.2
 _HANGS_S = 0.8
 """What does not end in this time, with all its threads dead or in the kernel, will not end soon."""
@@ -169,15 +174,25 @@ def _be_init(
     # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
     if select.select([alive], [], [], 0)[0]:
         return 1
-    native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
-    # libvirt and we look processes up by their numbers in this namespace.
-    native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
+    with errors_told("sfrun"):
+        _make_mounts(places)
     child = os.fork()
     if child == 0:
         unblock_waited()
         _live(lambda: job(places, pid), notice)
     # Signals without a handler do nothing to process 1 (pid_namespaces(7)), but these are blocked, and so wait to be passed on.
     return wait_for(child, None, notice)
+
+
+def _make_mounts(places: Places) -> None:
+    try:
+        native.mount_private_tmpfs(places.private, size_bytes=_FOLDER_BYTES)
+        # libvirt and we look processes up by their numbers in this namespace.
+        native.mount("proc", "/proc", "proc", native.MS_NOSUID | native.MS_NODEV)
+    except OSError as error:
+        chroot = error.errno == errno.EINVAL
+        raise EnvironmentProblem(f"cannot make the job's mounts: {NO_MOUNT_POINT if chroot else error}",
+                                 hint=BIND_ROOT if chroot else "see `sf doctor`") from error  # fmt: skip
 
 
 def _start_janitor(folder: Path) -> None:

@@ -29,6 +29,7 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
 from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.capacity import available_bytes
+from sfparallel.vmm.confinement import BIND_ROOT, NO_MOUNT_POINT
 from sfparallel.vmm.kvm import EMULATED, probe_kvm
 from sfparallel.vmm.processes import command_path
 from sfparallel.vmm.releases import host_release
@@ -288,9 +289,8 @@ def _mounts() -> Finding:
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
-    if failures and failures[0].errno == errno.EINVAL:  # mount(2): what is to be made private is no mount point
-        return Finding(name, Status.BROKEN, "the root folder of this process is not a mount point (in a chroot?)",
-                       "before chroot, run: mount --bind ROOT ROOT")  # fmt: skip
+    if failures and failures[0].errno == errno.EINVAL:
+        return Finding(name, Status.BROKEN, NO_MOUNT_POINT, BIND_ROOT)
     if failures:
         remedy = "a kernel with CONFIG_NAMESPACES and CONFIG_TMPFS"
         return verdict_of(failures[0], name, "no mount namespace with a tmpfs", remedy,
