@@ -84,7 +84,8 @@ def test_what_nobody_has_is_told_with_the_remedy(tmp_path: Path, venv: Path, mon
     assert imports.supplied(options, find_image(), notes.append) == options
     assert notes == ["sfrun: s.py imports mine, nowhere, which the guest image 'default' lacks. "
                      "To add packages with these names:\n"
-                     "  sf image build default --from default --pip mine --pip nowhere"]  # fmt: skip
+                     "  sf image build default --from default --pip mine --pip nowhere\n"
+                     "  or bring a virtual environment that has them: `sfrun --venv PATH`"]  # fmt: skip
     own = replace(options, venv=find(str(venv)))
     assert imports.supplied(own, find_image(), notes.append) == own and "imports nowhere," in notes[1]
 

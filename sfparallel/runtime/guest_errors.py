@@ -47,8 +47,10 @@ def _note(error: BaseException) -> str | None:
         return FULL_DISK
     if error.errno == errno.ENETUNREACH or type(error).__name__ == "gaierror":
         return NETWORK
-    if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | bytes):
-        return _missing_file(os.fsdecode(error.filename), _from_subprocess(error))
+    if isinstance(error, FileNotFoundError):
+        if isinstance(error.filename, str | bytes):
+            return _missing_file(os.fsdecode(error.filename), _from_subprocess(error))
+        return next(filter(None, map(_outside, _names_in(str(error)))), None)
     return None
 
 
@@ -88,14 +90,35 @@ def _missing_file(name: str, started: bool) -> str | None:
         image = orders.get("image", "default")
         return (f"the guest image {image!r} has no program {name!r}. To add the Debian package that contains it:\n"
                 f"  {_addition('--package PACKAGE')}")  # fmt: skip
+    return _outside(name)
+
+
+def _names_in(message: str) -> list[str]:
+    """What may be names of files in a message of numpy, h5py or the program, whose errors have no `filename`."""
+    words = ["".join(found) for found in re.findall(r"""'([^']*)'|"([^"]*)"|([^\s'"]+)""", message)]
+    return [word.rstrip(".,:;") for word in words if "://" not in word and ("/" in word or os.path.islink(word.rstrip(".,:;")))]
+
+
+def _outside(name: str) -> str | None:
+    """The note on a file of the host that the VM does not have: it, or what it links to, is outside of the shared folders."""
     try:
         path = os.path.abspath(name)
-        if any(path == folder or path.startswith(f"{folder}/") for folder in _shared_folders()):
-            return None  # it is not on the host either
-    except OSError:
+        target = os.path.realpath(path)
+        folders = _shared_folders()
+    except (OSError, ValueError):
         return None
+    if not _is_in(path, folders):
+        where = f"{path} is in none of them"
+    elif not _is_in(target, folders):
+        where = f"{path} is a link to {target}, which is in none of them"
+    else:
+        return None  # it is not on the host either
     return ("a VM has these folders of the host: the script's folder, the current folder, and those of `sfrun --data FOLDER`;\n"
-            f"{path} is in none of them")  # fmt: skip
+            f"{where}")  # fmt: skip
+
+
+def _is_in(path: str, folders: list[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
 
 
 def _shared_folders() -> list[str]:

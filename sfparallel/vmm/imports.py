@@ -110,5 +110,6 @@ def supplied(options: JobOptions, image: Image, note: Callable[[str], None]) -> 
         return replace(options, venv=venv, data=(*options.data, venv.packages))
     pip = " ".join(f"--pip {name}" for name in names)
     note(f"sfrun: {script} imports {listed}, which the guest image {image.name!r} lacks. To add packages with these names:\n"
-         f"  sf image build {image.name} --from {image.name} {pip}")  # fmt: skip
+         f"  sf image build {image.name} --from {image.name} {pip}\n"
+         "  or bring a virtual environment that has them: `sfrun --venv PATH`")  # fmt: skip
     return options

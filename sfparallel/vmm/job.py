@@ -23,8 +23,8 @@ from sfparallel.errors import EnvironmentProblem, GuestError, ProtocolError, SfE
 from sfparallel.net.addresses import address_of, mac_of
 from sfparallel.net.network import CloneNetwork
 from sfparallel.text import printable
+from sfparallel.vmm import arguments, imports, job_control, locks, native_parts, pausing, signals, statistics, terminal, time_zone
 from sfparallel.vmm import image as images
-from sfparallel.vmm import imports, job_control, locks, native_parts, pausing, signals, statistics, terminal, time_zone
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
@@ -237,6 +237,9 @@ class Job:
         async with within(_READ_LIMIT_S, "the guest image to be looked up", error=EnvironmentProblem):
             image = await in_thread(images.find, self._options.image)
             options = self._options = await in_thread(imports.supplied, self._options, image, self._note)
+        shown = [*(folder for _, folder in self._exports), *options.data]
+        async with within(_READ_LIMIT_S, "the files that the arguments name to be looked up", error=EnvironmentProblem):
+            await in_thread(arguments.tell, options.program, shown, self._note)
         data = [await in_thread(data_image, folder, self._note) for folder in options.data]
 
         def find() -> tuple[MachineSpec, Boot, str]:
