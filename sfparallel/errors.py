@@ -205,11 +205,11 @@ class RegionTimeout(RegionError, TimeoutError):
 
 
 class CollectConflict(RegionError):
-    """Two ranks wrote the same collected file.
+    """Two ranks, or items of a map, or tasks, wrote the same collected file.
 
     Attributes:
         path: the file, relative to the folder of the glob.
-        ranks: the ranks that wrote it.
+        ranks: the ranks that wrote it; in a map the indexes of the items, in an Executor the numbers of the tasks.
     """
 
     def __init__(self, message: str, *, path: str, ranks: tuple[int, int], results: dict[int, Any] | None = None,

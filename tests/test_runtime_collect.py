@@ -3,6 +3,7 @@ below which the region's root is looked up; the logic of comparing, sending and 
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Sequence
@@ -34,9 +35,9 @@ class Tree:
             target.unlink(missing_ok=True)
             target.write_bytes(content)
             target.chmod(0o750)
-        self.collector._root = view
-        descriptions, contents = self.collector.changed()
-        self.collector._root = self.parent
+        clones = copy.copy(self.collector)
+        clones._root, clones._before = view, dict(clones._before)
+        descriptions, contents = clones.changed()
         notes = [FileNote(os.fsdecode(each["path"]), each["mode"]) for each in descriptions]
         assert self.collector.unwanted(notes) is None
         self.collector.receive(rank, notes, [memoryview(bytes(content)) for content in contents])

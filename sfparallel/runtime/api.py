@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, ove
 from sfparallel.errors import UsageError
 from sfparallel.runtime.collect import Collector, check_patterns
 from sfparallel.runtime.here import HERE
+from sfparallel.runtime.hypervisor import Hello
 from sfparallel.runtime.keywords import check_keywords, is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.rng import region_streams
@@ -49,7 +50,7 @@ class Options:
         check_common(self.timeout, self.on_error, self.seed)
         if self.merge is not None and not callable(self.merge):
             raise UsageError(f"merge= takes a function of the list of results, not {self.merge!r}")
-        object.__setattr__(self, "patterns", () if self.collect is None else check_patterns(self.collect))
+        object.__setattr__(self, "patterns", check_patterns(self.collect))
 
 
 def check_common(timeout: float | None, on_error: str, seed: int | None) -> None:
@@ -179,8 +180,13 @@ class ParallelFunction(Generic[P, T]):
             on_error=OnError(options.on_error),
             timeout_s=options.timeout,
             progress=options.progress,
-            collector=Collector(options.patterns, Path.cwd()) if options.patterns and not hello.shares_files else None,
+            collector=collector_for(options.patterns, hello, "rank"),
         ))
+
+
+def collector_for(patterns: tuple[str, ...], hello: Hello, noun: str) -> Collector | None:
+    """What takes the files of clones back; None if none are asked for, or (`--local`) they are the parent's at once."""
+    return Collector(patterns, Path.cwd(), noun) if patterns and not hello.shares_files else None
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -257,20 +263,21 @@ def parallel(fn: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 @overload
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["return"], n: int | None = None,
-                 chunksize: int | None = None, timeout: float | None = None, seed: int | None = None,
-                 progress: bool | None = None) -> list[R | Exception]: ...
+                 chunksize: int | None = None, timeout: float | None = None, collect: str | Iterable[str] | None = None,
+                 seed: int | None = None, progress: bool | None = None) -> list[R | Exception]: ...
 
 
 @overload
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["raise", "gather"] = "raise",
-                 n: int | None = None, chunksize: int | None = None, timeout: float | None = None, seed: int | None = None,
+                 n: int | None = None, chunksize: int | None = None, timeout: float | None = None,
+                 collect: str | Iterable[str] | None = None, seed: int | None = None,
                  progress: bool | None = None) -> list[R]: ...
 
 
 @keywords_checked("sf.parallel_map")
 def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
-                 timeout: float | None = None, on_error: ErrorMode = "raise", seed: int | None = None,
-                 progress: bool | None = None) -> list[R] | list[R | Exception]:
+                 timeout: float | None = None, on_error: ErrorMode = "raise", collect: str | Iterable[str] | None = None,
+                 seed: int | None = None, progress: bool | None = None) -> list[R] | list[R | Exception]:
     """`list(map(fn, *iterables))` in clones. The fork puts all items into every clone's memory; only item numbers are sent, on
     demand.
 
@@ -282,6 +289,7 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
         timeout: seconds for the whole call.
         on_error: as for `parallel`, for items instead of ranks. When a clone is lost, "raise" raises CloneLost; otherwise
             the item that it was working on fails with CloneLost, and its other items are given to other clones.
+        collect: as for `parallel`; files belong to the item in whose time they were written. They are written at the end.
         seed: seed of `sf.rng()`; each item has its own stream, so the result does not depend on n.
         progress: True reports finished items on stderr.
 
@@ -299,6 +307,7 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
         if value is not None:
             check_count(name, value)
     check_common(timeout, on_error, seed)
+    patterns = check_patterns(collect)
     hello = HERE.require_vm()
     items = list(zip(*iterables, strict=False))
     if not items:
@@ -315,6 +324,7 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
         on_error=OnError(on_error),
         timeout_s=timeout,
         progress=progress,
+        collector=collector_for(patterns, hello, "item"),
     ))
     region.fork()
     return region.gather()

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import zmq
 
-from sfparallel.errors import CloneLost, Closed, ExecutorBroken, ResultNotPicklable, SfError, StateError
+from sfparallel.errors import CloneLost, Closed, CollectConflict, ExecutorBroken, ResultNotPicklable, SfError, StateError
 from sfparallel.runtime.checkpoints import keep_state, require_checkpoints
 from sfparallel.runtime.clone_messages import BadMessage, Kind, Message
+from sfparallel.runtime.collect import unwanted
 from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, Lost
@@ -57,6 +58,8 @@ class Task(Protocol):
     """What it is called in errors, before its rank; may be empty."""
     retries: int
     """How many retries are left after the loss of a clone."""
+    index: int | None
+    """Its number in messages; None: in the order of submission."""
 
     def begin(self, rank: int) -> bool:
         """It is about to be sent to a clone; False if it has been cancelled meanwhile."""
@@ -423,6 +426,8 @@ class Crew:
                         return f"task {key} back, which it did not have"
                     self._tasks[key].give_back()
             case Kind.RESULT | Kind.ERROR if member.hand is not None:
+                if message.files and (path := unwanted(self._work.collector, message.files)) is not None:
+                    return f"the file {path[:100]!r}, which collect= does not match"
                 if not self._schedule.answered(member.hand, message.key):
                     return f"an answer for task {message.key}, which it did not have"
                 self._task_ns += (min(max(1, message.ran_ns), LONGEST_NS) - self._task_ns) / 8
@@ -455,9 +460,22 @@ class Crew:
                 if not isinstance(raised, Exception):  # nobody meant to end the parent
                     error = ResultNotPicklable(f"a result arrived and raised {type(raised).__qualname__} when it was unpickled")
                 error.add_note(f"in the result of {member}")
+            else:
+                error = self._collect(message, task, key)
         else:
             error = load_error(message.error, message.frames, f"{task.label}{member}")
         self._settle(task, error, value)
+
+    def _collect(self, message: Message, task: Task, key: int) -> BaseException | None:
+        """Write the files that came with a result, before the program has it; what went wrong is the task's error."""
+        if self._work.collector is None:
+            return None
+        try:
+            self._work.collector.receive(key if task.index is None else task.index, message.files, message.contents)
+            self._work.collector.write()
+        except (CollectConflict, OSError) as error:
+            return error
+        return None
 
     @staticmethod
     def _settle(task: Task, error: BaseException | None, value: Any = None) -> None:

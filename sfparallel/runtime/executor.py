@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from sfparallel.errors import Closed, ResultNotPicklable, UsageError
+from sfparallel.runtime.api import collector_for
+from sfparallel.runtime.collect import check_patterns
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.keywords import is_time, keywords_checked
@@ -45,6 +47,7 @@ class _Job:
     """One task on its way; see `crew.Task`."""
 
     label = ""
+    index: int | None = None
 
     def __init__(self, future: TaskFuture[Any], frames: list[Buffer], retries: int) -> None:
         self.frames = frames
@@ -105,6 +108,8 @@ class Executor(concurrent.futures.Executor):
         retries: retries after a lost clone. When they are used up, the task's future fails with CloneLost.
         idle_timeout: seconds without a task after which the clones are discarded. The next task creates new ones with the same
             memory. Default: they are kept.
+        collect: as for `sf.parallel`; files belong to the task in whose time they were written, and are written before its
+            future is done.
         seed: seed of `sf.rng()`; each task has its own stream, in the order of submission.
     """
 
@@ -115,7 +120,7 @@ class Executor(concurrent.futures.Executor):
     @keywords_checked("sf.Executor")
     def __init__(self, max_workers: int | None = None, *, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), retries: int = 0, idle_timeout: float | None = None,
-                 seed: int | None = None) -> None:
+                 collect: str | Iterable[str] | None = None, seed: int | None = None) -> None:
         if max_workers is not None and (not isinstance(max_workers, int) or max_workers < 1):
             raise UsageError(f"max_workers must be greater than 0, and a whole number, not {max_workers!r}")
         if initializer is not None and not callable(initializer):
@@ -124,6 +129,7 @@ class Executor(concurrent.futures.Executor):
             raise UsageError(f"retries= takes a whole number of at least 0, not {retries!r}")
         if idle_timeout is not None and not is_time(idle_timeout):
             raise UsageError(f"idle_timeout= takes seconds greater than 0, or None, not {idle_timeout!r}")
+        self._patterns = check_patterns(collect)
         self._hello = HERE.require_vm()
         self._max_workers = max_workers
         self._initializer = initializer
@@ -284,6 +290,7 @@ class Executor(concurrent.futures.Executor):
             ranks=self._max_workers or self._hello.default_n or os.cpu_count() or 1,
             all_ranks=self._max_workers is not None,
             streams=region_streams(self._seed, self._hello.seed),
+            collector=collector_for(self._patterns, self._hello, "task"),
             prepare=None if initializer is None else (lambda: initializer(*initargs)),
             inputs_come=True,
             inputs=inputs,

@@ -15,7 +15,8 @@ from sfparallel.runtime.here import HERE
 class CloneBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
     """One Executor for each call of a `Parallel`, or for each `with` block of one.
 
-    Options of `joblib.parallel_config("sf", ...)` beyond joblib's own go to the Executor: `retries`, `idle_timeout`, `seed`.
+    Options of `joblib.parallel_config("sf", ...)` beyond joblib's own go to the Executor: `retries`, `idle_timeout`, `collect`,
+    `seed`.
     """
 
     supports_retrieve_callback = True

@@ -14,7 +14,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -31,7 +30,8 @@ from sfparallel.errors import (
     StateError,
 )
 from sfparallel.runtime import lowlevel
-from sfparallel.runtime.clone_messages import BadMessage, FileNote, Kind, Message, decode_answer
+from sfparallel.runtime.clone_messages import BadMessage, Kind, Message, decode_answer
+from sfparallel.runtime.collect import unwanted
 from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, End, Lost, Sibling
@@ -171,7 +171,7 @@ class Region:
             RankError: some keys failed (`on_error="gather"`).
             RegionTimeout: not all answers came in time.
             CloneLost: a clone died (`on_error="raise"`).
-            CollectConflict: two ranks wrote the same collected file.
+            CollectConflict: two ranks, or items, wrote the same collected file.
             Cancelled: `cancel` was called.
         """
         self._require(State.FORKED)
@@ -290,7 +290,7 @@ class Region:
         if message.kind not in (Kind.RESULT, Kind.ERROR):
             self._on_bad(BadMessage(rank, f"a message {message.kind.value!r}, which a rank of a region never sends"))
             return
-        if message.files and (path := self._unwanted(message.files)) is not None:
+        if message.files and (path := unwanted(self._work.collector, message.files)) is not None:
             self._on_bad(BadMessage(rank, f"the file {path[:100]!r}, which collect= does not match"))
             return
         if not self._schedule.answered(rank, key):
@@ -312,15 +312,12 @@ class Region:
         elif not self._work.per_item and rank not in self._in_comm:
             self._link.send(rank, Kind.RELEASE)
 
-    def _unwanted(self, files: Sequence[FileNote]) -> str | None:
-        return files[0].path if self._work.collector is None else self._work.collector.unwanted(files)
-
     def _on_result(self, message: Message, key: int) -> None:
         where = self._where(message.rank, key)
         try:
             self._results[key] = loads(message.frames, where)
             if self._work.collector is not None:
-                self._work.collector.receive(message.rank, message.files, message.contents)
+                self._work.collector.receive(key, message.files, message.contents)
         except Exception as error:  # whatever a result's own __setstate__ raises is this key's error, not the region's
             self._results.pop(key, None)
             error.add_note(f"in the result of {where}")

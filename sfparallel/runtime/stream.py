@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from sfparallel.errors import RankError, RegionTimeout, SfError, UsageError
-from sfparallel.runtime.api import ErrorMode, check_common, name_of
+from sfparallel.runtime.api import ErrorMode, check_common, collector_for, name_of
+from sfparallel.runtime.collect import check_patterns
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.keywords import keywords_checked
@@ -72,8 +73,9 @@ class _Item:
     def __init__(self, shelf: _Shelf, index: int, frames: list[Buffer]) -> None:
         self.frames = frames
         self.label = f"item {index}, "
+        self.index: int | None = index
+        self._place = index
         self._shelf = shelf
-        self._index = index
 
     def begin(self, rank: int) -> bool:
         return True
@@ -85,10 +87,10 @@ class _Item:
         return False  # whoever takes the results waits for it
 
     def succeed(self, value: Any) -> None:
-        self._shelf.put(self._index, value, None)
+        self._shelf.put(self._place, value, None)
 
     def fail(self, error: BaseException) -> None:
-        self._shelf.put(self._index, None, error)
+        self._shelf.put(self._place, None, error)
 
 
 class ResultStream(Iterator[R], Generic[R]):
@@ -213,19 +215,22 @@ class ResultStream(Iterator[R], Generic[R]):
 @overload
 def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["return"], n: int | None = None,
                   chunksize: int | None = None, ordered: bool = True, buffersize: int | None = None, timeout: float | None = None,
-                  seed: int | None = None, progress: bool | None = None) -> ResultStream[R | Exception]: ...
+                  collect: str | Iterable[str] | None = None, seed: int | None = None,
+                  progress: bool | None = None) -> ResultStream[R | Exception]: ...
 
 
 @overload
 def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], on_error: Literal["raise", "gather"] = "raise",
                   n: int | None = None, chunksize: int | None = None, ordered: bool = True, buffersize: int | None = None,
-                  timeout: float | None = None, seed: int | None = None, progress: bool | None = None) -> ResultStream[R]: ...
+                  timeout: float | None = None, collect: str | Iterable[str] | None = None, seed: int | None = None,
+                  progress: bool | None = None) -> ResultStream[R]: ...
 
 
 @keywords_checked("sf.parallel_imap")
 def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | None = None, chunksize: int | None = None,
                   ordered: bool = True, buffersize: int | None = None, timeout: float | None = None,
-                  on_error: ErrorMode = "raise", seed: int | None = None, progress: bool | None = None) -> ResultStream[Any]:
+                  on_error: ErrorMode = "raise", collect: str | Iterable[str] | None = None, seed: int | None = None,
+                  progress: bool | None = None) -> ResultStream[Any]:
     """A lazy `map(fn, *iterables)` in clones: items are read while results are taken, so iterables may be endless.
 
     This call creates the clones, with the program's memory; only the items are sent to them (pickle protocol 5, with large
@@ -244,6 +249,8 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
         on_error: "raise": the exception of an item is raised at its place, and the clones are discarded. "return": it is
             returned in place of the result. "gather": it is kept, and RankError is raised at the end. When a clone is lost, the
             item that it was working on fails with CloneLost, and its other items are given to other clones.
+        collect: as for `parallel`; files belong to the item in whose time they were written, and are written before its result is
+            taken.
         seed: seed of `sf.rng()`; each item has its own stream, so the result does not depend on n.
         progress: True reports finished items on stderr.
 
@@ -259,6 +266,7 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
         if value is not None:
             check_count(name, value)
     check_common(timeout, on_error, seed)
+    patterns = check_patterns(collect)
     hello = HERE.require_vm()
     total = _length(iterables)
     items = map(_packed, zip(*iterables, strict=False))
@@ -273,6 +281,7 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
         ranks=len(first),
         all_ranks=n is not None,
         streams=region_streams(seed, hello.seed),
+        collector=collector_for(patterns, hello, "item"),
         inputs_come=True,
         inputs=inputs,
     ), chunk=chunksize)

@@ -195,7 +195,8 @@ class _Worker:
             self._membership.leave()
             if self._work.collector is not None:
                 fields["files"], contents = self._work.collector.changed()
-                frames += contents
+                # Of an item: the next one may write to the file while ZeroMQ sends it.
+                frames += map(bytes, contents) if self._work.per_item else contents
             kind = Kind.RESULT
         except BaseException as error:
             if self._hypervisor.keeps_threads:  # a VM
@@ -204,6 +205,8 @@ class _Worker:
             fields = {"key": key}
             fields["error"], frames = dump_error(error, self._rank)
             kind = Kind.ERROR
+            if self._work.collector is not None and self._work.per_item:
+                self._work.collector.skip()
         # What the rank printed shall be on its way before its answer is.
         lowlevel.flush_output()
         if len(frames) <= 1 and sum(map(len, frames)) < self._answer_bytes and not self._membership.is_open:
