@@ -130,3 +130,20 @@ class TestForward:
                 assert network.statistics().forwards == 0
 
         asyncio.run(run())
+
+    def test_a_connection_that_comes_while_it_closes_is_no_error(self) -> None:
+        async def run() -> list[str]:
+            errors: list[str] = []
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, context: errors.append(str(context)))
+            for steps in range(3, 8):  # of the loop, between the connection and the end (before, asyncio drops it)
+                with CloneNetwork() as network:
+                    forward = await network.forward(0, addresses.address_of(0), 80)
+                    with socket.create_connection(forward.address):
+                        for _ in range(steps):
+                            await asyncio.sleep(0)
+                        network.close()
+                        await asyncio.sleep(0.1)
+            return errors
+
+        assert not asyncio.run(asyncio.wait_for(run(), TIMEOUT_S * 3))

@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import Callable
 
-from sfparallel.errors import NetworkError
+from sfparallel.errors import Closed, NetworkError
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Forward:
             await self._relay(reader, writer)
         except asyncio.CancelledError:
             pass  # by `close`; asyncio would log it as an error of the server
-        except OSError as error:
+        except (OSError, Closed) as error:  # Closed: it came while the network was taken down
             log.info("forward %s -> %s: %s", self.address, self.guest, error)
         finally:
             writer.transport.abort()
