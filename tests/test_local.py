@@ -307,6 +307,18 @@ def _assert_gone(pidfds: list[int]) -> None:
 Family = tuple[subprocess.Popen[str], int, list[int]]
 
 
+def test_more_descriptors_than_select_takes(tmp_path: Path) -> None:
+    """Ours get numbers above 1023, as with hundreds of clones; one of these lives when another one's output is waited for."""
+    program = ("import sfparallel as sf; executor = sf.Executor(1); executor.submit(print, 'kept').result(); "
+               "print(sf.parallel(n=1)(lambda: 7)()); executor.shutdown()")
+    hold = ("import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(7)[1])); "
+            "null = os.open(os.devnull, os.O_RDWR); "
+            "[os.dup2(null, number) for number in range(null, 1100)]; os.execv(sys.argv[1], sys.argv[1:])")
+    argv = [sys.executable, "-c", hold, str(BIN / "sfrun"), "--local", "-c", program]
+    ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and ended.stdout == "[0] kept\n[7]\n", ended.stderr
+
+
 def test_ctrl_c(family: Family) -> None:
     process, _, pidfds = family
     process.send_signal(signal.SIGINT)

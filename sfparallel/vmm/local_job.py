@@ -95,6 +95,12 @@ def end_descendants() -> None:
             return
 
 
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()  # select(2) takes no number above 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 @dataclass(eq=False)
 class _Clone:
     """A clone that has presented itself.
@@ -229,7 +235,7 @@ class LocalSupervisor:
     async def _settle(self, descriptors: list[int]) -> None:
         """Close the descriptors when all has been shown that clones printed which are gone."""
         for clone in list(self._clones.values()):
-            if select.select([clone.pidfd], [], [], 0)[0]:
+            if _has_ended(clone.pidfd):
                 self._clone_ended(clone)
         await self._output.written()
         for descriptor in descriptors:
