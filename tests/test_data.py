@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 from sfparallel.errors import EnvironmentProblem, UsageError
 from sfparallel.vmm.data import data_image
+from sfparallel.vmm.locks import taken
 
 pytestmark = pytest.mark.needs("squashfs")
 
@@ -94,6 +98,23 @@ def test_jobs_at_the_same_time_make_one_image(folder: Path) -> None:
     outputs = [job.communicate() for job in jobs]
     assert len({out for out, _ in outputs}) == 1 and outputs[0][0].endswith(".sqfs\n")
     assert sum("making an image" in lines for _, lines in outputs) == 1
+
+
+def test_an_image_removed_just_before_it_is_used_is_made_again(folder: Path) -> None:
+    """By `sf clean --all`, which holds its lock while it removes it."""
+    image, again = use_and_end(folder), queue.SimpleQueue[Path]()
+    number = f":{image.stat().st_ino} "
+    with taken(image) as ours:
+        assert ours
+        job = threading.Thread(target=lambda: again.put(data_image(folder, lambda _: None)), daemon=True)
+        job.start()
+        deadline = time.monotonic() + 60
+        while not any("->" in line and number in line for line in Path("/proc/locks").read_text().splitlines()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        image.unlink()
+    made = again.get(timeout=60)
+    assert made == image and made.exists()
 
 
 @pytest.mark.needs("root")

@@ -174,6 +174,16 @@ def test_equal_image_is_not_built_again(cache: Path) -> None:
     assert stages == [] and image.find().folder == folder
 
 
+def test_a_name_is_not_written_by_what_another_build_writes(cache: Path) -> None:
+    """Of another recipe for the same name, which has another lock."""
+    folder = make_image(cache)
+    others = folder.with_name(".default.json.new")
+    others.write_text("half")
+    image._point("default", folder)
+    assert image.find().folder == folder and others.read_text() == "half"
+    assert not [path for path in others.parent.glob(".*") if path != others]
+
+
 def test_second_builder_waits_for_the_first(cache: Path) -> None:
     recipe = image.Recipe()
     key = recipe.key(sources_for(recipe.suite))

@@ -128,6 +128,17 @@ def test_a_lock_whose_file_was_removed_meanwhile_keeps_others_out(tmp_path: Path
     os.close(second)
 
 
+def test_what_is_locked_exclusively_is_open_for_writing(tmp_path: Path) -> None:
+    """NFS refuses the lock otherwise (flock(2)), and with it `sf clean`, `sf df`, and each start with a `--data` that changed."""
+    image = tmp_path / "image"
+    image.touch()
+    with locks.taken(image) as ours:
+        (held,) = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(image)]
+        assert ours and fcntl.fcntl(held, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    with locks.taken(tmp_path) as ours:  # a folder cannot be
+        assert ours
+
+
 def test_who_waits_for_a_template_says_so_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "LOCK_LIMIT_S", 0.2)
     said: list[str] = []

@@ -60,8 +60,9 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job that is making the image of {source}")):
             image = _find_or_build(source, cache, prefix, progress)
-            # Shells of the pool open the image by its name at any time until the job ends.
-            use(image)
+            # Shells of the pool open the image by its name at any time until the job ends. `sf clean` may just have removed it.
+            while not use(image):
+                image = _find_or_build(source, cache, prefix, progress)
             _remove_others(cache, prefix, image)
     except OSError as error:
         raise EnvironmentProblem(f"cannot keep an image of {source} in {cache}: {error.strerror}",

@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -280,9 +281,13 @@ def _wanted_of_pip(recipe: Recipe) -> PipWanted:
 
 
 def _write(path: Path, content: object) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    # Not one name for all: two recipes of one name are built under two locks.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _point(name: str, folder: Path) -> None:

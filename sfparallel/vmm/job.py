@@ -245,8 +245,8 @@ class Job:
         def find() -> tuple[MachineSpec, Boot, str]:
             if options.venv:
                 options.venv.check(image.name, image.python_magic)
-            initramfs = images.guest_half(image)
             _use(image.root, f"the guest image {image.name!r}")
+            initramfs = images.guest_half(image)
             _use(initramfs, "the initramfs")
             spec = MachineSpec(
                 accelerator=Accelerator(accelerator()), cpus=options.cpus, memory_bytes=options.memory_bytes,

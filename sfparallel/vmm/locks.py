@@ -4,6 +4,7 @@ jobs, on the files that they use."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def use(path: Path) -> bool:
 def taken(path: Path) -> Iterator[bool]:
     """Hold a file's exclusive lock during a block if it is free; yields whether it was. The lock of a missing file is free."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open_for_exclusive(path)
     except FileNotFoundError:
         yield True
         return
@@ -100,6 +101,17 @@ def taken(path: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(descriptor)
+
+
+def _open_for_exclusive(path: Path) -> int:
+    """On NFS a file must be open for writing to be locked exclusively (flock(2): EBADF otherwise). Folders cannot be, nor files
+    of a read-only file system: there, as on any local one, it makes no difference."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EROFS, errno.EACCES):
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def is_lock(path: Path) -> bool:
