@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from sfparallel.vmm import fuse_wire
 from sfparallel.vmm.files import FileServer
 
 TAG = 7
@@ -44,6 +45,12 @@ sys.stdin.readline()
 """
 
 
+def handle(server: FileServer, tag: int, data: bytes) -> bytes | None:
+    """The reply to a request as read from /dev/fuse, or None where the kernel waits for none; as FileService.request does."""
+    request = fuse_wire.parse(data)
+    return None if request.opcode in fuse_wire.NO_REPLY else server.answer(tag, request)
+
+
 def _serve(device: int, folder: Path) -> None:
     """Relay between /dev/fuse and the server, as agent and supervisor do. ENODEV: unmounted."""
     with FileServer({TAG: folder}) as server:
@@ -54,7 +61,7 @@ def _serve(device: int, folder: Path) -> None:
                 if error.errno == errno.ENODEV:
                     return
                 raise
-            answer = server.handle(TAG, request)
+            answer = handle(server, TAG, request)
             if answer is not None:
                 os.write(device, answer)
 

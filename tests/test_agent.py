@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.agent_guest import PATIENCE_S, Guest, identity
 from tests.agent_guest import booted_fixture as booted_fixture
 from tests.agent_guest import frozen_fixture as frozen_fixture
 from tests.agent_guest import guest_fixture as guest_fixture
+from tests.host_folders import handle
 
 pytestmark = [pytest.mark.needs("qemu"), pytest.mark.needs("image")]
 
@@ -410,7 +412,7 @@ def test_host_folders(frozen: Guest, tmp_path: Path) -> None:
     )
     with ExitStack() as stack:
         server = stack.enter_context(FileServer({4: shared}))
-        frozen.answer_fuse = server.handle
+        frozen.answer_fuse = partial(handle, server)
         frozen.thaw(identity(), mounts=[[4, str(shared)]])
         frozen.run(str(shared / "main.py"), mode="script", cwd=str(shared))
         assert "42 " in frozen.output_until("\n")

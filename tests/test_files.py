@@ -21,7 +21,7 @@ from sfparallel.vmm import fuse_wire
 from sfparallel.vmm.exports import exports_for, is_system_folder
 from sfparallel.vmm.files import FileServer
 from sfparallel.vmm.fuse_wire import Opcode
-from tests.host_folders import TAG, make_tree, mounted, needs_kernel, snapshot
+from tests.host_folders import TAG, handle, make_tree, mounted, needs_kernel, snapshot
 from tests.host_folders import source_fixture as source_fixture
 
 
@@ -69,7 +69,7 @@ class Client:
 
     def ask(self, opcode: int, node: int, body: bytes = b"") -> bytes:
         self.unique += 1
-        answer = self.server.handle(self.tag, request(opcode, node, body, unique=self.unique))
+        answer = handle(self.server, self.tag, request(opcode, node, body, unique=self.unique))
         assert answer is not None
         length, code, unique = struct.unpack_from("<IiQ", answer)
         assert (length, unique) == (len(answer), self.unique)
@@ -192,7 +192,7 @@ def test_refusals(source: Path, client: Client) -> None:
         refused(errno.EROFS, partial(client.ask, opcode, file, bytes(100)))
     for number in (Opcode.GETXATTR, Opcode.LISTXATTR, Opcode.STATX, Opcode.FLUSH, 999):
         refused(errno.ENOSYS, partial(client.ask, number, file, bytes(100)))
-    assert client.server.handle(TAG, request(Opcode.FORGET, file, bytes(8))) is None
+    assert handle(client.server, TAG, request(Opcode.FORGET, file, bytes(8))) is None
     refused(errno.ENODEV, lambda: Client(client.server, 8).ask(Opcode.GETATTR, 1, bytes(16)))
     with FileServer({1: source, 2: source / "folder"}) as server:
         node = Client(server, 1).look(1, "file")
@@ -206,9 +206,9 @@ def test_what_is_no_request_is_answered_too(source: Path, client: Client) -> Non
     good = request(Opcode.GETATTR, 1, bytes(16), unique=34)
     extended = good[:36] + b"\1\0" + good[38:]
     for bad in (good[:-1], good + b"x", extended, request(Opcode.WRITE, 1, bytes(1 << 20), unique=34)):
-        assert client.server.handle(TAG, bad) == struct.pack("<IiQ", 16, -errno.EINVAL, 34)
+        assert handle(client.server, TAG, bad) == struct.pack("<IiQ", 16, -errno.EINVAL, 34)
     with pytest.raises(ProtocolError, match="header"):
-        client.server.handle(TAG, good[:39])
+        handle(client.server, TAG, good[:39])
 
 
 # -- bounds ---------------------------------------------------------------------------------------------------------------------
@@ -304,9 +304,9 @@ damaged = st.builds(lambda data, cut, extra: data[:len(data) - cut] + extra, req
 def test_any_bytes_are_answered_and_nothing_outside_is_read(fuzzed: Client, data: bytes) -> None:
     if len(data) < 40:
         with pytest.raises(ProtocolError):
-            fuzzed.server.handle(TAG, data)
+            handle(fuzzed.server, TAG, data)
         return
-    answer = fuzzed.server.handle(TAG, data)
+    answer = handle(fuzzed.server, TAG, data)
     if answer is None:
         assert int.from_bytes(data[4:8], "little") in fuzz_silent
         return

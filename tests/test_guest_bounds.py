@@ -22,6 +22,7 @@ from sfparallel.vmm.host_work import MOST_THREADS_OF_VM, MOST_WAITING_BYTES
 from sfparallel.vmm.output import LabelledOutput
 from sfparallel.vmm.vm import VmState
 from sfparallel.wire import HEADER, Frame, FrameType, pack
+from tests.host_folders import handle
 from tests.hostile_guest import HostileGuest, hostile_guest
 
 TAG = 7
@@ -65,7 +66,7 @@ def served(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[FileService,
     """Files for guests, and the node of a file of 128 KiB."""
     (tmp_path / "file").write_bytes(bytes(MAX_READ_BYTES))
     service = FileService({TAG: tmp_path}, print, slow=[TAG] if request.param == "in threads" else [])
-    answer = service._server.handle(TAG, fuse_request(Opcode.LOOKUP, 1, b"file\0")[HEADER.size:])
+    answer = handle(service._server, TAG, fuse_request(Opcode.LOOKUP, 1, b"file\0")[HEADER.size:])
     assert answer
     return service, int.from_bytes(answer[16:24], "little")
 

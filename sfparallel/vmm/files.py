@@ -109,25 +109,17 @@ class FileServer:
         name = fuse.parse_name(request.body) if request.opcode == Opcode.LOOKUP else None
         return shown(self._folders.get(tag, Path()), os.path.join(path, name) if name else path)
 
-    def handle(self, tag: int, request: bytes) -> bytes | None:
-        """Answer one request.
+    def answer(self, tag: int, request: Request) -> bytes:
+        """Answer a request that the kernel waits for (not one of `fuse_wire.NO_REPLY`).
+
+        Whatever is wrong with it: the agent counts it, and no fork of its VM ends before it is answered.
 
         Args:
             tag: the export that it is about.
-            request: as read from the guest's /dev/fuse.
 
         Returns:
-            The reply for /dev/fuse, or None where the kernel waits for none. What has a number is answered, whatever else is
-            wrong with it: the agent counts it, and no fork of its VM ends before it is answered.
-
-        Raises:
-            ProtocolError: too short for a FUSE request; the guest's agent is not what we put there.
+            The reply for /dev/fuse.
         """
-        parsed = fuse.parse(request)
-        return None if parsed.opcode in fuse.NO_REPLY else self.answer(tag, parsed)
-
-    def answer(self, tag: int, request: Request) -> bytes:
-        """The same for a request that was taken apart, and is to be answered."""
         try:
             if request.fault:
                 raise OSError(errno.EINVAL, request.fault)
