@@ -19,7 +19,7 @@ import sfparallel
 from sfparallel.config import LOG, SETTINGS, cache_folder, log_level, parse_size
 from sfparallel.errors import UsageError
 from sfparallel.text import nearest, printable
-from sfparallel.vmm import standard_streams
+from sfparallel.vmm import project_file, standard_streams
 from sfparallel.vmm.command_errors import EXIT_USAGE, errors_told, say
 from sfparallel.vmm.confinement import Places, confine
 from sfparallel.vmm.exports import SHARED_DATA, is_system_folder
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
     from sfparallel.vmm.image import Recipe
+
+log = logging.getLogger("sfparallel")
 
 LEAST_MEMORY_BYTES = 256 << 20
 """Below this a guest does not get through its boot."""
@@ -198,11 +200,49 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
     own, mode, words = _split_program(arguments)
     parser = _sfrun_parser()
     options = parser.parse(own)
+    project = _project(mode, words)
+    if project:
+        options = _with_defaults(own, options, *project)
     if options.verbose or options.quiet:
         # In the environment, because everything reads the level there.
         os.environ[LOG.variable] = "error" if options.quiet else "info" if options.verbose == 1 else "debug"
     if not words:
         parser.error("there is no program to run: give a script, -m MODULE or -c COMMAND")
+    try:
+        _check_ranges(options)
+    except UsageError as error:
+        if project:
+            hints = filter(None, (error.hint, project_file.described(*project)))
+            raise UsageError(error.message, hint="; ".join(hints)) from error
+        raise
+    _start_log()
+    if project:
+        log.info(project_file.described(*project))
+    job_options = dataclasses.replace(_job_options(options, mode, words), closed_streams=closed_streams)
+    if options.local:
+        return _run_local(options, job_options)
+    return confine(functools.partial(_run_job, job_options), public_folder=job_options.by_daemon)
+
+
+def _project(mode: str, words: Sequence[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The project's file and table, if the program belongs to a project that has one."""
+    script = Path(os.path.realpath(words[0])) if mode == "script" and words else None
+    try:
+        return project_file.find(Path.cwd() if script is None else script if script.is_dir() else script.parent)
+    except FileNotFoundError:
+        return None  # the current folder does not exist any more, which is told later
+
+
+def _with_defaults(own: Sequence[str], given: argparse.Namespace, path: Path, table: dict[str, Any]) -> argparse.Namespace:
+    parser = _sfrun_parser()
+    defaults = project_file.defaults(parser, path, table)
+    if given.local:  # these are for VMs
+        defaults = {name: value for name, value in defaults.items() if name not in ("venv", "stats")}
+    parser.set_defaults(**defaults)
+    return parser.parse(own)
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
     if options.n is not None and options.n < 1:
         raise UsageError(f"-n must be at least 1, not {options.n}")
     if options.timeout is not None and not 0 < options.timeout < math.inf:
@@ -216,11 +256,6 @@ def _sfrun(arguments: Sequence[str], closed_streams: tuple[int, ...]) -> int:
         raise UsageError(f"--seed must be at least 0, not {options.seed}")
     if options.cpus < 1:
         raise UsageError(f"--cpus must be at least 1, not {options.cpus}")
-    _start_log()
-    job_options = dataclasses.replace(_job_options(options, mode, words), closed_streams=closed_streams)
-    if options.local:
-        return _run_local(options, job_options)
-    return confine(functools.partial(_run_job, job_options), public_folder=job_options.by_daemon)
 
 
 def _run_local(options: argparse.Namespace, job_options: JobOptions) -> int:
