@@ -147,6 +147,37 @@ class MuteWhenPickled(Exception):
         raise Mute
 
 
+class ExitWhenPickled(Exception):
+    def __reduce__(self) -> tuple[object, ...]:
+        raise SystemExit(3)
+
+
+class InterruptWhenPickled(Exception):
+    def __reduce__(self) -> tuple[object, ...]:
+        raise KeyboardInterrupt
+
+
+class InterruptOnArrival(Exception):
+    def __init__(self) -> None:
+        super().__init__()
+        self.why = "it has a state"
+
+    def __setstate__(self, state: object) -> None:
+        raise KeyboardInterrupt
+
+
+class MuteInterrupt(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class OddModule(Exception):
+    pass
+
+
+OddModule.__module__ = "\udc80"
+
+
 class Notes(Exception):
     @property
     def __notes__(self) -> list[str]:
@@ -173,7 +204,8 @@ class MuteOnArrival:
         return _raise_mute, ()
 
 
-UNTELLABLE = [Mute(), MuteExit(), MuteWhenPickled(), Notes(), NotesExit(), SystemExit(Code()),
+UNTELLABLE = [Mute(), MuteExit(), MuteWhenPickled(), ExitWhenPickled(), InterruptWhenPickled(), InterruptOnArrival(),
+              MuteInterrupt(), OddModule(), Notes(), NotesExit(), SystemExit(Code()), SystemExit(10**5000), ValueError(10**5000),
               SyntaxError("why", ("f.py", 1, "two", "text", 1, "three"))]
 
 
@@ -207,6 +239,28 @@ def test_such_a_rank_costs_the_others_nothing(double: Doubles) -> None:
 
     with pytest.raises(sf.RankError, match="Mute"):
         list(sf.parallel_imap(item, range(3), n=1, on_error="gather"))
+
+
+@pytest.mark.parametrize("kind", [ExitWhenPickled, InterruptWhenPickled, InterruptOnArrival, MuteInterrupt])
+def test_exceptions_whose_methods_steer_cost_no_clone(double: Doubles, kind: type[Exception]) -> None:
+    def item(i: int) -> int:
+        if i < 4:
+            raise kind
+        return i
+
+    # Two clones, neither of which would be replaced, and more such items than clones.
+    values = list(sf.parallel_imap(item, range(6), n=2, on_error="return"))
+    assert values[4:] == [4, 5]
+    assert all(isinstance(error, sf.RemoteError | kind) for error in values[:4])
+
+
+def test_an_exception_of_code_without_a_module_name() -> None:
+    namespace: dict[str, object] = {"__name__": None}
+    exec("def fail():\n    raise ValueError('why')", namespace)
+    try:
+        namespace["fail"]()  # type: ignore[operator]
+    except ValueError as error:
+        assert isinstance(load_error(*dump_error(error.with_traceback(error.__traceback__.tb_next), 1), "rank 1"), ValueError)  # type: ignore[union-attr]
 
 
 def test_an_exit_without_a_code_has_none() -> None:

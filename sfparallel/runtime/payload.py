@@ -147,7 +147,7 @@ def _cut(text: str) -> str:
 def _users_frames(frames: TracebackType | None) -> TracebackType | None:
     """A traceback without the runtime's own frames at its start; whole if it has no others."""
     start = frames
-    while start is not None and start.tb_frame.f_globals.get("__name__", "").startswith("sfparallel.runtime."):
+    while start is not None and str(start.tb_frame.f_globals.get("__name__")).startswith("sfparallel.runtime."):
         start = start.tb_next
     return start or frames
 
@@ -155,25 +155,37 @@ def _users_frames(frames: TracebackType | None) -> TracebackType | None:
 def _describe(error: BaseException) -> dict[str, str]:
     kind = type(error)
     return {
-        "type": f"{kind.__module__}.{kind.__qualname__}",
+        "type": _cut(_clean(f"{kind.__module__}.{kind.__qualname__}")),
         "message": _cut(message_of(error)),
         "traceback": _cut(_clean(_traceback_of(error))),
     }
 
 
 def dump_error(error: BaseException, rank: int) -> tuple[dict[str, str], list[Buffer]]:
-    """Prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be pickled)."""
-    description = _describe(error)
-    if isinstance(error, SystemExit):
-        code = error.code if error.code is None or isinstance(error.code, int) else message_of(error)
-        error = RankExit(f"rank {rank} called sys.exit({_clean(repr(code))}) instead of returning", rank=rank, code=code)
+    """In a clone: prepare an exception for the journey: a description as text, and the pickle (no frames when it cannot be
+    pickled). Whatever the methods of its class raise, KeyboardInterrupt included: nobody is at a clone's keyboard."""
     try:
+        description = _describe(error)
+    except BaseException:
+        description = {"type": f"{type(error).__module__!a}.{type(error).__qualname__!a}".replace("'", ""), "traceback": "",
+                       "message": "(its methods raise KeyboardInterrupt)"}
+    try:
+        if isinstance(error, SystemExit):
+            code = error.code if error.code is None or isinstance(error.code, int) else message_of(error)
+            error = RankExit(f"rank {rank} called sys.exit({_repr(code)}) instead of returning", rank=rank, code=code)
         frames = dumps(error)
         # Many exceptions pickle but do not unpickle: __init__ wants arguments that `args` does not hold.
         loads([bytes(frame) for frame in frames])
-    except ResultNotPicklable:
+    except BaseException:
         return description, []
     return description, frames
+
+
+def _repr(value: Any) -> str:
+    """As Python writes it, which it does not for whole numbers of more than 4300 digits."""
+    with UsersCode():
+        return _clean(repr(value))
+    return f"<{type(value).__qualname__}>"
 
 
 def load_error(description: dict[str, str], frames: Sequence[Buffer], where: str) -> BaseException:

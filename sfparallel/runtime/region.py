@@ -36,7 +36,7 @@ from sfparallel.runtime.connection import park
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Answer, End, Lost, Sibling
 from sfparallel.runtime.link import ParentLink
-from sfparallel.runtime.payload import load_error, loads, message_of
+from sfparallel.runtime.payload import UsersCode, load_error, loads, message_of
 from sfparallel.runtime.progress import Progress
 from sfparallel.runtime.wakeup import SignalAlarm
 from sfparallel.runtime.work import OnError, Work
@@ -373,7 +373,7 @@ class Region:
 
     def _with_results(self, error: BaseException) -> BaseException:
         """Attach what other ranks answered to the exception that hides it."""
-        with contextlib.suppress(Exception):  # a class with __slots__, or one that takes no attributes
+        with UsersCode():  # a class with __slots__, or one that takes no attributes
             error.sf_results = dict(self._results)  # type: ignore[attr-defined]
         if isinstance(error, CloneLost | RegionError):
             error.results = dict(self._results)
