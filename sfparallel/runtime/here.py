@@ -104,6 +104,8 @@ class Here:
         self.membership: Membership | None = None
         self.lifeline: Hypervisor | None = None
         """In a clone, the line by which it was made and by which it ends."""
+        self.forked = False
+        """Whether this is a process that one of the program's has made with `os.fork`, and no clone."""
         self.hooks: list[CloneHook] = []
         self.forks = 0
         """Forks that this VM has made."""
@@ -186,6 +188,7 @@ class Here:
         others = threading.enumerate() if hypervisor.keeps_threads else ()
         self._parents_threads = tuple(each for each in others if each is not own)
         self.generation += 1
+        self.forked = False
         self.rank = fork.rank
         self.seed_path = (*self.seed_path, self.forks, *([batch] if batch else []), fork.rank)
         self.forks = 0
@@ -213,6 +216,7 @@ class Here:
         """First thing in a process that this one makes with `os.fork`, as `multiprocessing` does: it has no part in this one's
         lines, sockets and clones, and makes its own. (Two processes on one line would take each other's replies.)"""
         self.generation += 1
+        self.forked = True
         self.first_use = threading.Lock()  # the old one may be held by a thread that does not exist on this side
         # Kept, not closed: what closes a ZeroMQ context waits for its I/O thread, which does not exist on this side.
         self._ghosts += [self._idle, self._context]

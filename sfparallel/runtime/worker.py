@@ -7,12 +7,15 @@ the parent's memory has not brought along, and no connection is made that is not
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
+import sys
 import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -78,6 +81,24 @@ def die() -> NoReturn:
     os._exit(EXIT_SOFTWARE)
 
 
+def leave(error: BaseException | None) -> NoReturn:
+    """End a process that has come back from a rank's function without being that rank, as its program would end: a process that
+    the function has made with `os.fork`, or a clone with `sf.clone`. The answer is the rank's own."""
+    status = 1
+    if error is None:
+        status = 0
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif error.code is None or isinstance(error.code, int):
+        status = (error.code or 0) & 255
+    else:
+        print(error.code, file=sys.stderr)
+    lowlevel.flush_output()
+    if not HERE.forked and HERE.lifeline is not None:
+        HERE.lifeline.exit(status)
+    os._exit(status)
+
+
 def clone_link(hypervisor: Hypervisor, link: ParentLink, fork: Fork, rank: int) -> CloneLink:
     """In a clone: its end of the line to the parent, not connected yet."""
     whole_vm = hypervisor.keeps_threads
@@ -99,6 +120,7 @@ class _Worker:
         self._renewal = place.renewal
         self._fork = place.fork
         self._keys = deque(place.keys)
+        self._generation = HERE.generation
         self.began_ns = 0
         self._watchdog: Watchdog | None = None
         # Items of a map are asked for one after the other: only a rank of a region answers once and is done.
@@ -163,12 +185,24 @@ class _Worker:
             return self._decline(Kind.FAILED, failure)
         try:
             if self._work.prepare is not None:
-                self._work.prepare()
+                self._ask(self._work.prepare)
                 lowlevel.flush_output()
         except BaseException as error:
             return self._decline(Kind.UNFIT, error)
         self._link.send(Kind.READY)
         return True
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """Call the program's code. Only the rank itself returns from here."""
+        try:
+            result = call()
+        except BaseException as error:
+            if HERE.generation != self._generation:
+                leave(error)
+            raise
+        if HERE.generation != self._generation:
+            leave(None)
+        return result
 
     def _decline(self, kind: Kind, error: BaseException) -> bool:
         description, frames = dump_error(error, self._rank)
@@ -187,7 +221,7 @@ class _Worker:
         try:
             if failure is not None:
                 raise failure
-            result = self._work.call(key)
+            result = self._ask(functools.partial(self._work.call, key))
             rank = self._rank
             frames = dumps(result, f"item {key}, computed by rank {rank}" if self._work.per_item else f"rank {rank}")
             if len(frames) > 1 and self._work.per_item:
