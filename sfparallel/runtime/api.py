@@ -15,7 +15,7 @@ from sfparallel.errors import UsageError
 from sfparallel.runtime.collect import Collector, check_patterns
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Hello
-from sfparallel.runtime.keywords import check_keywords, is_time, keywords_checked
+from sfparallel.runtime.keywords import bounded, check_keywords, is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.rng import region_streams
 from sfparallel.runtime.schedule import Schedule
@@ -178,7 +178,7 @@ class ParallelFunction(Generic[P, T]):
             all_ranks=True,
             streams=region_streams(options.seed, hello.seed),
             on_error=OnError(options.on_error),
-            timeout_s=options.timeout,
+            timeout_s=None if options.timeout is None else bounded(options.timeout),
             progress=options.progress,
             collector=collector_for(options.patterns, hello, "rank"),
         ))
@@ -322,7 +322,7 @@ def parallel_map(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | No
         all_ranks=n is not None,
         streams=region_streams(seed, hello.seed),
         on_error=OnError(on_error),
-        timeout_s=timeout,
+        timeout_s=None if timeout is None else bounded(timeout),
         progress=progress,
         collector=collector_for(patterns, hello, "item"),
     ))

@@ -20,7 +20,7 @@ from sfparallel.runtime.api import collector_for
 from sfparallel.runtime.collect import check_patterns
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.keywords import is_time, keywords_checked
+from sfparallel.runtime.keywords import bounded, is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.payload import Buffer, dumps, loads, owned
 from sfparallel.runtime.rng import region_streams
@@ -135,7 +135,7 @@ class Executor(concurrent.futures.Executor):
         self._initializer = initializer
         self._initargs = initargs
         self._retries = retries
-        self._idle_timeout = idle_timeout
+        self._idle_timeout = None if idle_timeout is None else bounded(idle_timeout)
         self._seed = seed
         # Reentrant: a clone is made while its thread holds it, and a task may use the executor that it was given to.
         self._lock = threading.RLock()
@@ -178,7 +178,7 @@ class Executor(concurrent.futures.Executor):
         check_count("chunksize", chunksize)
         if buffersize is not None:
             check_count("buffersize", buffersize)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + bounded(timeout)
         items = zip(*iterables, strict=False)
         chunks = iter(lambda: list(itertools.islice(items, chunksize)), [])
         futures: _Window[list[T]] = _Window(ordered=ordered)

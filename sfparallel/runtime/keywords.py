@@ -5,10 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable
 from numbers import Real
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from sfparallel.errors import UsageError
 from sfparallel.text import nearest
+
+LONGEST_S = 1e9
+"""Some 30 years: the functions of the kernel and of Python that wait do not take much larger numbers."""
+
+LONGEST_WAIT_S = 1e6
+"""Of one call: poll(2) and epoll_wait(2) take milliseconds as an int. Whoever waits longer calls again."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,4 +54,9 @@ def keywords_checked(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def is_time(value: object) -> bool:
     """Whether it is a number of seconds greater than 0."""
-    return not isinstance(value, bool) and isinstance(value, Real) and float(value) > 0
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(cast(Any, value) > 0)
+
+
+def bounded(seconds: float) -> float:
+    """A time limit that clocks can count with. One that is longer than any program runs, an infinite one too, is `LONGEST_S`."""
+    return seconds if seconds <= LONGEST_S else LONGEST_S

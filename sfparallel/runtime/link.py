@@ -33,6 +33,7 @@ from sfparallel.errors import ProtocolError
 from sfparallel.runtime.clone_messages import BadMessage, Kind, Message, claims, decode
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.inflow import LOOK_S, Inflow
+from sfparallel.runtime.keywords import LONGEST_WAIT_S
 from sfparallel.runtime.parts import PIECE_BYTES, Incoming, pieces
 from sfparallel.runtime.payload import IN_BAND_BYTES, Buffer
 from sfparallel.runtime.strangers import Strangers
@@ -192,7 +193,7 @@ class ParentLink:
         noticed, too."""
         if self._inflow:
             wait_s = LOOK_S if wait_s is None else min(wait_s, LOOK_S)
-        return None if wait_s is None else int(wait_s * 1000) + 1
+        return None if wait_s is None else int(min(wait_s, LONGEST_WAIT_S) * 1000) + 1
 
     def send(self, rank: int, kind: Kind, **fields: Any) -> bool:
         """Send to a rank that was heard before; False if it was not (ZeroMQ cannot reach it then)."""

@@ -15,7 +15,7 @@ from sfparallel.runtime.api import ErrorMode, check_common, collector_for, name_
 from sfparallel.runtime.collect import check_patterns
 from sfparallel.runtime.crew import Crew
 from sfparallel.runtime.here import HERE
-from sfparallel.runtime.keywords import keywords_checked
+from sfparallel.runtime.keywords import bounded, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
 from sfparallel.runtime.payload import Buffer, dumps, loads, message_of, owned
 from sfparallel.runtime.progress import Progress
@@ -267,6 +267,7 @@ def parallel_imap(fn: Callable[..., R], /, *iterables: Iterable[Any], n: int | N
             check_count(name, value)
     check_common(timeout, on_error, seed)
     patterns = check_patterns(collect)
+    timeout = None if timeout is None else bounded(timeout)
     hello = HERE.require_vm()
     total = _length(iterables)
     items = map(_packed, zip(*iterables, strict=False))

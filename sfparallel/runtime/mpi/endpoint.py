@@ -19,6 +19,7 @@ import zmq
 from sfparallel import wire
 from sfparallel.errors import ProtocolError, StateError
 from sfparallel.runtime.emulation import widen_tlb
+from sfparallel.runtime.keywords import LONGEST_WAIT_S
 from sfparallel.runtime.link import CloneLink, Kind
 from sfparallel.runtime.mpi.errors import MPIException, PeerLost
 from sfparallel.runtime.mpi.matching import CONTROL, HEADER, Buffer, Engine, SendOp
@@ -305,7 +306,7 @@ class Endpoint:
     def _pause(self, until: float) -> float | None:
         for when, _, _ in self._doomed.values():
             until = min(until, when)
-        return None if until == float("inf") else max(0.0, until - time.monotonic())
+        return None if until == float("inf") else max(0.0, min(until - time.monotonic(), LONGEST_WAIT_S))
 
     def _move(self, events: list[tuple[int, int]]) -> None:
         assert self._transport is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from sfparallel.errors import RegionTimeout
+from sfparallel.runtime.keywords import bounded
 from sfparallel.runtime.mpi.constants import ANY_SOURCE, ANY_TAG, PROC_NULL, UNDEFINED
 from sfparallel.runtime.mpi.endpoint import Endpoint
 from sfparallel.runtime.mpi.errors import ERR_ARG, ERR_REQUEST, MPIException, call_user
@@ -204,7 +205,7 @@ class _Some:
 
 def deadline_of(timeout: float | None) -> float | None:
     """When a time limit ends."""
-    return None if timeout is None else time.monotonic() + timeout
+    return None if timeout is None else time.monotonic() + bounded(timeout)
 
 
 def timed_out(call: str, timeout: float | None, missing: list[int]) -> RegionTimeout:
