@@ -118,10 +118,10 @@ def test_threads_that_began_while_the_fork_was_under_way_came_along(double: Doub
         go_on.wait()
         found.append(HERE.came_along)
 
-    HERE.about_to_fork()
+    number = HERE.about_to_fork()
     threads = [threading.Thread(target=look)]
     threads[0].start()
-    HERE.became_clone(Fork(1, "", "", ()), Connection(ours))
+    HERE.became_clone(Fork(1, "", "", ()), Connection(ours), number)
     threads.append(threading.Thread(target=look))
     threads[1].start()
     go_on.set()

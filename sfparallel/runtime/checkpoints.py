@@ -127,14 +127,14 @@ def keep_state(within_s: float | None = None) -> tuple[Moment, Hypervisor, Renew
     with AtFork(line):
         # What is still buffered would otherwise be printed by this VM and by every clone.
         flush_output()
-        HERE.about_to_fork()
+        number = HERE.about_to_fork()
         try:
             moment = require_checkpoints(line).checkpoint(within_s)
         except SfError:
             HERE.give_back(line)
             raise
         if moment.fork.rank:
-            HERE.became_clone(moment.fork, line, moment.batch)
+            HERE.became_clone(moment.fork, line, number, moment.batch)
     return moment, line, renewal
 
 

@@ -8,6 +8,7 @@ names: `os.getpid()` is the same in the parent and in all clones.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -107,12 +108,14 @@ class Here:
         self.forked = False
         """Whether this is a process that one of the program's has made with `os.fork`, and no clone."""
         self.hooks: list[CloneHook] = []
-        self.forks = 0
-        """Forks that this VM has made."""
+        self._forks = itertools.count(1)
+        """Numbers of the forks that this VM makes."""
         self.warm = False
         """Whether all that clones need is in memory."""
         self.seed_path: tuple[int, ...] = ()
         """This VM's place in the tree of forks, by which streams of random numbers branch off the job's seed."""
+        self.fork_path: tuple[int, ...] = ()
+        """Place in that tree of the fork that made this clone: its clones' streams branch off there."""
         self.own_streams: Streams | None = None
         self.alone: Endpoint | None = None
         """Where this process sends to itself, when it belongs to no region."""
@@ -173,14 +176,15 @@ class Here:
         finally:
             self._waiting.remove(orphan)
 
-    def about_to_fork(self) -> None:
-        """Count forks in the parent."""
-        self.forks += 1
+    def about_to_fork(self) -> int:
+        """The number of a fork of this VM, of which another thread may make one meanwhile."""
+        return next(self._forks)
 
-    def became_clone(self, fork: Fork, hypervisor: Hypervisor, batch: int = 0) -> None:
+    def became_clone(self, fork: Fork, hypervisor: Hypervisor, number: int, batch: int = 0) -> None:
         """First thing in a clone: from here on this process is not the parent any more.
 
-        `batch` tells clones of one checkpoint apart that were made at different times and have the same rank.
+        `number` is that of the fork; `batch` tells clones of one checkpoint apart that were made at different times and have the
+        same rank.
         """
         # All of now: while a fork waits for QEMU, the program goes on in the parent, and begins others. They must be known for
         # what they are before the generation tells them where they are: they go on while this one comes back from its request.
@@ -190,8 +194,9 @@ class Here:
         self.generation += 1
         self.forked = False
         self.rank = fork.rank
-        self.seed_path = (*self.seed_path, self.forks, *([batch] if batch else []), fork.rank)
-        self.forks = 0
+        self.fork_path = (*self.seed_path, number)
+        self.seed_path = (*self.fork_path, *([batch] if batch else []), fork.rank)
+        self._forks = itertools.count(1)
         self.own_streams = None
         self.membership = None
         self.alone = None

@@ -142,11 +142,11 @@ def fork(ticket: Ticket, context: str = "", within_s: float | None = None, *, wh
     with AtFork(ticket.hypervisor):
         # What is still buffered would otherwise be printed by the parent and by every clone.
         flush_output()
-        HERE.about_to_fork()
+        number = HERE.about_to_fork()
         result = ticket.hypervisor.clone(ticket.number, ticket.granted, context.encode(), within_s)
         ticket.state = TicketState.CLONED
         if result.rank:
-            HERE.became_clone(result, ticket.hypervisor)
+            HERE.became_clone(result, ticket.hypervisor, number)
     return result
 
 

@@ -19,11 +19,12 @@ class Streams:
 
     Attributes:
         entropy: the seed.
-        path: place of this family below the seed.
+        path: place of this family below the seed; None: that of the fork that made the clone which asks. (Threads may make
+            several regions at the same time, and only their forks are numbered one after the other.)
     """
 
     entropy: int
-    path: tuple[int, ...] = ()
+    path: tuple[int, ...] | None = ()
     _generators: dict[int | None, np.random.Generator] = field(default_factory=dict, repr=False)
 
     def generator(self, key: int | None) -> np.random.Generator:
@@ -32,8 +33,10 @@ class Streams:
         if key not in self._generators:
             # numpy is imported by whoever wants random numbers, not by every program.
             import numpy as np
-            path = self.path if key is None else (*self.path, key)
-            self._generators[key] = np.random.default_rng(np.random.SeedSequence(self.entropy, spawn_key=path))
+            family = HERE.fork_path if self.path is None else self.path
+            path = family if key is None else (*family, key)
+            made = np.random.default_rng(np.random.SeedSequence(self.entropy, spawn_key=path))
+            return self._generators.setdefault(key, made)  # another thread may have been first
         return self._generators[key]
 
     def forget(self, key: int) -> None:
@@ -51,7 +54,7 @@ def region_streams(seed: int | None, job_seed: int | None) -> Streams:
     if seed is not None:
         return Streams(seed)
     if job_seed is not None:
-        return Streams(job_seed, (*HERE.seed_path, HERE.forks + 1))
+        return Streams(job_seed, None)
     return Streams(_fresh())
 
 
@@ -67,5 +70,7 @@ def rng() -> np.random.Generator:
         return membership.streams.generator(membership.key)
     if HERE.own_streams is None:
         seed = HERE.require_vm().seed
-        HERE.own_streams = Streams(_fresh()) if seed is None else Streams(seed, HERE.seed_path)
+        streams = Streams(_fresh()) if seed is None else Streams(seed, HERE.seed_path)
+        with HERE.first_use:
+            HERE.own_streams = HERE.own_streams or streams
     return HERE.own_streams.generator(None)
