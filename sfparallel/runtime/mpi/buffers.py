@@ -322,7 +322,7 @@ def _from_dlpack(obj: Any) -> _Exported:
     data = at_address((tensor.data or 0) + tensor.byte_offset, nbytes, capsule)
     if readonly and len(data):
         data.flags.writeable = False
-    return _Exported(data, _DLPACK_FORMATS.get((tensor.code, tensor.bits, tensor.lanes), "B"))
+    return _Exported(data, _DLPACK_FORMATS.get((tensor.code, tensor.bits, tensor.lanes), ""))
 
 
 def _from_cuda_interface(obj: Any) -> _Exported:
@@ -349,7 +349,7 @@ def _from_cuda_interface(obj: Any) -> _Exported:
     data = at_address(address or 0, count * itemsize, obj)
     if readonly and len(data):
         data.flags.writeable = False
-    return _Exported(data, _CUDA_FORMATS.get(typestr[1:], "B"))
+    return _Exported(data, _CUDA_FORMATS.get(typestr[1:], ""))
 
 
 def exports(obj: Any) -> bool:
@@ -417,7 +417,8 @@ def _bytes_of(obj: Any) -> Bytes:
 
 
 def item_format(obj: Any) -> str:
-    """The format of an object's items, in the native byte order (see the struct module and numpy's type codes).
+    """The format of an object's items, in the native byte order (see the struct module and numpy's type codes); empty where it is
+    not known.
 
     Raises:
         BufferError: it is in another byte order.
@@ -430,7 +431,7 @@ def item_format(obj: Any) -> str:
         return "B"
     if not is_buffer(obj):
         other = exported(obj)
-        return "B" if other is None else other.format
+        return "" if other is None else other.format
     format = memoryview(obj).format
     if format[0] == ">":
         raise BufferError(f"format string {format!r} with non-native byte order")

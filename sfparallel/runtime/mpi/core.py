@@ -310,6 +310,9 @@ class Collecting(RequestCore):
                 return self._end(None)
             except Exception as error:  # a reduction's function may raise anything; it is raised where the result is taken
                 return self._end(error)
+            except BaseException as error:  # Ctrl-C, say: for whoever is here, and the call will not come to its end any more
+                self._end(error)
+                raise
 
     def _end(self, error: BaseException | None) -> bool:
         self._error = error

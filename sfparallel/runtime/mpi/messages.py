@@ -92,7 +92,7 @@ def _memory(buf: Any, kind: Any, readonly: bool) -> tuple[Bytes, TypeCore | None
         return _NOTHING, _type_of(kind)
     if kind is None:
         format = item_format(buf)
-        core = BYTE._core if format == "B" else lookup(format)._core
+        core = lookup(format)._core if format else BYTE._core
     else:
         core = _type_of(kind)
     return byte_array(buf, readonly=readonly), core

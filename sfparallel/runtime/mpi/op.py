@@ -40,7 +40,9 @@ class OpCore(Core):
             return self._combine_by_function(core, left, right)
         dtype = self.require(core)
         if len(right) and self.on_memory is not None:
-            self.on_memory(np.frombuffer(left, dtype), np.frombuffer(right, dtype))
+            # MPI computes as the processor does: what the program wants of numpy (`seterr`, warnings) is not for this.
+            with np.errstate(all="ignore"):
+                self.on_memory(np.frombuffer(left, dtype), np.frombuffer(right, dtype))
         return right
 
     def require(self, core: TypeCore) -> np.dtype[Any]:

@@ -132,11 +132,11 @@ class Receiving(RequestCore):
                 status.Set_error(int(error))
             self.owner.raise_error(error)
         elif not self._taken and not op.cancelled:
-            self._taken = True
             if self.block is None:
                 self._value = pickle.object(op.payload, op.flags)
             elif op.buffer is not None:
                 self.block.put(op.buffer, op.nbytes)
+            self._taken = True  # not before: whoever asks again gets the same error, and not None
         return self._value
 
     def cancel(self) -> None:
