@@ -6,13 +6,13 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from sfparallel.errors import UsageError
 from sfparallel.runtime.collect import Collector, check_patterns
+from sfparallel.runtime.futures import OwnFuture
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.hypervisor import Hello
 from sfparallel.runtime.keywords import bounded, check_keywords, is_time, keywords_checked
@@ -62,7 +62,7 @@ def check_common(timeout: float | None, on_error: str, seed: int | None) -> None
         raise UsageError(f"seed= takes a whole number of at least 0, or None, not {seed!r}")
 
 
-class RegionFuture(Future[T]):
+class RegionFuture(OwnFuture[T]):
     """The result of a region that runs while the program continues. `cancel` kills its clones."""
 
     def __init__(self, region: Region) -> None:

@@ -19,6 +19,7 @@ from sfparallel.errors import Closed, ResultNotPicklable, UsageError
 from sfparallel.runtime.api import collector_for
 from sfparallel.runtime.collect import check_patterns
 from sfparallel.runtime.crew import Crew
+from sfparallel.runtime.futures import OwnFuture
 from sfparallel.runtime.here import HERE
 from sfparallel.runtime.keywords import bounded, is_time, keywords_checked
 from sfparallel.runtime.lowlevel import check_count
@@ -31,7 +32,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class TaskFuture(Future[T]):
+class TaskFuture(OwnFuture[T]):
     """The outcome of one task.
 
     Attributes:
