@@ -122,6 +122,19 @@ def test_an_announcement_of_what_no_memory_holds() -> None:
         Incoming(1, free_bytes() + (1 << 40))
 
 
+def test_results_on_their_way_share_the_memory(link: ParentLink) -> None:
+    """Each of them alone would fit."""
+    nbytes = free_bytes() * 6 // 10
+    socks = [HERE.zmq_context().socket(zmq.DEALER) for _ in range(2)]
+    for sock in socks:
+        sock.setsockopt(zmq.LINGER, 0)
+        CloneLink(sock, RANK, ADDRESS, link.endpoint).send(Kind.PARTS, count=1, nbytes=nbytes)
+    (message,) = heard(link, bool)
+    assert isinstance(message, BadMessage) and "no memory" in message.why
+    for sock in socks:
+        sock.close()
+
+
 def test_a_large_result_over_the_link(link: ParentLink) -> None:
     frames: list[Any] = [b"p", memoryview(os.urandom(5 << 20)), b"", bytes(70_000)]
     sock = HERE.zmq_context().socket(zmq.DEALER)

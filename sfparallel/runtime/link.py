@@ -297,7 +297,8 @@ class ParentLink:
             return None
         if message.kind is Kind.PARTS:
             try:
-                self._incoming[line] = Incoming(message.parts, message.nbytes)
+                promised = sum(each.missing for each in self._incoming.values() if each is not None)
+                self._incoming[line] = Incoming(message.parts, message.nbytes, promised)
             except ProtocolError as error:
                 return BadMessage(rank, error.message)
             return None

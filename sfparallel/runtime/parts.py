@@ -57,18 +57,19 @@ class Incoming:
 
     Args:
         count, nbytes: as they were announced: of its parts.
+        promised: bytes that others may still fill.
 
     Raises:
         ProtocolError: there is no memory for it.
     """
 
-    def __init__(self, count: int, nbytes: int) -> None:
+    def __init__(self, count: int, nbytes: int, promised: int = 0) -> None:
         if not count:
             raise ProtocolError("the announcement of a message without parts")
-        if nbytes > PIECE_BYTES and nbytes > (free := free_bytes()):
+        if nbytes > PIECE_BYTES and nbytes > (free := max(0, _spare_bytes() - promised)):
             raise ProtocolError(f"a result of {nbytes >> 20} MiB, for which there is no memory here ({free >> 20} MiB are free)")
         self.complete = False
-        self._missing = nbytes
+        self.missing = nbytes
         """Bytes of parts that have not come."""
         self.parts: list[memoryview] = []
         self._count = count
@@ -91,21 +92,21 @@ class Incoming:
             if len(self._lengths) < _LENGTH.size * self._count:
                 return
             sizes = [size for size, in _LENGTH.iter_unpack(self._lengths)]
-            if sum(sizes) != self._missing:
-                raise ProtocolError(f"{len(sizes)} parts of a message that have {sum(sizes)} bytes, not {self._missing}")
+            if sum(sizes) != self.missing:
+                raise ProtocolError(f"{len(sizes)} parts of a message that have {sum(sizes)} bytes, not {self.missing}")
             self._sizes = iter(sizes)
             self._next_part()
         while piece:
-            if not self._missing:
+            if not self.missing:
                 raise ProtocolError("more than it had announced")
             part = self.parts[-1]
             count = min(len(part) - self._at, len(piece))
             part[self._at:self._at + count] = piece[:count]
             self._at += count
-            self._missing -= count
+            self.missing -= count
             piece = piece[count:]
             self._next_part()
-        self.complete = not self._missing
+        self.complete = not self.missing
 
     def _next_part(self) -> None:
         """Make room for the next part that has bytes, when the last one is full. Not before: memory is taken as it is filled."""
@@ -125,6 +126,12 @@ def _room(size: int) -> memoryview:
         return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except (OSError, OverflowError, ValueError):
         raise ProtocolError(f"a part of a result of {size >> 20} MiB, for which there is no memory here") from None
+
+
+def _spare_bytes() -> int:
+    """What results may take. The rest is for the program, which goes on with them: if they took all, the kernel would end it."""
+    free = free_bytes()
+    return free - free // 16
 
 
 def free_bytes() -> int:
