@@ -46,7 +46,7 @@ def test_a_thread_of_the_parent_does_not_time_out_in_a_clone(sfrun: Sfrun) -> No
         import threading, time
         import sfparallel as sf
 
-        future = sf.parallel(n=1)(time.sleep).submit(20)
+        future = sf.parallel(n=1)(time.sleep).submit(600)
         waits = threading.Event()
 
         def wait():
