@@ -28,8 +28,9 @@ from sfparallel.vmm.job import GUEST_BOOTSTRAP
 from sfparallel.vmm.machine import Accelerator, MachineSpec
 from sfparallel.vmm.options import Program
 from sfparallel.wire import Frame, FrameParser, FrameType, pack, unpack
+from tests.conftest import HANG_S
 
-PATIENCE_S = 120.0
+PATIENCE_S = HANG_S
 QUIET_S = 0.3
 COMMAND_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/root"}
 

@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator
 
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.wire import Frame, FrameParser, FrameType
+from tests.conftest import HANG_S
 
-PATIENCE_S = 60.0
+PATIENCE_S = HANG_S
 
 
 class HostileGuest:

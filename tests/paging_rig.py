@@ -16,6 +16,7 @@ from sfparallel.vmm import paging
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap, Records
 from sfparallel.vmm.paging import PagingLayer, PagingRefused, PagingStep, ScanMethod
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan
+from tests.conftest import HANG_S
 
 ROOT = Path(__file__).parent.parent
 NATIVE = ROOT / "sfparallel/vmm/native"
@@ -134,7 +135,7 @@ def rig_fixture(program: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[Rig], None]:
     def wrapper(rig: Rig) -> None:
-        asyncio.run(asyncio.wait_for(test(rig), 60))
+        asyncio.run(asyncio.wait_for(test(rig), HANG_S))
 
     wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
     return wrapper

@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PATIENCE_S = 120.0
+from tests.conftest import HANG_S
+
+PATIENCE_S = HANG_S
 
 
 class Screen:

@@ -20,7 +20,7 @@ from benchmarks.fork import plots, tables
 from benchmarks.fork.parts import FULL, PARTS, QUICK, LeftOut, Part
 from benchmarks.fork.results import Point, Results, Spread
 from sfparallel.vmm.regions import MEASURED
-from tests.conftest import descendants
+from tests.conftest import HANG_S, descendants
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"processor": "a processor", "cores": 2, "memory_gib": 24.0, "kernel": "6.1", "qemu": "7.2.22 (Debian)",
@@ -90,7 +90,7 @@ def test_an_end_in_the_middle_leaves_no_vm_and_keeps_what_was_measured(tmp_path:
     while not any(b"-incoming" in _words(pid) or b"-kernel" in _words(pid) for pid in descendants(process.pid)):
         assert process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     if number == signal.SIGINT:
         assert process.returncode == command.EXIT_INTERRUPTED, errors
         assert "--resume" in errors

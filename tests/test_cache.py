@@ -16,7 +16,7 @@ import pytest
 from sfparallel.config import CACHE, cache_folder
 from sfparallel.errors import StateError, UsageError
 from sfparallel.vmm import cache, image, locks
-from tests.conftest import Sfrun
+from tests.conftest import HANG_S, Sfrun
 
 Sf = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -168,7 +168,7 @@ def test_a_job_keeps_what_it_uses(sfrun: Sfrun, sf: Sf, tmp_path: Path, monkeypa
     assert len(lines) == 3 and all(line.startswith("kept ") for line in lines), lines
     refused = sf("image", "rm", "default")
     assert refused.returncode == 70 and "a job uses the image 'default'" in refused.stderr
-    out, err = job.communicate("\n", timeout=120)
+    out, err = job.communicate("\n", timeout=HANG_S)
     assert (job.returncode, out) == (0, "[1, 1]\n"), err
     assert sorted(line.split()[:2] for line in sf("clean", "--all").stdout.splitlines()) == [
         ["removed", "image"], ["removed", "initramfs"], ["removed", "template"]]  # fmt: skip

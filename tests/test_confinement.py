@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import children_of
+from tests.conftest import HANG_S, children_of
 
-HANG_S = 30
 pytestmark = pytest.mark.needs("root")
 
 CONFINED = """

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.conftest import Sfrun, children_of, machines_of
+from tests.conftest import Sfrun, machines_of
 
 vms = pytest.mark.needs("qemu", "image", "root")
 BOTH = [pytest.param((), id="vms", marks=vms), pytest.param(("--local",), id="local")]
@@ -150,7 +150,6 @@ def test_kill_9_of_a_clone_half_way(sfrun: Sfrun) -> None:
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, f"{out}\n{err}"
     assert "again " in out
-    assert not children_of(process.pid)
 
 
 JOBLIB = """

@@ -19,7 +19,7 @@ from sfparallel.errors import UsageError
 from sfparallel.runtime.api import Options
 from sfparallel.text import nearest
 from sfparallel.vmm import command_errors
-from tests.conftest import BIN, Sfrun
+from tests.conftest import BIN, HANG_S, Sfrun
 
 
 def refused(command: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -195,8 +195,10 @@ def test_each_step_is_told_on_demand(sfrun: Sfrun) -> None:
 
 def told(tmp_path: Path, *words: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != LOG.variable}
+    if level:
+        environment[LOG.variable] = level
     return subprocess.run([BIN / "sfrun", "--local", *words, "-c", "import os; print(os.environ.get('SF_LOG'))"], cwd=tmp_path,
-                          env=environment | ({LOG.variable: level} if level else {}), capture_output=True, text=True, timeout=60)
+                          env=environment, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_quiet_and_levels(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.conftest import Sfrun
+from tests.conftest import HANG_S, Sfrun
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -201,7 +201,7 @@ def test_the_parents_clock_keeps_up_with_the_hosts(sfrun: Sfrun) -> None:
         ask("fork")
         if i >= 5:
             late.append(look())
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_S)
     stood_still = [each.monotonic - begin.monotonic for each in late]
     print(f"the parent stood still for {stood_still} s; its time of day is behind by {[each.time_of_day for each in late]} s")
     assert any(abs(each.time_of_day) < still / 2 for each, still in zip(late, stood_still, strict=True)), (begin, late)

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import Sfrun, command_of, descendants
+from tests.conftest import HANG_S, Sfrun, command_of, descendants
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -53,8 +53,7 @@ def test_forks_while_others_read_host_files(sfrun: Sfrun) -> None:
             whole = [line.split()[0] for line in file.read().splitlines() if line.endswith("-")]
         print(*(sums | set(whole)))
         os.remove("sums")
-        """,
-        timeout=240,
+        """
     ).ok()
     assert ended.out.split() == [hashlib.sha256(data).hexdigest()]
 
@@ -91,8 +90,7 @@ stuck.kill()
 os.close(server)
 stuck.wait()
 print(sf.parallel(lambda: sf.comm().rank, n=2)())
-""",
-        timeout=280,
+"""
     ).ok()  # fmt: skip
     lines = [line for line in ended.out.splitlines() if not line.startswith("  hint:")]
     assert [line.split(":")[0] for line in lines] == ["not forked", "not kept", "[0, 1]"]
@@ -125,8 +123,7 @@ def test_a_guest_that_does_not_come_to_rest_holds_no_other_vm(sfrun: Sfrun) -> N
             STUCK = file.read()
         (stuck, late), (forked, early) = sf.parallel(clone, n=2)()
         print(stuck, forked, early < late)
-        """,
-        timeout=240,
+        """
     ).ok()
     assert ended.out.split() == ["stuck", "[0]", "True"]
 
@@ -172,7 +169,7 @@ def test_a_process_that_dies_while_it_waits_for_clones_gets_none(sfrun: Sfrun, a
     process.stdin.flush()
     assert process.stdout.readline() == "killed\n"
     os.kill(launcher, signal.SIGCONT)
-    out, err = process.communicate("go on\n", timeout=100)
+    out, err = process.communicate("go on\n", timeout=HANG_S)
     assert (process.returncode, out) == (0, "end\n"), err
 
 
@@ -188,8 +185,7 @@ def test_forks_beside_a_process_that_prints_without_end(sfrun: Sfrun) -> None:
         yes.kill()
         yes.wait()
         print("end")
-        """,
-        timeout=240,
+        """
     ).ok()  # fmt: skip
     assert set(ended.out.splitlines()) <= {"y", "[0] y", "[1] y", "[0] ", "[1] ", "end"}
     assert ended.out.endswith("end\n")
@@ -231,7 +227,7 @@ def test_a_time_limit_holds_while_the_fork_waits_for_qemu(sfrun: Sfrun) -> None:
     # Not when the supervisor gives the launcher up (launcher.LIMIT_S), which is another error.
     assert process.stdout.readline() == "parallel_imap took longer than 2 s; no clone was made\n"
     os.kill(launcher, signal.SIGCONT)
-    out, err = process.communicate("go on\n", timeout=100)
+    out, err = process.communicate("go on\n", timeout=HANG_S)
     assert (process.returncode, out) == (0, "[0, 1] 5 6\n"), err
 
 
@@ -246,8 +242,7 @@ stuck.kill()
 os.close(server)
 stuck.wait()
 print(sf.parallel(lambda: sf.comm().rank, n=2)())
-""",
-        timeout=280,
+"""
     ).ok()  # fmt: skip
     assert ended.out.splitlines() == ["missing [0, 1]", "[0, 1]"]
 
@@ -304,7 +299,6 @@ def run(held, program, began):
         else:
             print(sf.join(mine), flush=True)
         os.killpg(0, signal.SIGKILL)
-        """,
-        timeout=280,
+        """
     )
     assert ended.out == ("[True]\n" if order == "before" else "{1: 7}\n"), ended.err

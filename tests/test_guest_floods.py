@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sfrun, children_of
+from tests.conftest import HANG_S, Sfrun, job_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -66,9 +66,8 @@ def test_floods_cost_the_flooding_clone_only(sfrun: Sfrun) -> None:
     assert process.stdout and process.stdin
     told = [process.stdout.readline().strip() for _ in range(4)]
     assert all(told), process.communicate()[1]
-    (supervisor,) = children_of(process.pid)
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{supervisor}/status").read_text())
-    _, err = process.communicate("\n", timeout=60)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{job_of(process.pid)}/status").read_text())
+    _, err = process.communicate("\n", timeout=HANG_S)
     assert process.returncode == 0, err
     assert "does not read the answers" in told[0] and told[1] == "still there" and "ACPI_DEVICE_OST" in told[2], told
     assert told[3] == "[0, 1]"

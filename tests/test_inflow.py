@@ -25,6 +25,7 @@ from sfparallel.runtime.here import HERE
 from sfparallel.runtime.inflow import MOST_UNREAD_BYTES
 from sfparallel.runtime.link import UNREAD, CloneLink, ParentLink, set_up_dealer
 from sfparallel.runtime.parts import PIECE_BYTES, Incoming, free_bytes, pieces
+from tests.conftest import HANG_S
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 from tests.test_clone_messages import ADDRESS, GREETING_3, RANK, dealer, good_from_rank_0, raw
@@ -70,7 +71,7 @@ def unlimited(link: ParentLink, source: str) -> zmq.Socket[bytes]:
 
 
 def heard(link: ParentLink, until: Callable[[list[Message | BadMessage]], bool],
-          limit_s: float = 60) -> list[Message | BadMessage]:
+          limit_s: float = HANG_S) -> list[Message | BadMessage]:
     """As a region hears it."""
     poller = zmq.Poller()
     link.watch(poller)
@@ -204,7 +205,7 @@ def test_what_never_becomes_a_message(link: ParentLink, way: str, source: str) -
         shake_hands(sock)
         sock.sendall(b"\x02" + struct.pack(">Q", 1 << 40) if "TiB" in way else b"")
         sock.setblocking(False)
-        sent, cut, end, data = 0, False, time.monotonic() + 60, ENDLESS[way]
+        sent, cut, end, data = 0, False, time.monotonic() + HANG_S, ENDLESS[way]
         rest = memoryview(data)
         while not cut and time.monotonic() < end:
             try:
@@ -302,7 +303,7 @@ def fill_the_parent() -> None:
 
 @pytest.mark.parametrize("way", ["no last frame", "pieces without end"])
 def test_a_region_loses_who_fills_the_parent(double: Doubles, way: str) -> None:
-    @sf.parallel(n=8, on_error="return", timeout=60)
+    @sf.parallel(n=8, on_error="return", timeout=200)
     def work() -> Any:
         rank = sf.comm().rank
         if rank == BAD:

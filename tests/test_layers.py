@@ -243,9 +243,9 @@ def test_a_million_pages_are_quick() -> None:
     writes = {page: page & 1 for start in range(0, 1 << 20, 200) for page in range(start, start + generator.randrange(1, 50))}
     runs = runs_of(writes)
     base = MemoryMap(np.ones(1 << 20, dtype=np.uint16))
-    started = time.perf_counter()
+    started = time.process_time()
     memory_map = base.apply(runs, 2)
     memory_map.filled().extents()
     MemoryMap.decode(memory_map.encode())
     memory_map.flatten(3)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Sfrun, children_of, job_of, left_overs, machines_of, wait_for_nothing_new
+from tests.conftest import HANG_S, Sfrun, children_of, job_of, left_overs, machines_of, wait_for_nothing_new
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -46,7 +46,7 @@ def test_kill_9_of_a_process_between_sfrun_and_the_vms(sfrun: Sfrun, whom: str) 
     assert process.stdout and process.stdout.readline() == "up\n"
     (init,) = children_of(process.pid)
     os.kill(init if whom == "init" else job_of(process.pid), signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + signal.SIGKILL
     assert not wait_for_nothing_new(before)
 
@@ -72,7 +72,7 @@ def test_fifty_forks_stay_flat(sfrun: Sfrun) -> None:
         seen.append(_settled(process.pid))
         process.stdin.write("\n")
         process.stdin.flush()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 0
     (files, memory, vms), (later_files, later_memory, later_vms) = seen
     assert later_files <= files + 2
@@ -84,7 +84,7 @@ def _settled(pid: int) -> tuple[int, int, int]:
     """Open files, private memory and QEMUs of a supervisor whose pool is full again and whose clones are gone."""
     last = None
     supervisor = job_of(pid)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         vms = len(machines_of(pid))
         now = (len(os.listdir(f"/proc/{supervisor}/fd")), vms)
@@ -103,6 +103,6 @@ def test_signals_end_the_job_cleanly(sfrun: Sfrun, number: signal.Signals) -> No
     process = sfrun.start(FORKS)
     assert process.stdout and process.stdout.readline() == "up\n"
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + number
     assert not wait_for_nothing_new(before)

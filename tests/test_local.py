@@ -16,7 +16,7 @@ import pytest
 
 from sfparallel.runtime.local import _Cradle
 from sfparallel.vmm import processes
-from tests.conftest import BIN, Ended, Sfrun, children_of
+from tests.conftest import BIN, HANG_S, Ended, Sfrun, children_of
 
 NOTICE = "sfrun --local: clones are processes of this host; nothing is isolated, and files are written directly\n"
 GONE_WITHIN_S = 30
@@ -29,7 +29,7 @@ def local(sfrun: Sfrun) -> Local:
     """`sfrun --local`; the line that says what it is is taken off stderr."""
 
     def run(program: str, *options: str, args: tuple[str, ...] = (), stdin: str | None = None) -> Ended:
-        ended = sfrun(program, "--local", *options, args=args, stdin=stdin, timeout=120)
+        ended = sfrun(program, "--local", *options, args=args, stdin=stdin)
         assert ended.err.startswith(NOTICE)
         ended.err = ended.err.removeprefix(NOTICE)
         return ended
@@ -149,7 +149,7 @@ def test_kill_9_of_a_clone_from_outside_is_reported_at_once(sfrun: Sfrun) -> Non
     assert process.stdout
     pids = [int(process.stdout.readline()) for _ in range(2)]
     os.kill(pids[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert (out, process.returncode) == ("lost its process was killed by signal 9 (Killed)\n", 0), err
 
 
@@ -220,7 +220,7 @@ def test_streams_arguments_environment_and_exit_codes(local: Local) -> None:
 
 
 def _run(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(BIN / "sfrun"), "--local", *words], capture_output=True, text=True, timeout=120,
+    return subprocess.run([str(BIN / "sfrun"), "--local", *words], capture_output=True, text=True, timeout=HANG_S,
                           env={**os.environ, **settings})  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_a_clone_whose_parent_is_gone_ends_quietly(capfd: pytest.CaptureFixture[
 def test_it_needs_no_privilege_and_no_qemu() -> None:
     words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
     program = "import sfparallel as sf; print(sf.parallel(lambda: sf.comm().rank, n=2)())"
-    ended = subprocess.run([*words, str(BIN / "sfrun"), "--local", "-c", program], capture_output=True, text=True, timeout=120,
+    ended = subprocess.run([*words, str(BIN / "sfrun"), "--local", "-c", program], capture_output=True, text=True, timeout=HANG_S,
                            env={"PATH": "/usr/bin:/bin"})  # fmt: skip
     assert (ended.stdout, ended.returncode) == ("[0, 1]\n", 0), ended.stderr
 
@@ -323,7 +323,7 @@ def test_ctrl_c(family: Family) -> None:
     process, _, pidfds = family
     process.send_signal(signal.SIGINT)
     _assert_gone(pidfds)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=HANG_S) == 130
     assert process.stderr and "KeyboardInterrupt" in process.stderr.read()
 
 
@@ -338,14 +338,14 @@ def test_kill_9_of_the_supervisor(family: Family) -> None:
     (supervisor,) = children_of(process.pid)
     os.kill(supervisor, signal.SIGKILL)
     _assert_gone(pidfds)
-    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    assert process.wait(timeout=HANG_S) == 128 + signal.SIGKILL
 
 
 def test_kill_9_of_the_program(family: Family) -> None:
     process, program, pidfds = family
     os.kill(program, signal.SIGKILL)
     _assert_gone(pidfds)
-    assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    assert process.wait(timeout=HANG_S) == 128 + signal.SIGKILL
 
 
 def test_a_clone_takes_with_it_what_it_started(sfrun: Sfrun) -> None:
@@ -382,7 +382,7 @@ def test_a_clone_takes_with_it_what_it_started(sfrun: Sfrun) -> None:
     for pidfd in pidfds:
         os.close(pidfd)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=HANG_S) == 128 + signal.SIGTERM
 
 
 def test_a_thread_that_ends_does_not_take_its_clones_along(local: Local) -> None:
@@ -425,7 +425,7 @@ def test_end_descendants_reaches_all_generations() -> None:
         os._exit(0)
         """
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S)
     assert "none is left" in ended.stdout, ended.stderr
 
 

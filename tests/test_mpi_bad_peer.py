@@ -22,6 +22,7 @@ from sfparallel.runtime.mpi.operations import SYNC
 from sfparallel.runtime.mpi.pickling import PARTS, pickle
 from sfparallel.runtime.mpi.transport import BYE, HELLO, MOST_CALLS
 from sfparallel.runtime.region import free_port
+from tests.conftest import HANG_S
 
 ADDRESSES = [f"127.3.0.{rank}" for rank in range(1, 4)]
 ME, GOOD, BAD = range(3)
@@ -56,7 +57,7 @@ class Rig:
         self.transport = transport
         self.until(lambda: transport.knows(GOOD) and transport.knows(BAD))
 
-    def until(self, condition: Callable[[], bool], limit_s: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], limit_s: float = HANG_S) -> None:
         end = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < end, "what was waited for has not come"

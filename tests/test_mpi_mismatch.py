@@ -78,7 +78,7 @@ def test_counts_that_differ_among_ranks_are_errors(double: Doubles) -> None:
                 call(sf.comm(), mine, theirs)
 
             try:
-                sf.parallel(work, n=3, timeout=20)()
+                sf.parallel(work, n=3, timeout=60)()
             except MPI.Exception as error:
                 if error.Get_error_class() == MPI.ERR_TRUNCATE:
                     continue
@@ -116,7 +116,7 @@ def test_alike_counts_are_right(double: Doubles) -> None:
         sf.comm().Bcast(data, 1)
         return [bool((data == array(LARGE)).all())]
 
-    assert sf.parallel(work, n=3, timeout=100)() == [[True]] * 3
+    assert sf.parallel(work, n=3, timeout=300)() == [[True]] * 3
 
 
 def test_what_comes_from_nobody(double: Doubles) -> None:

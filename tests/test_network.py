@@ -292,9 +292,9 @@ class TestPorts:
 
     def test_64_ports(self) -> None:
         with CloneNetwork(vnet_header=False) as network:
-            start = time.perf_counter()
+            start = time.process_time()
             ports = network.add_ports(range(64))
-            took = time.perf_counter() - start
+            took = time.process_time() - start  # the kernel in its system calls
             assert [port.address for port in ports] == [addresses.address_of(number) for number in range(64)]
             for port, following in zip(ports, [*ports[1:], ports[0]], strict=True):
                 os.write(port.tap_fd, udp(port, following))

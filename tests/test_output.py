@@ -11,7 +11,7 @@ import time
 import pytest
 
 from sfparallel.vmm.processes import cpu_seconds
-from tests.conftest import BIN, Sfrun, job_of
+from tests.conftest import BIN, HANG_S, Sfrun, job_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -47,7 +47,7 @@ def _wait_until_idle(process: subprocess.Popen[str]) -> None:
     """Until the supervisor has used no processor time for a second: it takes no more output."""
     supervisor = job_of(process.pid)
     used, since = -1.0, time.monotonic()
-    deadline = since + 60
+    deadline = since + HANG_S
     while time.monotonic() < since + 1:
         if (now := cpu_seconds(supervisor)) != used:
             used, since = now, time.monotonic()
@@ -73,12 +73,12 @@ def test_signals_end_a_job_whose_reader_stalls(sfrun: Sfrun, number: signal.Sign
         while "KeyboardInterrupt" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(number)
-    assert process.wait(timeout=20) == 128 + number
+    assert process.wait(timeout=HANG_S) == 128 + number
 
 
 def test_timeout_ends_a_job_whose_reader_stalls(sfrun: Sfrun) -> None:
-    process = _stalled(sfrun, ENDLESS, "--timeout", "30")
-    assert process.wait(timeout=60) == 124
+    process = sfrun.start(ENDLESS, "--timeout", "30")  # by then nobody has read for long
+    assert process.wait(timeout=HANG_S) == 124
     assert process.stderr and "--timeout" in process.stderr.read()
 
 
@@ -88,7 +88,7 @@ def test_a_stalled_reader_does_not_stall_a_clone_that_prints_nothing(sfrun: Sfru
         import os, sys
         import sfparallel as sf
 
-        @sf.parallel(n=2, timeout=120, on_error="return")
+        @sf.parallel(n=2, timeout=300, on_error="return")
         def work():
             if sf.comm().rank == 0:
                 while True:
@@ -103,7 +103,7 @@ def test_a_stalled_reader_does_not_stall_a_clone_that_prints_nothing(sfrun: Sfru
     assert process.stderr and process.stderr.readline() == "silent one has ended\n"
     _wait_until_idle(process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert process.wait(timeout=HANG_S) == 128 + signal.SIGTERM
 
 
 def test_forks_while_output_is_held(sfrun: Sfrun) -> None:
@@ -148,7 +148,7 @@ def test_order_is_kept_where_both_streams_are_one_pipe(sfrun: Sfrun) -> None:
         """
     )
     ended = subprocess.run([str(BIN / "sfrun"), str(script)], cwd=sfrun.folder, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, timeout=120)  # fmt: skip
+                           stderr=subprocess.STDOUT, text=True, timeout=HANG_S)  # fmt: skip
     assert ended.stdout.split() == [str(i) for i in range(20)]
 
 
@@ -158,7 +158,7 @@ def test_who_prints_to_a_reader_that_has_gone_gets_an_error(sfrun: Sfrun, option
     assert process.stdout and process.stdout.readline() == "x" * 65535 + "\n"
     process.stdout.close()
     assert process.stderr and "BrokenPipeError" in process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=HANG_S) == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--local",)], ids=["vm", "local"])
@@ -181,7 +181,7 @@ def test_a_rank_that_prints_to_a_reader_that_has_gone_gets_an_error(sfrun: Sfrun
     )  # fmt: skip
     assert process.stdout and process.stdout.readline() == "x" * 1000 + "\n"
     process.stdout.close()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, err
     assert "raised in rank" in (sfrun.folder / "note.txt").read_text()
 
@@ -190,7 +190,7 @@ def test_a_program_that_prints_no_more_outlives_its_reader(sfrun: Sfrun) -> None
     process = sfrun.start("import os; print('one line', flush=True); input(); open('done', 'w')", stdin=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == "one line\n"
     process.stdout.close()
-    process.communicate("\n", timeout=60)
+    process.communicate("\n", timeout=HANG_S)
     assert process.returncode == 0 and (sfrun.folder / "done").exists()
 
 
@@ -199,6 +199,6 @@ def test_output_that_cannot_be_written_ends_the_job(sfrun: Sfrun, program: str) 
     script = sfrun.write(program)
     with open("/dev/full", "w") as full:
         command = [str(BIN / "sfrun"), str(script)]
-        ended = subprocess.run(command, cwd=sfrun.folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        ended = subprocess.run(command, cwd=sfrun.folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANG_S)
     assert ended.returncode == 74
     assert "No space left" in ended.stderr

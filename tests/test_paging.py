@@ -30,6 +30,7 @@ from sfparallel.vmm.layers import (
 )
 from sfparallel.vmm.paging import PagingLayer, PagingStep, ScanMethod
 from sfparallel.vmm.plans import CommitMode, MapPlan
+from tests.conftest import HANG_S
 from tests.paging_rig import (
     BYTES,
     PAGES,
@@ -297,7 +298,7 @@ def test_full_file_system_leaves_memory_intact(rig: Rig, tmp_path: Path) -> None
             assert result.stored_pages == 12 and stored_pages(file.fileno()) == 12
             assert guest.show(0, 21) == [*[1] * 12, *[0] * 9]
             guest.layer.close()
-            guest.process.wait(10)
+            guest.process.wait(HANG_S)
 
     asyncio.run(scenario())
 
@@ -502,7 +503,7 @@ async def test_end_of_connection_ends_the_process(rig: Rig) -> None:
     await guest.layer.hello()
     guest.layer.close()
     guest.layer.close()
-    assert guest.process.wait(10) == 0
+    assert guest.process.wait(HANG_S) == 0
     with pytest.raises(Closed):
         await guest.layer.hello()
 
@@ -511,7 +512,7 @@ async def test_end_of_connection_ends_the_process(rig: Rig) -> None:
 async def test_end_of_the_process_is_reported(rig: Rig) -> None:
     guest = rig.guest()
     guest.process.kill()
-    guest.process.wait(10)
+    guest.process.wait(HANG_S)
     with pytest.raises(PagingError, match="ended"):
         await guest.layer.hello()
 
@@ -528,7 +529,7 @@ def test_listening_library_accepts_one_peer(rig: Rig, tmp_path: Path) -> None:
         with pytest.raises(PagingError, match="no paging layer"):
             await PagingLayer.connect(path, "guest")
         layer.close()
-        assert process.wait(10) == 0
+        assert process.wait(HANG_S) == 0
 
     asyncio.run(scenario())
 
@@ -561,12 +562,12 @@ def test_listening_library_turns_other_users_away(rig: Rig) -> None:
         ended = subprocess.run([sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
         assert ended.stdout == "b''\n"
         asyncio.run(meet(path))
-        assert process.wait(10) == 0
+        assert process.wait(HANG_S) == 0
 
 
 def test_listening_library_gives_up(rig: Rig, tmp_path: Path) -> None:
     process = rig.spawn({"SFPAGE_PATH": str(tmp_path / "page"), "SFPAGE_WAIT_MS": "50"})
-    assert process.wait(10) == 119
+    assert process.wait(HANG_S) == 119
     assert not (tmp_path / "page").exists()
 
 
@@ -574,7 +575,7 @@ def test_listening_library_gives_up(rig: Rig, tmp_path: Path) -> None:
     {"SFPAGE_FD": "77"}, {"SFPAGE_FD": "x"}, {"SFPAGE_FD": "0"}, {"SFPAGE_PATH": "/" + "x" * 200}, {"SFPAGE_PATH": "/none/page"},
 ], ids=str)
 def test_unusable_connection_ends_the_process(rig: Rig, variables: dict[str, str]) -> None:
-    assert rig.spawn(variables).wait(10) == 119
+    assert rig.spawn(variables).wait(HANG_S) == 119
 
 
 def test_plan_wants_all_layers() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sfparallel.vmm.layers import PAGE_BYTES, STORED, ZERO, MemoryMap
 from sfparallel.vmm.paging import PagingRefused, PagingStep, ScanMethod
 from sfparallel.vmm.plans import CommitMode, CommitPlan
+from tests.conftest import HANG_S
 from tests.paging_rig import (
     BYTES,
     PAGES,
@@ -199,7 +200,7 @@ def test_without_room_the_commit_decides(rig: Rig, tmp_path: Path) -> None:
                 assert (await guest.carry_out(plan)).stored_pages == 30
             assert guest.show() == [*[1] * 30, *[0] * 34] and stored_pages(file.fileno()) == 30
             guest.layer.close()
-            guest.process.wait(10)
+            guest.process.wait(HANG_S)
 
     asyncio.run(scenario())
 
@@ -269,5 +270,5 @@ def test_against_an_array(program: Path, scan: ScanMethod, rounds: list[Round]) 
 
     with ExitStack() as stack:
         rig = Rig(program, scan, stack)
-        asyncio.run(asyncio.wait_for(scenario(rig), 60))
+        asyncio.run(asyncio.wait_for(scenario(rig), HANG_S))
         rig.check_stderr()

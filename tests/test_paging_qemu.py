@@ -20,6 +20,7 @@ from sfparallel.vmm import native_parts, paging
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.paging import PagingLayer
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan
+from tests.conftest import HANG_S
 from tests.paging_rig import ROOT
 from tests.paging_rig import program_fixture as program_fixture
 
@@ -51,7 +52,7 @@ async def qmp(process: asyncio.subprocess.Process, command: bytes | None) -> byt
     assert process.stdin and process.stdout
     if command:
         process.stdin.write(command + b"\n")
-    return await asyncio.wait_for(process.stdout.readline(), 30)
+    return await asyncio.wait_for(process.stdout.readline(), HANG_S)
 
 
 def code_bytes(process: asyncio.subprocess.Process) -> int:
@@ -98,7 +99,7 @@ def test_qemu_with_its_sandbox(program: Path, way: str, tmp_path: Path) -> None:
         async with asynccontextmanager(start)() as (process, layer):
             await check_qemu(process, layer)
             layer.close()
-            assert await asyncio.wait_for(process.wait(), 10) == 0
+            assert await asyncio.wait_for(process.wait(), HANG_S) == 0
 
     async def start() -> AsyncIterator[tuple[asyncio.subprocess.Process, PagingLayer]]:
         if way == "inherited":

@@ -20,6 +20,7 @@ from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.plans import MapPlan
 from sfparallel.vmm.pool import ImageAhead, Pool
 from sfparallel.vmm.vm import Vm, VmState
+from tests.conftest import HANG_S
 
 PAGES = 8
 
@@ -110,7 +111,7 @@ def test_scattered_image_is_not_mapped_ahead() -> None:
         for memory, mapped in ((MemoryMap(scattered), []), (image_of(number), [[number]]), (MemoryMap(scattered), [[number]])):
             rig.pool.follow(memory)
             rig.pool.aim(1)
-            await asyncio.wait_for(rig.pool.wait_full(), 10)
+            await asyncio.wait_for(rig.pool.wait_full(), HANG_S)
             assert [shell.maps for shell in rig.shells] == [mapped]
         rig.pool.close()
 
@@ -173,7 +174,7 @@ def test_pool_gives_up_where_no_shell_can_be_had() -> None:
         rig.errors = itertools.repeat(ERRORS[0])
         rig.pool.follow(image_of(rig.layer()))
         rig.pool.aim(1)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             await rig.pool.wait_full()
         assert len(rig.shells) == 3 and not len(rig.pool)
         rig.pool.close()
@@ -249,7 +250,7 @@ def test_shell_that_ends_before_it_is_mapped_or_meanwhile_is_left_out(steps: int
             await asyncio.sleep(0)
         rig.shells[0].kill()
         rig.pool.discard(cast(Vm, rig.shells[0]))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             for _ in range(2):  # the first may end with what has befallen the shell
                 await rig.pool.wait_full()
         assert len(rig.pool) == 1 and rig.shells[1].maps

@@ -14,6 +14,7 @@ import pytest
 
 from sfparallel.errors import QmpError
 from sfparallel.vmm.qmp import Qmp
+from tests.conftest import HANG_S
 
 pytestmark = pytest.mark.needs("qemu")
 
@@ -28,7 +29,7 @@ async def monitored() -> AsyncIterator[tuple[subprocess.Popen[bytes], Qmp]]:
     theirs.close()
     qmp = Qmp(ours, "test")
     try:
-        await asyncio.wait_for(qmp.negotiate(), 60)
+        await asyncio.wait_for(qmp.negotiate(), HANG_S)
         yield process, qmp
     finally:
         qmp.close()
@@ -52,7 +53,7 @@ def test_commands_wait_for_a_monitor_that_does_not_read() -> None:
                 os.close(file)
             assert qmp._unsent, "the socket was not filled"
             os.kill(process.pid, signal.SIGCONT)
-            await asyncio.wait_for(asyncio.gather(*replies), 60)
+            await asyncio.wait_for(asyncio.gather(*replies), HANG_S)
             links = os.listdir(f"/proc/{process.pid}/fd")
             names = {os.readlink(f"/proc/{process.pid}/fd/{link}") for link in links}
             assert {f"/memfd:file {number} (deleted)" for number in range(0, 3000, 10)} <= names
@@ -67,7 +68,7 @@ def test_commands_that_wait_fail_when_the_monitor_is_gone() -> None:
             replies = [qmp.send("query-name") for _ in range(20_000)]
             assert qmp._unsent
             process.kill()
-            for result in await asyncio.wait_for(asyncio.gather(*replies, return_exceptions=True), 60):
+            for result in await asyncio.wait_for(asyncio.gather(*replies, return_exceptions=True), HANG_S):
                 assert isinstance(result, QmpError)
 
     asyncio.run(scenario())

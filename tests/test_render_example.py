@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.conftest import BIN
+from tests.conftest import BIN, HANG_S
 
 EXAMPLE = Path(__file__).parents[1] / "examples/render/render.py"
 
@@ -83,7 +83,7 @@ def test_clones_render_the_pixels_of_a_serial_run(tmp_path: Path) -> None:
         with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as screen:
             while piece := screen.read(1 << 16):
                 seen.write(piece)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANG_S)
     shown = (tmp_path / "terminal").read_text()
     assert process.returncode == 0, shown
     assert "All pixels are those of the serial run." in out

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import BIN, Sfrun
+from tests.conftest import BIN, HANG_S, Sfrun
 
 pytestmark = pytest.mark.needs("qemu", "image", "root")
 
@@ -115,7 +115,7 @@ def test_module_and_command(sfrun: Sfrun) -> None:
         (["-m", "mod", "-x", "1"], "module ['-x', '1'] __main__"),
         (["--env", "A=b", "-c", "import os, sys; print(os.environ['A'], sys.argv)", "-n"], "b ['-c', '-n']"),
     ):
-        ended = subprocess.run([str(BIN / "sfrun"), *words], cwd=sfrun.folder, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run([str(BIN / "sfrun"), *words], cwd=sfrun.folder, capture_output=True, text=True, timeout=HANG_S)
         assert (ended.returncode, ended.stdout.strip()) == (0, expected), ended.stderr
 
 
@@ -177,9 +177,9 @@ def test_forwarded_port_reaches_the_parent(sfrun: Sfrun) -> None:
         "--forward", f"{port}:8000",
     )  # fmt: skip
     assert process.stdout and process.stdout.readline() == "serving\n"
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/program.py", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/program.py", timeout=HANG_S) as answer:
         assert b"handle_request" in answer.read()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_S)
     assert process.returncode == 0
 
 
@@ -200,28 +200,28 @@ def test_names_of_any_bytes(tmp_path: Path, options: tuple[str, ...]) -> None:
         "open(sys.argv[1], 'w').write('written')\n"
     )
     command = [str(BIN / "sfrun"), *options, "--env", f"A={odd}", odd, f"new {odd}"]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG_S)
     assert (ended.returncode, ended.stdout.strip()) == (0, ascii([odd, odd, f"new {odd}", odd])), ended.stderr
     assert (folder / f"new {odd}").read_text() == "written"
 
 
 def test_a_current_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
     command = f'rmdir "$PWD"; exec "{BIN / "sfrun"}" -c "print(1)"'
-    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 2 and "hint" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_current_folder_of_the_system_is_refused() -> None:
-    ended = subprocess.run([str(BIN / "sfrun"), "-c", "print(1)"], cwd="/", capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([str(BIN / "sfrun"), "-c", "print(1)"], cwd="/", capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 2 and "project" in ended.stderr
 
 
 def test_jobs_are_listed_while_they_run(sfrun: Sfrun) -> None:
     process = sfrun.start("print('up', flush=True); input()", stdin=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == "up\n"
-    listed = subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, text=True, timeout=60).stdout
+    listed = subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, text=True, timeout=HANG_S).stdout
     assert str(process.pid) in listed and "program.py" in listed
-    process.communicate("\n", timeout=60)
-    deadline = time.monotonic() + 5
-    while str(process.pid) in subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, text=True, timeout=60).stdout:
+    process.communicate("\n", timeout=HANG_S)
+    deadline = time.monotonic() + HANG_S
+    while str(process.pid) in subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, text=True, timeout=HANG_S).stdout:
         assert time.monotonic() < deadline

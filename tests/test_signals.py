@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import BIN, Sfrun
+from tests.conftest import BIN, HANG_S, Sfrun
 
-HANG_S = 120
 VM = pytest.param((), id="vm", marks=pytest.mark.needs("qemu", "image", "root"))
 LOCAL = pytest.param(("--local",), id="local")
 BOTH = pytest.mark.parametrize("options", [LOCAL, VM])

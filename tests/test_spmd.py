@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sfparallel.vmm.rank_files import RankFiles
-from tests.conftest import BIN, Ended, Sfrun, children_of, machines_of
+from tests.conftest import BIN, HANG_S, Ended, Sfrun, machines_of
 
 in_vms = pytest.mark.needs("qemu", "image", "root")
 
@@ -26,7 +26,7 @@ def local(sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch) -> Spmd:
     monkeypatch.setenv("SF_LOG", "error")
 
     def run(program: str, *options: str, args: tuple[str, ...] = (), stdin: str | None = None) -> Ended:
-        return sfrun(program, "--local", "--spmd", *options, args=args, stdin=stdin, timeout=120)
+        return sfrun(program, "--local", "--spmd", *options, args=args, stdin=stdin)
 
     return run
 
@@ -173,7 +173,7 @@ def test_ctrl_c_interrupts_every_rank(sfrun: Sfrun, monkeypatch: pytest.MonkeyPa
     assert process.stdout
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
     assert sorted(out.splitlines()) == ["[0] tidied up", "[1] tidied up"]
     assert err.count("KeyboardInterrupt") == 1 and err.startswith("[0] Traceback"), "one traceback will do"
@@ -437,7 +437,6 @@ def test_kill_9_of_a_ranks_qemu_ends_the_job(sfrun: Sfrun) -> None:
     assert process.stdout
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] alive\n", "[1] alive\n"]
     os.kill(machines_of(process.pid)[1], signal.SIGKILL)  # after the parent come the clones; the pool has others by now
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 70
     assert re.search(r"sfrun: rank [01] was lost: .*SIGKILL.*; the other ranks were ended", err), err
-    assert not children_of(process.pid)

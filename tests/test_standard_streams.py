@@ -16,7 +16,7 @@ import pytest
 from sfparallel.errors import SfError
 from sfparallel.text import in_one_line, printable
 from sfparallel.vmm.exits import EXIT_PARENT_LOST
-from tests.conftest import BIN, Sfrun
+from tests.conftest import BIN, HANG_S, Sfrun
 
 REPORT = """
     import json, os, sys
@@ -44,7 +44,7 @@ def _run_closed(sfrun: Sfrun, closed: tuple[int, ...], *words: str) -> subproces
     """Run a command by a shell that closes these descriptors first."""
     redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
     with open(sfrun.folder / "streams", "wb") as streams:
-        return subprocess.run(["bash", "-c", f'exec "$@" {redirections}', "-", *words], cwd=sfrun.folder, timeout=300,
+        return subprocess.run(["bash", "-c", f'exec "$@" {redirections}', "-", *words], cwd=sfrun.folder, timeout=HANG_S,
                               check=False, stdin=subprocess.DEVNULL, stdout=streams, stderr=streams)  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_a_remote_traceback_is_escaped_and_output_is_not(sfrun: Sfrun) -> None:
         fail()
         """
     )
-    ended = subprocess.run([str(BIN / "sfrun"), "--local", path], cwd=sfrun.folder, capture_output=True, timeout=60, check=False)
+    ended = subprocess.run([BIN / "sfrun", "--local", path], cwd=sfrun.folder, capture_output=True, timeout=HANG_S, check=False)
     assert ended.returncode == 1
     assert _obeyed(ended.stderr) == []
     assert rb"\x1b[2J\rfake" in ended.stderr
@@ -151,7 +151,7 @@ def test_a_console_is_escaped(sfrun: Sfrun) -> None:
             trigger.write("c")
         """
     )
-    ended = subprocess.run([str(BIN / "sfrun"), str(path)], cwd=sfrun.folder, capture_output=True, timeout=300, check=False)
+    ended = subprocess.run([str(BIN / "sfrun"), str(path)], cwd=sfrun.folder, capture_output=True, timeout=HANG_S, check=False)
     assert ended.returncode == EXIT_PARENT_LOST
     assert b"on the console" in ended.stderr
     assert _obeyed(ended.stderr) == []
@@ -174,7 +174,7 @@ def test_a_program_s_name_is_escaped_in_the_list_of_jobs(tmp_path: Path) -> None
     with subprocess.Popen([sys.executable, "-c", server], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout and process.stdout.readline() == b"up\n"
-            ended = subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, check=True, timeout=60)
+            ended = subprocess.run([str(BIN / "sf"), "ps"], capture_output=True, check=True, timeout=HANG_S)
         finally:
             process.kill()
     assert rb"bad\x1b]0;title" in ended.stdout
@@ -184,7 +184,7 @@ def test_a_program_s_name_is_escaped_in_the_list_of_jobs(tmp_path: Path) -> None
 @pytest.mark.parametrize("words", [["sfrun", "no_such.py"], ["sf", "image", "rm", "no such"], ["sfrun", "--no-such"]])
 def test_an_error_does_not_go_to_standard_output_where_standard_error_is_closed(sfrun: Sfrun, words: list[str]) -> None:
     ended = subprocess.run(["bash", "-c", 'exec "$@" 2>&-', "-", BIN / words[0], *words[1:]], stdout=subprocess.PIPE,
-                           cwd=sfrun.folder, timeout=60, check=False)  # fmt: skip
+                           cwd=sfrun.folder, timeout=HANG_S, check=False)  # fmt: skip
     assert ended.returncode in (2, 70) and ended.stdout == b""
 
 
