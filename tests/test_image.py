@@ -407,6 +407,26 @@ def test_the_initramfs_follows_from_its_sources_alone(tmp_path: Path) -> None:
     assert any(name.endswith(".pyc") for name in read_cpio(made[0].read_bytes()))
 
 
+MAKE = """#!/bin/sh
+mkdir {folder}/busy || echo two at once >> {folder}/log
+sleep 0.5
+rmdir {folder}/busy
+"""
+
+
+def test_starts_at_the_same_time_build_a_part_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two compilers that write the same files make what is neither's."""
+    for name, text in (("make", MAKE.format(folder=tmp_path)), ("part/Makefile", ""), ("part/part.c", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "make").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code = "import sys; from pathlib import Path; from sfparallel.vmm import initramfs; initramfs.build(Path(sys.argv[1]))"
+    starts = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "part" / "part"]) for _ in range(4)]
+    assert [start.wait() for start in starts] == [0] * 4
+    assert not (tmp_path / "log").exists()
+
+
 def test_an_initramfs_that_cannot_be_written_leaves_nothing(cache: Path) -> None:
     folder = make_image(cache)
     initramfs.build(native_parts.AGENT)

@@ -3,11 +3,14 @@ libvirt, where it is not asked for."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +19,12 @@ from pathlib import Path
 import pytest
 
 from sfparallel.config import cache_folder
-from tests.conftest import BIN, Sfrun, children_of, command_of, descendants, job_of
+from sfparallel.errors import VMError
+from sfparallel.net.network import CloneNetwork
+from sfparallel.vmm import libvirt_parent, signals
+from sfparallel.vmm.confinement import Places
+from sfparallel.vmm.machine import Accelerator, MachineSpec
+from tests.conftest import BIN, HANG_S, LEAK_GRACE_S, Sfrun, children_of, command_of, descendants, job_of
 
 pytestmark = pytest.mark.needs("qemu", "image", "root", "libvirtd")
 
@@ -51,7 +59,7 @@ class Daemon:
         return ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", f"-W{self.folder}", *words]
 
     def run(self, *words: str) -> str:
-        return subprocess.run(self.command(*words), check=True, capture_output=True, text=True, timeout=120).stdout
+        return subprocess.run(self.command(*words), check=True, capture_output=True, text=True, timeout=HANG_S).stdout
 
     def sfrun(self, program: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -84,7 +92,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def _wait_for(daemon: Daemon, expected: str) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + LEAK_GRACE_S
     while (left := daemon.left()) != expected and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == expected
@@ -107,7 +115,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_embedded_driver_with_nothing_kept_from_earlier(sfrun: Sfrun, cache: Path) -> None:
     """libvirt probes QEMU: four processes that it kills, and waits for, 40 s for each that stays a zombie."""
-    ended = sfrun(FORK, "--connect", "embed", timeout=120).ok()
+    ended = sfrun(FORK, "--connect", "embed").ok()
     assert ended.out == "[0, 1] ['again']\n"
     assert list((cache / "libvirt").rglob("capabilities/*.xml")), "its probe is kept"
 
@@ -118,7 +126,7 @@ def test_libvirt_is_loaded_only_where_it_is_asked_for(sfrun: Sfrun, options: tup
     assert process.stdout and process.stdout.readline() == "up\n"
     loaded = "libvirt" in Path(f"/proc/{job_of(process.pid)}/maps").read_text()
     assert loaded is bool(options)
-    process.communicate("\n", timeout=60)
+    process.communicate("\n", timeout=HANG_S)
     assert process.returncode == 0
 
 
@@ -134,13 +142,61 @@ def test_a_libvirt_that_does_not_answer_keeps_nobody(sfrun: Sfrun, how: str) -> 
         with listener.accept()[0]:
             if how != "--timeout":
                 process.send_signal(signal.Signals[how])
-            process.communicate(timeout=60)
+            process.communicate(timeout=HANG_S)
     assert process.returncode == (124 if how == "--timeout" else 128 + signal.Signals[how])
+
+
+class Hanging:
+    """A libvirt that answers until it is asked for this."""
+
+    embedded = False
+
+    def __init__(self, folder: Path, call: str) -> None:
+        self.folder = folder
+        self.call = call
+
+    def _answers(self, call: str) -> None:
+        if call == self.call:
+            threading.Event().wait()
+
+    def security_models(self) -> tuple[str, ...]:
+        self._answers("security_models")
+        return ()
+
+    def start(self, _xml: str) -> Hanging:
+        self._answers("start")
+        return self  # its domain; nothing listens at the sockets of its QEMU
+
+    def destroy(self) -> None:
+        self._answers("destroy")
+
+    def close(self) -> None:
+        self._answers("close")
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    ("security_models", "waited 5 s for libvirt to name its security models"),
+    ("start", "waited 5 s for libvirt to start the parent"),
+    ("destroy", "cannot connect to its page"), ("close", "cannot connect to its page"),
+])  # fmt: skip
+def test_each_call_of_libvirt_has_a_limit(call: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libvirt_parent, "Connection", lambda *_: Hanging(tmp_path, call))
+    monkeypatch.setattr(libvirt_parent, "_LIBVIRT_LIMIT_S", 5.0)
+    spec = MachineSpec(Accelerator.TCG, cpus=1, memory_bytes=384 << 20, root_image=tmp_path)
+
+    async def start() -> None:
+        with CloneNetwork() as network:
+            async with contextlib.AsyncExitStack() as stack:
+                places = Places(tmp_path, tmp_path, signals.Interrupts())
+                await libvirt_parent.start_domain(spec, "hanging:", places, network, "parent", stack)
+
+    with pytest.raises(VMError, match=says):
+        asyncio.run(start())
 
 
 def test_a_fork(daemon: Daemon) -> None:
     with daemon.sfrun(FORK) as job:
-        out, err = job.communicate(timeout=120)
+        out, err = job.communicate(timeout=HANG_S)
     assert (job.returncode, out) == (0, "[0, 1] ['again']\n"), err
     _wait_for(daemon, NOTHING)
     assert not os.path.exists("/run/libvirt/libvirt-sock"), "others must not find this daemon"
@@ -154,5 +210,5 @@ def test_kill_9_leaves_no_domain_no_machine_and_no_folder(daemon: Daemon) -> Non
         assert "domains 'sf" in left and "sfparallel-" in left
         (sfrun,) = children_of(job.pid)
         os.kill(sfrun, signal.SIGKILL)
-        job.communicate(timeout=30)
+        job.communicate(timeout=HANG_S)
     _wait_for(daemon, NOTHING)

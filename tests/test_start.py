@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -20,7 +21,7 @@ from sfparallel.vmm import locks, template
 from sfparallel.vmm.command_errors import errors_told
 from sfparallel.vmm.vm import Sockets, Vm
 from sfparallel.vmm.waiting import in_thread, within
-from tests.conftest import BIN, Sfrun, command_of, descendants, machines_of
+from tests.conftest import BIN, HANG_S, Sfrun, command_of, descendants, machines_of
 
 vms = pytest.mark.needs("qemu", "image", "root")
 SMALL = ("--memory", "300M")
@@ -86,7 +87,7 @@ def test_a_qemu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
     sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch, has: str
 ) -> None:
-    monkeypatch.setenv("SF_START_LIMIT", "10")
+    monkeypatch.setenv("SF_START_LIMIT", "20")
     process = sfrun.start("print('ran')")
     shells: list[int] = []
     while not shells:
@@ -96,14 +97,14 @@ def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
             found = [pid for pid in machines_of(process.pid) if "-incoming" in command_of(pid)]
             shells = [pid for pid in found if has in Path(f"/proc/{pid}/maps").read_text()]
     os.kill(shells[0], signal.SIGSTOP)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 70 and out == ""
-    assert "waited 10 s for" in err and "parent VM is lost" not in err, err
+    assert "waited 20 s for" in err and "parent VM is lost" not in err, err
 
 
 def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SF_START_LIMIT", "soon")
-    ended = subprocess.run([BIN / "sfrun", "-c", "pass"], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([BIN / "sfrun", "-c", "pass"], capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 2 and "SF_START_LIMIT='soon'" in ended.stderr
 
 
@@ -218,7 +219,7 @@ def test_sigterm_ends_a_start_that_waits_for_another_ones_template(sfrun: Sfrun,
     second = sfrun.start("print(2)", *SMALL)
     assert second.stderr and second.stderr.readline() == "waiting for another job that is making this template\n"
     second.send_signal(signal.SIGTERM)
-    second.communicate(timeout=30)
+    second.communicate(timeout=HANG_S)
     assert second.returncode == 128 + signal.SIGTERM
     assert found[0].exists() and first.poll() is None
     first.kill()
@@ -231,14 +232,14 @@ def test_sigterm_ends_a_start_that_waits_for_another_ones_template(sfrun: Sfrun,
 def test_an_empty_environment(sfrun: Sfrun) -> None:
     program = sfrun.write("import sfparallel as sf; print(sf.parallel(n=2)(lambda: sf.comm().rank)())")
     ended = subprocess.run(["env", "-i", f"SF_CACHE={cache_folder()}", BIN / "sfrun", program], capture_output=True, text=True,
-                           cwd=sfrun.folder, timeout=120)  # fmt: skip
+                           cwd=sfrun.folder, timeout=HANG_S)  # fmt: skip
     assert (ended.returncode, ended.stdout) == (0, "[0, 1]\n"), ended.stderr
 
 
 @pytest.mark.parametrize(("option", "files"), [("--local", 8), pytest.param("", 24, marks=vms)])
 def test_a_limit_of_open_files_is_named(sfrun: Sfrun, option: str, files: int) -> None:
     command = f"ulimit -n {files}; exec {BIN / 'sfrun'} {option} -c 'print(1)'"
-    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=120)
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=HANG_S)
     assert ended.returncode == 70 and "ulimit -n" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
@@ -248,10 +249,20 @@ def test_a_thread_that_cannot_be_started_is_a_limit(capsys: pytest.CaptureFixtur
     assert "ulimit -u" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "hint"), [
+    (errno.EMFILE, "ulimit -n"), (errno.ENFILE, "fs.file-max"), (errno.EAGAIN, "ulimit -u"), (errno.EROFS, "SF_CACHE"),
+])  # fmt: skip
+def test_a_limit_of_the_machine_is_told_with_its_remedy(number: int, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors_told("sfrun"):
+        raise OSError(number, os.strerror(number))
+    told = capsys.readouterr().err
+    assert ended.value.code == 70 and os.strerror(number) in told and hint in told and "Traceback" not in told
+
+
 @vms
 @pytest.mark.parametrize("kib", [150_000, 300_000])
 def test_a_limit_of_address_space_is_named(sfrun: Sfrun, kib: int) -> None:
     """The first is too low for the supervisor itself, the second for QEMU."""
     command = f"ulimit -v {kib}; exec {BIN / 'sfrun'} -c 'print(1)'"
-    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=120)
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=HANG_S)
     assert ended.returncode == 70 and "ulimit -v" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
