@@ -85,6 +85,51 @@ def test_every_line_of_c_is_seen_once(sfrun: Sfrun, how: tuple[str, ...]) -> Non
         assert lines.index(f"Python map {i}") < lines.index(f"C, map {i}")
 
 
+@pytest.mark.needs("qemu", "ml", "root")
+def test_what_cpp_and_fortran_print_is_seen_once(sfrun: Sfrun) -> None:
+    """By the calls that their compilers make of `std::cout << text` and `print *, text`."""
+    out = sfrun(
+        """
+        import ctypes
+        import struct
+        import sfparallel as sf
+
+        cpp, fortran = ctypes.CDLL("libstdc++.so.6"), ctypes.CDLL("libgfortran.so.5")
+        kept = ctypes.create_string_buffer(16)
+        cpp["_ZNSt8ios_base4InitC1Ev"](kept)
+        cout = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(cpp, "_ZSt4cout")))
+        insert = cpp["_ZSt16__ostream_insertIcSt11char_traitsIcEERSt13basic_ostreamIT_T0_ES6_PKS3_l"]
+
+        def print_by_cpp(text):
+            insert(cout, text, ctypes.c_long(len(text)))
+
+        def print_by_fortran(text):
+            place = ctypes.create_string_buffer(b"program.f90")
+            call = ctypes.create_string_buffer(4096)
+            struct.pack_into("=iiQi", call, 0, 128, 6, ctypes.addressof(place), 1)   # list-directed, to unit 6
+            fortran._gfortran_st_write(call)
+            fortran._gfortran_transfer_character_write(call, text, ctypes.c_long(len(text)))
+            fortran._gfortran_st_write_done(call)
+
+        def both(where):
+            print_by_cpp(f"C++ {where}\\n".encode())
+            print_by_fortran(f"Fortran {where}".encode())
+
+        both("before")
+        sf.parallel_map(lambda i: both(f"item {i}"), range(4), n=2)
+        ticket = sf.request_ticket(2)
+        if rank := sf.clone(ticket):
+            both(f"clone {rank}")
+            sf.exit(0)
+        sf.join(ticket)
+        both("after")
+        """, "--image", "ml",
+    ).ok().out  # fmt: skip
+    places = ["before", *(f"item {i}" for i in range(4)), "clone 1", "clone 2", "after"]
+    expected = [f"{language} {place}" for language in ("C++", "Fortran") for place in places]
+    assert sorted(line.strip() for line in lines_of(out)) == sorted(expected)
+
+
 @pytest.mark.parametrize("how", BOTH)
 def test_another_thread_that_reads_c_stdin_holds_up_no_fork(sfrun: Sfrun, how: tuple[str, ...]) -> None:
     """It has the lock of that stream as long as nobody types."""
