@@ -303,7 +303,7 @@ def fill_the_parent() -> None:
 
 @pytest.mark.parametrize("way", ["no last frame", "pieces without end"])
 def test_a_region_loses_who_fills_the_parent(double: Doubles, way: str) -> None:
-    @sf.parallel(n=8, on_error="return", timeout=200)
+    @sf.parallel(n=8, on_error="return", timeout=500)
     def work() -> Any:
         rank = sf.comm().rank
         if rank == BAD:
