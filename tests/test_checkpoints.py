@@ -203,7 +203,7 @@ def _templates() -> list[Path]:
 def test_a_template_has_no_zero_page(sfrun: Sfrun) -> None:
     sfrun("pass").ok()
     folder = _templates()[-1]
-    memory_map = MemoryMap.decode((folder / "memory.map").read_bytes())
+    memory_map = MemoryMap.decode((folder / "memory.map").read_bytes(), (folder / "memory").stat().st_size // PAGE_BYTES)
     rows = memory_map.rows_of(1)
     assert sum(length for _, length in rows) > 50 << 20
     with open(folder / "memory", "rb") as file:
@@ -270,6 +270,17 @@ def test_damaged_files_are_named(folder: Path) -> None:
     assert "devices: wanted" in message() and "found 'none'" in message()
     (folder / "manifest.json").write_text("{")
     assert "cannot read its manifest" in message()
+
+
+def test_a_map_of_more_than_the_guests_memory_is_damaged(folder: Path) -> None:
+    """Also if its digest is that of the manifest: it would take memory for all that it announces."""
+    (folder / "memory.map").write_bytes(MemoryMap.zero((1 << 30) // PAGE_BYTES + 1).encode())
+    written = json.loads((folder / "manifest.json").read_text())
+    written["files"]["memory.map"] = manifest.file_digest(folder / "memory.map")
+    (folder / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(EnvironmentProblem, match="is damaged: a memory map of 262145 pages for a memory of 262144") as caught:
+        manifest.check(folder, machine(), LAYERS, FILES)
+    assert "sf clean" in (caught.value.hint or "")
 
 
 def test_what_lies_in_holes_does_not_count(folder: Path) -> None:

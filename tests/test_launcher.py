@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sfparallel.errors import VMError
 from sfparallel.vmm import launcher
@@ -18,6 +23,8 @@ from sfparallel.vmm.native_parts import LIBRARY
 from sfparallel.vmm.paging import PagingLayer, control_pair
 
 CONTROL, EXTRA = 5, 4
+ANSWER = struct.Struct("<IHHii")
+_SYS_PIDFD_GETFD = 438  # <asm/unistd.h>
 
 
 @dataclass
@@ -146,3 +153,59 @@ def test_close_ends_a_launcher_that_stands_still(bench: Bench) -> None:
     bench.launcher.close()
     with pytest.raises(ProcessLookupError):
         os.kill(bench.pid, 0)
+
+
+def control_of(pid: int) -> socket.socket:
+    """The end of a launcher's control socket that is in its process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(pid)
+    try:
+        fd = libc.syscall(_SYS_PIDFD_GETFD, process, 3, 0)
+    finally:
+        os.close(process)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    return socket.socket(fileno=fd)
+
+
+CHILD, LAUNCHER, OURS = -1, -2, -3
+"""Stand for process ids that only the running test knows, in `answers`."""
+answers = st.lists(st.one_of(
+    st.tuples(st.sampled_from([0x47504653] * 9 + [0]), st.sampled_from([1] * 9 + [2]), st.sampled_from([1, 1, 1, 0, 2]),
+              st.sampled_from([0, 0, 0, -11, -4095, -4096, 1, -(1 << 31), (1 << 31) - 1]),
+              st.sampled_from([CHILD, CHILD, LAUNCHER, OURS, 0, 1, -4, (1 << 31) - 1, -(1 << 31)])),
+    st.binary(min_size=1, max_size=40)), max_size=3)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(answers)
+def test_any_answer_of_a_launcher(answers: list[tuple[int, int, int, int, int] | bytes]) -> None:
+    """What stands for it is a process that has its socket and does nothing: a shell is a child of ours, or there is none. Kill(2)
+    takes 0 and negative numbers for many processes, and an end of a VM begins with one."""
+    child = os.posix_spawnp("sleep", ["sleep", "1000"], os.environ)
+    mute = Launcher(["sleep", "1000"], "")
+    pids = {CHILD: child, LAUNCHER: mute._pid, OURS: os.getpid()}
+    with control_of(mute._pid) as control:
+        for answer in answers:
+            control.send(answer if isinstance(answer, bytes) else ANSWER.pack(*answer[:4], pids.get(answer[4], answer[4])))
+        control.shutdown(socket.SHUT_WR)
+    try:
+        status, pid = asyncio.run(mute._order({}, CONTROL))
+        assert (pid == child) if status == 0 else os.strerror(-status)
+    except VMError as error:
+        assert "launcher of shells" in error.message and len(str(error)) < 500
+    finally:
+        mute.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_launcher_that_answers_nonsense_is_replaced(bench: Bench) -> None:
+    async def scenario() -> None:
+        await bench.child()
+        lying = bench.pid
+        with control_of(lying) as control:
+            control.send(b"nonsense")
+        _, _, output = await bench.child()
+        assert files_of(bench.pids[-1])[1] == output and bench.pid != lying
+
+    asyncio.run(scenario())

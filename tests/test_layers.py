@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -77,7 +78,7 @@ class Model:
             filled = memory_map.filled(gap)
             assert filled.layers == memory_map.layers
             assert self.seen(filled) == list(memory.values())
-            again = MemoryMap.decode(filled.encode())
+            again = MemoryMap.decode(filled.encode(), filled.page_count)
             assert again == filled
 
     def seen(self, memory_map: MemoryMap) -> list[int]:
@@ -202,17 +203,29 @@ def test_misuse_is_refused() -> None:
 @given(st.binary(max_size=80), st.integers(0, 10_000), st.integers(1, 255))
 def test_damaged_bytes_are_refused_or_harmless(noise: bytes, at: int, flip: int) -> None:
     with pytest.raises(ProtocolError):
-        MemoryMap.decode(noise)
+        MemoryMap.decode(noise, 200)
     good = bytearray(MemoryMap(np.arange(200, dtype=np.uint16) // 7, np.arange(200) % 3 == 0).encode())
     good[at % len(good)] ^= flip
     with suppress(ProtocolError):
-        MemoryMap.decode(bytes(good))
+        assert MemoryMap.decode(bytes(good), 200).page_count <= 200
 
 
 def test_huge_announcement_does_not_take_memory() -> None:
     good = MemoryMap.zero(10).encode()
     with pytest.raises(ProtocolError):
-        MemoryMap.decode(good[:8] + (1 << 32).to_bytes(8, "little") + (1 << 31).to_bytes(8, "little") + good[24:])
+        MemoryMap.decode(good[:8] + (1 << 32).to_bytes(8, "little") + (1 << 31).to_bytes(8, "little") + good[24:], 1 << 32)
+
+
+def test_a_damaged_number_of_pages_does_not_take_memory() -> None:
+    """The last row of pages reaches to the end of memory, wherever that is: of ten pages it made half a gigabyte of map."""
+    good = MemoryMap.zero(10).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match=r"of 268435456 pages for a memory of 10"):
+            MemoryMap.decode(good[:8] + (1 << 28).to_bytes(8, "little") + good[16:], 10)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @contextmanager
@@ -238,7 +251,8 @@ def test_map_of_a_sparse_file(data: list[int]) -> None:
 
 
 def test_a_million_pages_are_quick() -> None:
-    """4 GiB with 20 000 runs: each step must stay far below the pause of a fork. The bound is loose, for busy machines."""
+    """4 GiB with 20 000 runs: each step must stay far below the pause of a fork. The bound is loose, and one of processor
+    time: the machine may be busy."""
     generator = random.Random(1)
     writes = {page: page & 1 for start in range(0, 1 << 20, 200) for page in range(start, start + generator.randrange(1, 50))}
     runs = runs_of(writes)
@@ -246,6 +260,6 @@ def test_a_million_pages_are_quick() -> None:
     started = time.process_time()
     memory_map = base.apply(runs, 2)
     memory_map.filled().extents()
-    MemoryMap.decode(memory_map.encode())
+    MemoryMap.decode(memory_map.encode(), memory_map.page_count)
     memory_map.flatten(3)
     assert time.process_time() - started < 2.0

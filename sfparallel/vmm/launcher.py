@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from sfparallel import native
@@ -27,13 +28,39 @@ _VERSION = 1
 _MAX_FDS = 10
 _ORDER = struct.Struct(f"<IHHII{_MAX_FDS}i")
 _ANSWER = struct.Struct("<IHHii")
+_MAX_ERRNO = 4095
 _SOCKET = 3
+
+
+def _decode(data: bytes) -> tuple[int, int, int]:
+    """Serial number, status and pid of an answer.
+
+    Raises:
+        ProtocolError: no launcher says this.
+    """
+    if len(data) != _ANSWER.size:
+        size = f"more than {_ANSWER.size}" if len(data) > _ANSWER.size else str(len(data))
+        raise ProtocolError(f"an answer of {size} bytes")
+    magic, version, serial, status, pid = _ANSWER.unpack(data)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise ProtocolError("the paging layer is of another version", hint=native_parts.remedy(native_parts.LIBRARY))
+    if not -_MAX_ERRNO <= status <= 0:
+        raise ProtocolError(f"an answer with the status {status}")
+    return serial, status, pid
+
+
+def _is_child(pid: int) -> bool:
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:  # EINVAL for numbers that kill(2) takes for many processes
+        return False
+    return True
 
 
 class Launcher:
     """Makes shells that all have the same command line. `close` ends it; shells live on.
 
-    A launcher that has been killed, or stands still, is replaced when the next shell is needed.
+    A launcher that has been killed, stands still or answers nonsense is replaced when the next shell is needed.
 
     Args:
         argv: of the shells; descriptors in it are those of `launch`.
@@ -62,6 +89,7 @@ class Launcher:
                 ours.close()
                 raise VMError(f"cannot run {self._argv[0]}: {error}", hint=hint_for(error)) from error
         self._control = ours
+        self._unanswered: deque[int] = deque()
 
     async def launch(self, fds: Mapping[int, int], control: int) -> int:
         """Make a shell.
@@ -95,7 +123,7 @@ class Launcher:
         """Have it make a shell; its status and pid.
 
         Raises:
-            VMError: it is gone, or does not answer.
+            VMError: it is gone, or does not answer, or not as a launcher does.
         """
         targets = [*fds, *[0] * (_MAX_FDS - len(fds))]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds.values()))]
@@ -104,6 +132,7 @@ class Launcher:
             raise VMError("the launcher of shells is closed: the job ends")
         try:
             self._control.sendmsg([_ORDER.pack(_MAGIC, _VERSION, self._serial, control, len(fds), *targets)], rights)
+            self._unanswered.append(self._serial)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await self._answer()
         except TimeoutError:
@@ -111,21 +140,27 @@ class Launcher:
                           hint="check whether that process was stopped (SIGSTOP)") from None
         except OSError as error:
             raise VMError(f"the launcher of shells is gone: {error.strerror}", hint="start the job again") from error
+        except ProtocolError as error:
+            raise VMError(f"the launcher of shells violated the protocol: {error.message}", hint=error.hint) from error
 
     async def _answer(self) -> tuple[int, int]:
         """Status and pid of the answer to the last order."""
         while True:
-            answer = await asyncio.get_running_loop().sock_recv(self._control, _ANSWER.size)
+            answer = await asyncio.get_running_loop().sock_recv(self._control, _ANSWER.size + 1)
             if not answer:
                 raise VMError("the launcher of shells is gone", hint="`sfrun` printed why, if QEMU could not be loaded")
-            if len(answer) != _ANSWER.size:
-                raise ProtocolError(f"an answer of {len(answer)} bytes from the launcher of shells")
-            magic, version, serial, status, pid = _ANSWER.unpack(answer)
-            if (magic, version) != (_MAGIC, _VERSION):
-                raise ProtocolError("the paging layer is of another version", hint=native_parts.remedy(native_parts.LIBRARY))
+            serial, status, pid = _decode(answer)
+            if serial not in self._unanswered:
+                raise ProtocolError("an answer to what was not ordered")
+            while self._unanswered.popleft() != serial:
+                pass
             # Another one is the answer to an order whose sender was cancelled. That shell has ended with its sockets.
-            if serial == self._serial:
-                return status, pid
+            if serial != self._serial:
+                continue
+            # Shells are waited for and killed by this number.
+            if status == 0 and (pid == self._pid or not _is_child(pid)):
+                raise ProtocolError(f"process {pid}, which is no shell of this job's")
+            return status, pid
 
     def close(self) -> None:
         """End the launcher and wait for it; its shells live on. There will be no other."""

@@ -193,16 +193,7 @@ class MemoryMap:
             ProtocolError: runs that no correct paging layer reports.
         """
         _check_number(target_number)
-        if runs.dtype != RUN or runs.ndim != 1:
-            raise ProtocolError(f"runs of dtype {runs.dtype}")
-        first = runs["first_page"].astype(np.int64)
-        pages = runs["pages"].astype(np.int64)
-        end = first + pages
-        if runs.size and (
-            first.min() < 0 or pages.min() < 1 or int(end[-1]) > self.page_count or np.any(first[1:] < end[:-1])
-            or not np.all((runs["kind"] == STORED) | (runs["kind"] == ZERO))
-        ):
-            raise ProtocolError(f"impossible runs for a memory of {self.page_count} pages")
+        first, pages = check_runs(runs, self.page_count)
         source = self.source.copy()
         values = np.where(runs["kind"] == STORED, target_number, 0).astype(np.uint16)
         source[_indices(first, pages)] = np.repeat(values, pages)
@@ -300,17 +291,22 @@ class MemoryMap:
         return _HEADER.pack(_MAGIC, self.page_count, starts.size, int(chosen.sum())) + zlib.compress(body, 1)
 
     @classmethod
-    def decode(cls, data: bytes) -> MemoryMap:
+    def decode(cls, data: bytes, most_pages: int) -> MemoryMap:
         """The map that `encode` made bytes of.
 
+        Args:
+            most_pages: of the guest's memory. A damaged map of few bytes can say any number, and would take so much memory.
+
         Raises:
-            ProtocolError: bytes that `encode` never makes.
+            ProtocolError: bytes that `encode` never makes of such a memory.
         """
         if len(data) < _HEADER.size:
             raise ProtocolError(f"a memory map of {len(data)} bytes is cut short")
         magic, pages, runs, extra = _HEADER.unpack_from(data)
         if magic != _MAGIC or not 0 < pages <= _MAX_PAGES or not 0 < runs <= pages or extra > pages:
             raise ProtocolError("not a memory map, or one of another version")
+        if pages > most_pages:
+            raise ProtocolError(f"a memory map of {pages} pages for a memory of {most_pages}")
         body = _inflate(data[_HEADER.size:], runs * 10 + extra * 16)
         starts = np.frombuffer(body, "<u8", runs).astype(np.int64)
         values = np.frombuffer(body, "<u2", runs, runs * 8)
@@ -323,6 +319,25 @@ class MemoryMap:
         stored = np.zeros(pages, dtype=np.bool_)
         stored[_indices(first, lengths)] = True
         return cls(np.repeat(values, np.diff(starts, append=pages)), stored)
+
+
+def check_runs(runs: npt.NDArray[Any], page_count: int) -> tuple[Indices, Indices]:
+    """First page and number of pages of each run of a commit.
+
+    Raises:
+        ProtocolError: runs that no correct paging layer reports of so many pages.
+    """
+    if runs.dtype != RUN or runs.ndim != 1:
+        raise ProtocolError(f"runs of dtype {runs.dtype}")
+    first = runs["first_page"].astype(np.int64)
+    pages = runs["pages"].astype(np.int64)
+    end = first + pages
+    if runs.size and (
+        first.min() < 0 or pages.min() < 1 or int(end[-1]) > page_count or np.any(first[1:] < end[:-1])
+        or not np.all((runs["kind"] == STORED) | (runs["kind"] == ZERO))
+    ):
+        raise ProtocolError(f"impossible runs for a memory of {page_count} pages")
+    return first, pages
 
 
 def _in_order(first: Indices, lengths: Indices, pages: int) -> bool:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfparallel.errors import EnvironmentProblem
-from sfparallel.vmm.layers import MemoryMap
+from sfparallel.errors import EnvironmentProblem, ProtocolError
+from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 
 NAME = "manifest.json"
 _PIECE_BYTES = 1 << 20
@@ -116,7 +116,10 @@ def check(folder: Path, machine: Mapping[str, Any], layers: Mapping[str, int], f
     written = {key: found.get(key, {}) for key in _CONTENT}
     small = {name: file_digest(folder / name) if (folder / name).is_file() else "none" for name in files}
     _raise(folder, differences(written["files"], small))
-    memory_map = MemoryMap.decode((folder / "memory.map").read_bytes())
+    try:
+        memory_map = MemoryMap.decode((folder / "memory.map").read_bytes(), machine["memory_bytes"] // PAGE_BYTES)
+    except ProtocolError as error:
+        raise EnvironmentProblem(f"checkpoint {folder} is damaged: {error.message}", hint=_HINT) from error
     _raise(folder, differences(written, _content(folder, layers, files, memory_map)))
     return memory_map
 

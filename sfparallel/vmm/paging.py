@@ -13,12 +13,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from sfparallel.errors import Closed, PagingError, ProtocolError
-from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap, Records
+from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap, Records, check_runs
 from sfparallel.vmm.plans import CommitMode, CommitPlan, MapPlan
 
 _MAGIC = 0x47504653
@@ -29,6 +30,7 @@ _INTACT = 1
 _REMAPPED = 2
 _PLAIN_PAGEMAP = 4
 _HAS_PAGEMAP_SCAN = 1
+_MAX_ERRNO = 4095
 
 
 class _Operation(enum.IntEnum):
@@ -169,30 +171,66 @@ def control_pair() -> tuple[socket.socket, socket.socket]:
 
 @dataclass(frozen=True)
 class _Reply:
+    operation: int
+    serial: int
+    errno: int
     flags: int
     step: PagingStep
     values: tuple[int, ...]
+
+
+_NO_REPLY = _Reply(0, 0, 0, 0, PagingStep.NONE, ())
+
+
+def _decode(data: bytes) -> _Reply:
+    """Read a reply. A guest that has taken its QEMU over can say anything here.
+
+    Raises:
+        ProtocolError: no paging layer says this.
+    """
+    if len(data) != _REPLY.size:
+        size = f"more than {_REPLY.size}" if len(data) > _REPLY.size else str(len(data))
+        raise ProtocolError(f"a reply of {size} bytes")
+    magic, version, operation, serial, status, step, flags, *values = _REPLY.unpack(data)
+    if magic != _MAGIC or version != _VERSION:
+        raise ProtocolError(f"it is of version {version}, not {_VERSION}", hint="rebuild it: make -C sfparallel/vmm/native")
+    if not -_MAX_ERRNO <= status <= 0 or step > max(PagingStep):
+        raise ProtocolError(f"a reply with the status {status} at step {step}")
+    return _Reply(operation, serial, -status, flags, PagingStep(step), tuple(values))
 
 
 class PagingLayer:
     """The paging layer of one QEMU. When its connection closes, that QEMU ends at once.
 
     Requests may come from several tasks; they go out one at a time. A request that is cancelled is carried out by QEMU all
-    the same, but its outcome is lost: after a cancelled `map` or `commit` the VM should be discarded.
+    the same, but its outcome is lost: after a cancelled `map` or `commit` the VM should be discarded. An answer that violates the
+    protocol is a PagingError of the request that waits for one.
 
     Args:
         control: connected SOCK_SEQPACKET socket, owned by this object from then on.
         name: of the VM, for messages.
         scan: how private pages are found.
+        on_violation: called with what it said that no paging layer says. The connection is closed by then; a QEMU that its guest
+            has taken over may not care.
     """
 
-    def __init__(self, control: socket.socket, name: str = "VM", *, scan: ScanMethod = ScanMethod.AUTO) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        name: str = "VM",
+        *,
+        scan: ScanMethod = ScanMethod.AUTO,
+        on_violation: Callable[[str], None] = lambda why: None,
+    ) -> None:
         control.setblocking(False)
         self._control: socket.socket | None = control
         self._name = name
         self._scan_flag = _PLAIN_PAGEMAP if scan is ScanMethod.PAGEMAP else 0
+        self._on_violation = on_violation
         self._lock = asyncio.Lock()
         self._serial = 0
+        self._unanswered: deque[int] = deque()
+        """Serial numbers of requests, in the order of their answers."""
 
     @classmethod
     async def connect(cls, path: str | os.PathLike[str], name: str = "VM", *, scan: ScanMethod = ScanMethod.AUTO) -> Self:
@@ -263,6 +301,8 @@ class PagingLayer:
         """
         reply = await self._call(_Operation.PREPARE, plan.fds, flags=plan.mode | self._scan_flag, address=address,
                                  length=plan.size_bytes, target=plan.target_number)
+        if reply.values[0] > plan.page_count:
+            raise self._violation(ProtocolError(f"{reply.values[0]} prepared pages of {plan.page_count}"))
         return reply.values[0]
 
     async def settle(self) -> None:
@@ -287,8 +327,14 @@ class PagingLayer:
         """
         reply = await self._call(_Operation.COMMIT, plan.fds, flags=plan.mode | self._scan_flag, address=address,
                                  length=plan.size_bytes, target=plan.target_number)
-        runs = plan.read_runs(reply.values[7])
         dirty, stored, zero, scan_ns, copy_ns, remap_ns, total_ns = reply.values[:7]
+        try:
+            if max(dirty, stored, zero, reply.values[7]) > plan.page_count:
+                raise ProtocolError(f"a commit of more than the {plan.page_count} pages that there are")
+            runs = plan.read_runs(reply.values[7])
+            check_runs(runs, plan.page_count)
+        except ProtocolError as error:
+            raise self._violation(error) from error
         return CommitResult(runs=runs, remapped=bool(reply.flags & _REMAPPED), remap_step=reply.step, dirty_pages=dirty,
                             stored_pages=stored, zero_pages=zero, scan_ns=scan_ns, copy_ns=copy_ns, remap_ns=remap_ns,
                             total_ns=total_ns)
@@ -327,8 +373,9 @@ class PagingLayer:
             packet = _REQUEST.pack(_MAGIC, _VERSION, operation, self._serial, flags, address, length, extents, target)
             try:
                 await self._send(packet, fds)
+                self._unanswered.append(self._serial)
                 # The answer to a request that nobody waits for is passed over by the next one that somebody does.
-                return await self._receive(operation) if wait else _Reply(0, PagingStep.NONE, ())
+                return await self._receive(operation) if wait else _NO_REPLY
             except OSError as error:
                 raise self._gone(operation, error) from error
 
@@ -348,24 +395,34 @@ class PagingLayer:
             data = await loop.sock_recv(self._open(), _REPLY.size + 1)
             if not data:
                 raise self._gone(operation)
-            if len(data) != _REPLY.size:
-                raise ProtocolError(f"{self._name}: a reply of {len(data)} bytes from the paging layer")
-            magic, version, answered, serial, status, step, flags, *values = _REPLY.unpack(data)
-            if magic != _MAGIC or version != _VERSION:
-                raise ProtocolError(f"{self._name}: the paging layer is of version {version}, not {_VERSION}",
-                                    hint="rebuild it: make -C sfparallel/vmm/native")
-            if serial != self._serial:  # the answer to a request that was cancelled, or not waited for
-                continue
-            if answered != operation:
-                raise ProtocolError(f"{self._name}: answer to {answered} where {operation.name} was asked")
-            if status != 0:
-                raise self._refused(operation, -status, PagingStep(step), bool(flags & _INTACT))
-            return _Reply(flags, PagingStep(step), tuple(values))
+            try:
+                reply = _decode(data)
+                # Each request is answered once: what answers none of them would keep the loop busy here without end.
+                if reply.serial not in self._unanswered:
+                    raise ProtocolError("an answer to what was not asked")
+                while self._unanswered.popleft() != reply.serial:
+                    pass
+                if reply.serial != self._serial:  # the answer to a request that was cancelled, or not waited for
+                    continue
+                if reply.operation != operation:
+                    raise ProtocolError(f"an answer to operation {reply.operation} where {operation.name} was asked for")
+            except ProtocolError as error:
+                raise self._violation(error) from error
+            if reply.errno:
+                raise self._refused(operation, reply.errno, reply.step, bool(reply.flags & _INTACT))
+            return reply
 
     def _open(self) -> socket.socket:
         if self._control is None:
             raise Closed(f"{self._name}: the connection to the paging layer was closed")
         return self._control
+
+    def _violation(self, error: ProtocolError) -> PagingError:
+        """What follows is not to be understood, and what it says of guest memory not to be believed."""
+        self.close()
+        why = f"its paging layer violated the protocol: {error.message}"
+        self._on_violation(why)
+        return PagingError(f"{self._name}: {why}", hint=error.hint)
 
     def _gone(self, operation: _Operation, error: OSError | None = None) -> PagingError:
         reason = f": {error.strerror}" if error else ""

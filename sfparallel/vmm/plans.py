@@ -124,6 +124,7 @@ class CommitPlan:
         self.mode = mode
         self.target_number = target_number
         self.size_bytes = memory_map.size_bytes
+        self.page_count = memory_map.page_count
         self._runs = _memfd("sf-runs")
         try:
             self._sources = _memfd("sf-sources", np.concatenate((memory_map.source, numbers)).data, seal=True)
@@ -134,7 +135,11 @@ class CommitPlan:
         """Descriptors of the request; those of layers and target are the caller's."""
 
     def read_runs(self, count: int) -> Records:
-        """What the library wrote: records of dtype `layers.RUN`."""
+        """What the library wrote: records of dtype `layers.RUN`.
+
+        Raises:
+            ProtocolError: they are not there.
+        """
         runs = np.zeros(count, dtype=RUN)
         view = memoryview(runs.view(np.uint8).data)
         offset = 0

@@ -141,7 +141,7 @@ class Vm:
         if self._pidfd is not None:
             self._loop.add_reader(self._pidfd, self._exited)
         self.qmp = Qmp(sockets.qmp, name, on_event=self._event, on_close=self._monitor_closed)
-        self.paging = PagingLayer(sockets.paging, name=name)
+        self.paging = PagingLayer(sockets.paging, name=name, on_violation=self.end)
         self._trimming = self._loop.call_later(PERIOD_S, self._trim_console)
 
     @property
