@@ -15,8 +15,8 @@ import pytest
 
 import sfparallel
 from sfparallel.config import ACCEL, CACHE, QEMU
-from sfparallel.errors import ImageMissing, UsageError
-from sfparallel.vmm import doctor, kvm, native_parts
+from sfparallel.errors import EnvironmentProblem, ImageMissing, UsageError
+from sfparallel.vmm import doctor, kvm, native_parts, template, venv
 from sfparallel.vmm.doctor import Finding, Status, diagnose, render
 from sfparallel.vmm.verdict import not_installed, verdict_of
 
@@ -95,6 +95,27 @@ def test_missing_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found("QEMU").remedy == "apt install qemu-system-x86"
 
 
+def test_what_is_not_done_in_time_is_not_called_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever program is asked: there is nothing to install or to build anew."""
+    monkeypatch.setattr(venv, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(doctor, "_QEMU_LIMIT_S", 0.2)
+    monkeypatch.setattr(native_parts, "_LIMIT_S", 0.2)
+    monkeypatch.setenv("SF_START_LIMIT", "0.2")
+    program = fake_program(tmp_path, "exec sleep 1000")
+    monkeypatch.setenv(QEMU.variable, program)
+    with pytest.raises(EnvironmentProblem, match=r"--version` has not ended in 0\.2 s\n  hint: the machine is busy") as caught:
+        template.qemu_version(program)
+    assert "SF_START_LIMIT" in str(caught.value)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(program, tmp_path / "bin/python")
+    with pytest.raises(UsageError, match=r"has not said its version in 0\.2 s\n  hint: the machine is busy"):
+        venv.Venv(tmp_path, tmp_path).check("default", "cb0d0d0a")
+    finding = doctor._qemu()
+    assert finding.status is Status.BROKEN and "the machine is busy" in finding.remedy and "install" not in finding.remedy
+    finding = doctor._guest_program("guest agent", Path(program))
+    assert finding.status is Status.BROKEN and finding.remedy.startswith("the machine is busy")
+
+
 # -- the native parts ----------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +135,11 @@ def test_the_native_parts_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert native_parts.trouble_with_program(stranger), "half of it"
     monkeypatch.setattr(native_parts, "_LIMIT_S", 1.0)
     other = next(Path(sys.base_prefix).rglob("lib-dynload/_json*.so"))
-    assert "answer in QEMU" in native_parts.trouble_with_library(qemu, other)
+    try:
+        said = native_parts.trouble_with_library(qemu, other)
+    except TimeoutError as error:
+        said = str(error)
+    assert "answer in QEMU" in said
 
 
 def installed(folder: Path, *, wheel: bool) -> dict[str, str]:
@@ -161,7 +186,8 @@ def test_the_counting_guest_runs_and_ends() -> None:
     program = shutil.which(QEMU.get())
     assert program is not None
     assert kvm.run_firmware(program, "tcg", timeout_s=30) == ""
-    assert "did not end" in kvm.run_firmware(program, "tcg", timeout_s=0.001)
+    with pytest.raises(TimeoutError, match="did not end"):
+        kvm.run_firmware(program, "tcg", timeout_s=0.001)
     assert "nonsense" in kvm.run_firmware(program, "nonsense")
 
 
@@ -196,6 +222,20 @@ def test_kvm_with_processor_support_is_tried_once_per_boot(monkeypatch: pytest.M
     assert finding.status is Status.BROKEN and "no luck" in finding.detail
     (tmp_path / "cache" / "kvm.json").write_text("[")
     assert kvm.probe_kvm(flags=frozenset({"svm"})).status is Status.BROKEN
+
+
+def test_a_busy_machine_is_no_word_about_kvm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A guest that does not end in time was taken for a KVM that runs none, until the next boot of the machine."""
+    monkeypatch.setenv(CACHE.variable, str(tmp_path / "cache"))
+    monkeypatch.setattr(kvm, "_PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(kvm, "_DOUBT_S", 0.0)
+    monkeypatch.setenv(QEMU.variable, fake_program(tmp_path, f"[ -e {tmp_path}/quiet ] && exit 65; exec sleep 1000"))
+    assert "did not end in 0.2 s" in kvm._remembered_run()
+    (tmp_path / "quiet").touch()
+    monkeypatch.setattr(kvm, "_PROBE_TIMEOUT_S", 60.0)
+    assert kvm._remembered_run() == ""
+    (tmp_path / "quiet").unlink()
+    assert kvm._remembered_run() == "", "that it runs is remembered"
 
 
 def test_accelerator_obeys_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

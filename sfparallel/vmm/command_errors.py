@@ -39,6 +39,16 @@ def hint_for(error: OSError) -> str:
     return _HINTS.get(error.errno or 0, "see `sf doctor`")
 
 
+def late_hint(program: str | os.PathLike[str], limit: str = "") -> str:
+    """What to do about a program that was not done in time: it is there.
+
+    Args:
+        limit: the setting that gives it more time, if there is one.
+    """
+    more = f"; {limit} gives it more time" if limit else ""
+    return f"the machine is busy, or a disk that {os.fspath(program)} needs does not answer: try again{more}"
+
+
 @contextlib.contextmanager
 def errors_told(command: str) -> Iterator[None]:
     """Turn errors into one clear message and an exit code; a traceback would only hide it."""

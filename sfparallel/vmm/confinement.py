@@ -109,9 +109,7 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
             _start_janitor(places.public)
         native.unshare(native.CLONE_NEWPID)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
-        ) from error
+        raise _not_permitted(error) from error
     alive, ours = os.pipe()
     notice = job_control.Notice()
     init = os.fork()
@@ -119,6 +117,12 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
         os.close(ours)
         _live(lambda: _be_init(job, places, pid, alive, notice))
     return wait_for(init, places.interrupts, notice)
+
+
+def _not_permitted(error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
+    )
 
 
 def block_waited() -> None:
@@ -174,9 +178,9 @@ def _be_init(
     # Was it in time? Before it, the death of `sfrun` shows only in the pipe that it held.
     if select.select([alive], [], [], 0)[0]:
         return 1
-    with errors_told("sfrun"):
+    with errors_told("sfrun"):  # `sfrun` learns no more than the exit code
         _make_mounts(places)
-    child = os.fork()
+        child = os.fork()
     if child == 0:
         unblock_waited()
         _live(lambda: job(places, pid), notice)

@@ -29,12 +29,14 @@ from sfparallel.net.network import CloneNetwork
 from sfparallel.vmm import native_parts
 from sfparallel.vmm.apt_sources import sources_for
 from sfparallel.vmm.capacity import available_bytes
+from sfparallel.vmm.command_errors import late_hint
 from sfparallel.vmm.confinement import BIND_ROOT, NO_MOUNT_POINT
 from sfparallel.vmm.kvm import EMULATED, probe_kvm
 from sfparallel.vmm.processes import command_path
 from sfparallel.vmm.releases import host_release
 from sfparallel.vmm.verdict import Finding, Status, not_installed, verdict_of
 
+_QEMU_LIMIT_S = 20.0
 _OLDEST_QEMU = (7, 2)
 _CACHE_BYTES = 3 << 30
 _MAP_COUNT = 65530  # the kernel's default
@@ -128,7 +130,10 @@ def _part(name: str, part: Path, try_it: Callable[[], str], works: str) -> Findi
     remedy = native_parts.remedy(part)
     if not part.exists():
         return Finding(name, Status.ABSENT, f"{part} is not there", remedy)
-    trouble = try_it()
+    try:
+        trouble = try_it()
+    except TimeoutError as error:
+        return Finding(name, Status.BROKEN, f"{part}: {error}", f"{late_hint(part)}; if it stays so, {remedy}")
     if trouble:
         return Finding(name, Status.BROKEN, f"{part}: {trouble}", remedy)
     return Finding(name, Status.OK, f"{part.name} {works}")
@@ -152,16 +157,16 @@ def qemu_version(program: str) -> tuple[int, int, int]:
 
     Raises:
         OSError: it can't be run.
-        EnvironmentProblem: it ran and answered nothing sensible in 20 s.
+        EnvironmentProblem: it ran and answered nothing sensible, or nothing in time.
     """
     argv = [program, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio"]
     commands = '{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
     try:
-        done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(argv, input=commands, capture_output=True, text=True, timeout=_QEMU_LIMIT_S)
         numbers = json.loads(done.stdout.partition("\n")[0])["QMP"]["version"]["qemu"]
         return int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"])
     except subprocess.TimeoutExpired as error:
-        raise EnvironmentProblem(f"{program} did not answer in {error.timeout:g} s") from error
+        raise EnvironmentProblem(f"{program} did not answer in {error.timeout:g} s", hint=late_hint(program)) from error
     except (ValueError, KeyError, TypeError) as error:
         raise EnvironmentProblem(f"{program} is no QEMU, or fails: {done.stderr.strip()[:200]}") from error
 
@@ -179,7 +184,7 @@ def _qemu() -> Finding:
     except OSError as error:
         return verdict_of(error, name, f"{path} cannot be run", install)
     except EnvironmentProblem as error:
-        return Finding(name, Status.BROKEN, str(error), f"reinstall it: {install}")
+        return Finding(name, Status.BROKEN, error.message, error.hint or f"reinstall it: {install}")
     text = ".".join(map(str, found))
     if found[:2] < _OLDEST_QEMU:
         oldest = ".".join(map(str, _OLDEST_QEMU))

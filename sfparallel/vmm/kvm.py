@@ -6,10 +6,12 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 from sfparallel.config import ACCEL, QEMU, cache_folder
@@ -22,6 +24,8 @@ _KVM_GET_API_VERSION = 0xAE00
 _KVM_GET_SUPPORTED_CPUID = 0xC008AE05  # <linux/kvm.h>
 _KVM_API_VERSION = 12  # fixed since Linux 2.6.22
 _PROBE_TIMEOUT_S = 10.0
+_DOUBT_S = 600.0
+"""A guest that did not end in time is tried again after this time: not at each start, which would take so much longer."""
 _EXIT_PORT = 0xF4
 _EXIT_VALUE = 0x20
 
@@ -52,6 +56,7 @@ def run_firmware(program: str, accelerator: str, *, timeout_s: float = _PROBE_TI
 
     Raises:
         OSError: QEMU can't be run.
+        TimeoutError: the guest does not end; the machine may be busy.
     """
     rom = os.memfd_create("sf-firmware", os.MFD_CLOEXEC)
     try:
@@ -63,7 +68,7 @@ def run_firmware(program: str, accelerator: str, *, timeout_s: float = _PROBE_TI
         ]  # fmt: skip
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, pass_fds=[rom])
     except subprocess.TimeoutExpired:
-        return f"a guest of twelve instructions did not end in {timeout_s:g} s"
+        raise TimeoutError(f"a guest of twelve instructions did not end in {timeout_s:g} s") from None
     finally:
         os.close(rom)
     # isa-debug-exit ends QEMU with (value << 1) | 1.
@@ -164,7 +169,8 @@ def probe_kvm(device: str = _DEVICE, flags: frozenset[str] | None = None) -> Fin
 
 
 def _remembered_run() -> str:
-    """`run_firmware` under KVM, or its result from earlier since the machine was booted."""
+    """`run_firmware` under KVM, or its result from earlier since the machine was booted. That it took too long is remembered for
+    minutes."""
     program = shutil.which(QEMU.get())
     if program is None:
         return f"not tried: {QEMU.get()} was not found"
@@ -174,15 +180,19 @@ def _remembered_run() -> str:
     memory = cache_folder() / "kvm.json"
     try:
         known = json.loads(memory.read_text())
-        if known["key"] == key:
+        if known["key"] == key and time.time() < known.get("until", math.inf):
             return str(known["trouble"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing remembered, or nothing legible: try again
-    trouble = run_firmware(program, "kvm")
+    until = {}
+    try:
+        trouble = run_firmware(program, "kvm", timeout_s=_PROBE_TIMEOUT_S)
+    except TimeoutError as error:  # a busy machine's, it may be, and then it is no word about KVM
+        trouble, until = str(error), {"until": time.time() + _DOUBT_S}
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         partial = memory.with_name(f"{memory.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"key": key, "trouble": trouble}))
+        partial.write_text(json.dumps({"key": key, "trouble": trouble, **until}))
         partial.replace(memory)
     except OSError:
         pass  # a cache that can't be written is not this probe's subject; the next run probes again

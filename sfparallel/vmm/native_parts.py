@@ -78,6 +78,9 @@ def trouble_with_program(part: Path) -> str:
     """Run AGENT or CPU_CHECK so that it only says how it is used; "" or what went wrong.
 
     It runs without privileges: an agent that takes itself for the init of a guest would set up mounts, and power off.
+
+    Raises:
+        TimeoutError: it does not end; the machine may be busy.
     """
     user, groups = (_NOBODY, ()) if os.geteuid() == 0 else (None, None)
     try:
@@ -88,7 +91,7 @@ def trouble_with_program(part: Path) -> str:
         finally:
             os.close(fd)
     except subprocess.TimeoutExpired:
-        return f"it did not end in {_LIMIT_S:g} s"
+        raise TimeoutError(f"it did not end in {_LIMIT_S:g} s") from None
     except OSError as error:
         return f"it cannot be run: {error.strerror}"
     said = done.stdout + done.stderr
@@ -98,7 +101,11 @@ def trouble_with_program(part: Path) -> str:
 
 
 def trouble_with_library(qemu: str | None, library: Path = LIBRARY) -> str:
-    """Load the paging layer, and have it answer in a QEMU if there is one; "" or what went wrong."""
+    """Load the paging layer, and have it answer in a QEMU if there is one; "" or what went wrong.
+
+    Raises:
+        TimeoutError: it does not do so in time; the machine may be busy.
+    """
     load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
     try:
         done = subprocess.run([sys.executable, "-I", "-S", "-c", load, library], stdin=subprocess.DEVNULL, capture_output=True,
@@ -108,7 +115,9 @@ def trouble_with_library(qemu: str | None, library: Path = LIBRARY) -> str:
             return f"it does not load: {said[0] if said else f'exit code {done.returncode}'}"
         return "" if qemu is None else asyncio.run(_answers([qemu], library))
     except subprocess.TimeoutExpired:
-        return f"it did not load in {_LIMIT_S:g} s"
+        raise TimeoutError(f"it did not load in {_LIMIT_S:g} s") from None
+    except TimeoutError:  # which is an OSError
+        raise
     except OSError as error:
         return f"it cannot be tried: {error}"
 
@@ -125,7 +134,7 @@ async def _answers(qemu: Sequence[str], library: Path) -> str:
         async with asyncio.timeout(_LIMIT_S):
             await layer.hello()
     except TimeoutError:
-        return f"it did not answer in QEMU in {_LIMIT_S:g} s"
+        raise TimeoutError(f"it did not answer in QEMU in {_LIMIT_S:g} s") from None
     except SfError as error:
         return f"it does not answer in QEMU: {error.message}"
     finally:

@@ -23,12 +23,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from sfparallel.config import CACHE_HINT, cache_folder, qemu_remedy
+from sfparallel.config import CACHE_HINT, START_LIMIT, cache_folder, qemu_remedy
 from sfparallel.errors import EnvironmentProblem, GuestError, ImageBuildError
 from sfparallel.vmm import locks
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import Checkpoint, LayerStore
-from sfparallel.vmm.command_errors import hint_for
+from sfparallel.vmm.command_errors import hint_for, late_hint
 from sfparallel.vmm.kvm import host_processor
 from sfparallel.vmm.layers import PAGE_BYTES, MemoryMap
 from sfparallel.vmm.machine import Accelerator, Boot, MachineSpec
@@ -53,12 +53,15 @@ def qemu_version(qemu: str) -> str:
     """Version of QEMU with the distribution's package version: device state is not portable between builds.
 
     Raises:
-        EnvironmentProblem: it is not installed, or does not run.
+        EnvironmentProblem: it is not installed, does not run, or does not end.
     """
     try:
         output = subprocess.run(
             [qemu, "--version"], capture_output=True, text=True, check=True, timeout=step_limit_s()
         ).stdout
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"`{qemu} --version` has not ended in {error.timeout:g} s",
+                                 hint=late_hint(qemu, START_LIMIT.variable)) from error
     except (OSError, subprocess.SubprocessError) as error:
         hint = qemu_remedy()
         if isinstance(error, OSError) and error.errno != errno.ENOENT:

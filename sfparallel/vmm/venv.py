@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfparallel.errors import UsageError
+from sfparallel.vmm.command_errors import late_hint
 
 _LIMIT_S = 30.0
 _ASK = "import importlib.util as u, platform as p; print(u.MAGIC_NUMBER.hex(), p.python_version())"
@@ -36,6 +37,9 @@ class Venv:
             done = subprocess.run([python, "-I", "-S", "-c", _ASK], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                                   timeout=_LIMIT_S, check=True)  # fmt: skip
             own, version = done.stdout.split()
+        except subprocess.TimeoutExpired as error:
+            raise UsageError(f"--venv {self.folder}: its Python has not said its version in {error.timeout:g} s",
+                             hint=late_hint(python)) from error  # fmt: skip
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             raise UsageError(f"the Python of --venv {self.folder} does not run: {error}",
                              hint="create the environment again") from error  # fmt: skip
