@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import struct
 import subprocess
 from collections.abc import AsyncIterator
 
+from sfparallel.vmm.paging import PagingStep
 from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.wire import Frame, FrameParser, FrameType
 from tests.conftest import HANG_S
@@ -61,6 +64,12 @@ class HostileGuest:
             await asyncio.wait_for(loop.sock_recv(self.monitor, 1 << 16), PATIENCE_S)
             if answer:
                 await self.say(f'{{"return": {answer}}}\n'.encode(), to_monitor=True)
+
+    async def refuse(self, step: PagingStep) -> None:
+        """Answer the next request to the paging layer with ENOMEM, its guest's memory being intact."""
+        request = await asyncio.get_running_loop().sock_recv(self.paging, 1 << 10)
+        magic, version, operation, serial = struct.unpack_from("<IHHI", request)
+        self.paging.send(struct.pack("<IHHIiII8Q", magic, version, operation, serial, -errno.ENOMEM, step, 1, *[0] * 8))
 
     async def end(self) -> str:
         """Wait until the supervisor has ended the VM; returns the cause."""

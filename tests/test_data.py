@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import subprocess
@@ -14,10 +15,16 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import EnvironmentProblem, UsageError
-from sfparallel.vmm.data import data_image
+from sfparallel.vmm import data
+from sfparallel.vmm.data import data_image, data_image_in_time
 from sfparallel.vmm.locks import taken
+from sfparallel.vmm.waiting import while_it_moves
+from tests.conftest import PATIENCE
+from tests.stuck_folder import stuck_folder
 
 pytestmark = pytest.mark.needs("squashfs")
+
+HANG_S = 60.0 * PATIENCE
 
 USER = """
 import sys
@@ -143,3 +150,30 @@ def test_no_folder_and_the_cache_itself(folder: Path, cache: Path) -> None:
     cache.write_text("in the way")
     with pytest.raises(EnvironmentProblem, match="SF_CACHE"):
         data_image(folder, lambda _: None)
+
+
+@pytest.mark.needs("fuse", "root")
+def test_a_folder_whose_server_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before: the walk and mksquashfs may take any time, as long as they move."""
+    monkeypatch.setattr(data, "STILL_LIMIT_S", 2.0)
+    (tmp_path / "served").mkdir()
+    for name in ("fine", "stuck"):
+        (tmp_path / "served" / name).write_text(name * 1000)
+    with stuck_folder(tmp_path / "served", tmp_path / "mount") as server:
+        with pytest.raises(EnvironmentProblem, match=r"--data .*mount to be made: nothing has moved for 2 s\n  hint: does"):
+            asyncio.run(asyncio.wait_for(data_image_in_time(tmp_path / "mount", print), HANG_S))
+        assert server.stdout and server.stdout.readline() == "stuck\n"
+
+
+def test_work_that_moves_may_take_its_time() -> None:
+    async def wait() -> int:
+        async def work() -> int:
+            for _ in range(8):
+                steps.append(None)
+                await asyncio.sleep(0.1)
+            return len(steps)
+
+        steps: list[None] = []
+        return await while_it_moves(work(), lambda: len(steps), 0.5, "it")
+
+    assert asyncio.run(wait()) == 8

@@ -17,11 +17,17 @@ import pytest
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
-from sfparallel.vmm import locks, template
+from sfparallel.vmm import engine, locks, template
+from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.command_errors import errors_told
-from sfparallel.vmm.vm import Sockets, Vm
+from sfparallel.vmm.layers import MemoryMap
+from sfparallel.vmm.paging import PagingStep
+from sfparallel.vmm.record import ForkReport
+from sfparallel.vmm.vm import Sockets, Vm, VmState
 from sfparallel.vmm.waiting import in_thread, within
+from sfparallel.wire import FrameType, pack
 from tests.conftest import BIN, HANG_S, Sfrun, command_of, descendants, machines_of
+from tests.hostile_guest import hostile_guest
 
 vms = pytest.mark.needs("qemu", "image", "root")
 SMALL = ("--memory", "300M")
@@ -100,6 +106,33 @@ def test_a_parent_that_stands_still_ends_the_job_with_what_was_waited_for(
     out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 70 and out == ""
     assert "waited 20 s for" in err and "parent VM is lost" not in err, err
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["prepares", "saves"])
+def test_a_vm_that_stands_still_while_it_is_saved(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Before its processors stand still, the fork fails; behind that, only the end of that VM is one."""
+    monkeypatch.setenv("SF_START_LIMIT", "4")
+
+    async def fork() -> None:
+        async with hostile_guest("parent") as guest:
+            vm, store = guest.vm, LayerStore()
+            vm.ram_bytes, vm.memory = 1 << 20, MemoryMap.zero(256)
+            saving = asyncio.create_task(engine.save(vm, store, ForkReport(0, 0.0)))
+            if answers:  # that it cannot prepare; then its agent says FROZEN, and its monitor nothing any more
+                await asyncio.wait_for(guest.refuse(PagingStep.MEMORY), 60)
+                (frame,) = await guest.hear()
+                assert frame.type is FrameType.FREEZE
+                await guest.send(FrameType.FROZEN, pack({"oom_kills": 0, "agent": "1"}))
+            said = "parent" if answers else r"waited [\d.]+ s for the QEMU of parent to prepare a save"
+            with pytest.raises(VMError, match=said):
+                await asyncio.wait_for(saving, 60)
+            if answers:
+                assert "s for its QEMU to save it" in await guest.end()
+            else:
+                assert vm.state is VmState.RUNNING
+            store.close()
+
+    asyncio.run(fork())
 
 
 def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, UsageError
+from sfparallel.vmm import processes
 from sfparallel.vmm.locks import locked, taken, use
 from sfparallel.vmm.subprocesses import require, run
+from sfparallel.vmm.waiting import in_thread, while_it_moves
 
 _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
 # All files belong to root, as those that the file server shows. Without -exit-on-error, a file that cannot be read becomes an
@@ -25,6 +27,8 @@ _UNCOMPRESSED = ("-noI", "-noD", "-noF", "-noX")
 _OPTIONS = (*_UNCOMPRESSED, "-no-duplicates", "-no-xattrs", "-all-root", "-exit-on-error", "-quiet", "-no-progress",
             "-mem", "512M")
 _SPARE_BYTES = 64 << 20
+STILL_LIMIT_S = 300.0
+"""So long may nothing be read or written before an image is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,32 @@ class _Content:
     size_bytes: int
 
 
-def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
+class Steps:
+    """How far `data_image` is, for who watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.waits = False
+        """For another job, which is watched itself."""
+
+    def moved(self) -> object:
+        """Another value when something has been done meanwhile, by us or by the program that writes the image."""
+        return object() if self.waits else (self.files, [processes.cpu_seconds(pid) for pid in processes.children(os.getpid())])
+
+
+async def data_image_in_time(folder: Path, progress: Callable[[str], None]) -> Path:
+    """`data_image` in a thread, given up when the folder's file system does not answer any more.
+
+    Raises:
+        EnvironmentProblem: as there, and when it does not.
+    """
+    steps = Steps()
+    return await while_it_moves(in_thread(data_image, folder, progress, steps), steps.moved, STILL_LIMIT_S,
+                                f"the image of --data {folder} to be made", error=EnvironmentProblem,
+                                hint="does the file system of that folder answer? `ls -lR` of it shows where not")
+
+
+def data_image(folder: Path, progress: Callable[[str], None], steps: Steps | None = None) -> Path:
     """The image of a folder: the one in the cache while nothing in the folder changed, else a new one.
 
     The image is not removed as long as the calling process lives, and older images of the folder that nobody uses are.
@@ -44,11 +73,13 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     Args:
         folder: the folder; it is resolved.
         progress: called with a line for the user when it takes time.
+        steps: told how far it is.
 
     Raises:
         UsageError: not a folder.
         EnvironmentProblem: it cannot be read, it changes all the time, the disk is full, or squashfs-tools is missing.
     """
+    steps = steps or Steps()
     source = folder.resolve()
     if not source.is_dir():
         raise UsageError(f"--data {folder} is not a folder")
@@ -58,11 +89,17 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     prefix = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f"{prefix}.lock", lambda: progress(f"waiting for another job that is making the image of {source}")):
-            image = _find_or_build(source, cache, prefix, progress)
+
+        def waits() -> None:
+            steps.waits = True
+            progress(f"waiting for another job that is making the image of {source}")
+
+        with locked(cache / f"{prefix}.lock", waits):
+            steps.waits = False
+            image = _find_or_build(source, cache, prefix, progress, steps)
             # Shells of the pool open the image by its name at any time until the job ends. `sf clean` may just have removed it.
             while not use(image):
-                image = _find_or_build(source, cache, prefix, progress)
+                image = _find_or_build(source, cache, prefix, progress, steps)
             _remove_others(cache, prefix, image)
     except OSError as error:
         raise EnvironmentProblem(f"cannot keep an image of {source} in {cache}: {error.strerror}",
@@ -70,9 +107,9 @@ def data_image(folder: Path, progress: Callable[[str], None]) -> Path:
     return image
 
 
-def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[str], None]) -> Path:
+def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[str], None], steps: Steps) -> Path:
     """Under the folder's lock: the image of what is in it now."""
-    content = _content(source)
+    content = _content(source, steps)
     for _ in range(2):
         image = cache / f"{prefix}-{content.digest[:32]}.sqfs"
         if image.exists():
@@ -81,7 +118,7 @@ def _find_or_build(source: Path, cache: Path, prefix: str, progress: Callable[[s
         unfinished = image.with_suffix(".part")
         try:
             _build(source, unfinished, content)
-            before, content = content, _content(source)
+            before, content = content, _content(source, steps)
             if content == before:
                 os.rename(unfinished, image)
                 (cache / f"{prefix}.source").write_bytes(os.fsencode(source))  # for `sf df`
@@ -109,7 +146,7 @@ def _build(source: Path, image: Path, content: _Content) -> None:
         raise
 
 
-def _content(source: Path) -> _Content:
+def _content(source: Path, steps: Steps) -> _Content:
     """Walk a folder (links are not followed).
 
     Raises:
@@ -128,6 +165,7 @@ def _content(source: Path) -> _Content:
                 status = os.lstat(os.path.join(top, path))
                 digest.update(b"%s\0%o %d %d\0" % (path, status.st_mode, status.st_size, status.st_mtime_ns))
                 files += 1
+                steps.files += 1
                 if stat.S_ISDIR(status.st_mode):
                     folders.append(path)
                 elif stat.S_ISREG(status.st_mode):

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ WAKE_TIMEOUT_S = 60.0
 
 WAKING_S = 1.0
 """How long a clone that does not wake up keeps the next one from being resumed."""
+
+_SLOW_BYTES_PER_S = 32 << 20
+"""Of a guest's memory, all of which a save may have to look at and to copy: on a machine that swaps."""
 
 MUSTER_TIMEOUT_S = 2.0
 """How long clones that are loaded wait for the others of their fork."""
@@ -130,10 +133,27 @@ async def save(vm: Vm, store: LayerStore, report: ForkReport, *, freeze_limit_s:
         store.release(vm, keep=vm.memory.layers if vm.memory else ())
 
 
+def _save_limit_s(vm: Vm) -> float:
+    return step_limit_s() + vm.ram_bytes / _SLOW_BYTES_PER_S
+
+
+@contextlib.asynccontextmanager
+async def _saved_in_time(vm: Vm) -> AsyncIterator[None]:
+    """End a VM that stands still while it is saved. Its guest does not run then, and to give up without its end would be to wait
+    for the same QEMU to let it run again."""
+    limit_s = _save_limit_s(vm)
+    timer = asyncio.get_running_loop().call_later(limit_s, vm.end, f"waited {limit_s:g} s for its QEMU to save it, and gave up")
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 async def _prepare(vm: Vm, plan: CommitPlan, report: ForkReport) -> None:
     begun = time.monotonic()
     try:
-        pages = await vm.paging.prepare(vm.ram_address, plan)
+        async with within(_save_limit_s(vm), f"the QEMU of {vm.name} to prepare a save", hint="has somebody stopped it?"):
+            pages = await vm.paging.prepare(vm.ram_address, plan)
     except PagingRefused as error:
         log.info("%s; its pause will be longer", error)
         pages = 0
@@ -148,7 +168,7 @@ async def _freeze_and_save(
     await vm.freeze(freeze_limit_s)
     device_state = os.memfd_create("sf-devices", os.MFD_CLOEXEC)
     try:
-        async with vm.devices_to(device_state) as devices:
+        async with _saved_in_time(vm), vm.devices_to(device_state) as devices:
             frozen = time.monotonic()
             runs: Records | None = None
             try:

@@ -28,7 +28,7 @@ from sfparallel.vmm import image as images
 from sfparallel.vmm import manifest as manifests
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.confinement import Places
-from sfparallel.vmm.data import data_image
+from sfparallel.vmm.data import data_image_in_time
 from sfparallel.vmm.exits import EXIT_OUTPUT_LOST, EXIT_PARENT_LOST, EXIT_TIMEOUT, exit_code
 from sfparallel.vmm.exports import exports_for
 from sfparallel.vmm.file_service import FileService
@@ -48,7 +48,7 @@ from sfparallel.vmm.shells import plug_data_disks, start_launcher, start_parent,
 from sfparallel.vmm.template import ensure_template, open_template
 from sfparallel.vmm.trace import TraceFile
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.vmm.waiting import in_thread, step_limit_s, within
+from sfparallel.vmm.waiting import FILES_LIMIT_S, in_thread, step_limit_s, within
 from sfparallel.wire import Frame, FrameType, pack_names
 
 log = logging.getLogger("sfparallel")
@@ -64,7 +64,6 @@ GUEST_BOOTSTRAP = f"{GUEST_PACKAGE}/bootstrap"
 KNOWN_NEIGHBOURS = 100
 """Clones whose addresses the parent knows from the start; it asks for those of others when it needs them."""
 
-_READ_LIMIT_S = 300.0
 _END_GRACE_S = 5.0
 _LAST_WORDS_S = 0.5
 
@@ -177,7 +176,7 @@ class Job:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         options = self._options
         native_parts.require(native_parts.LIBRARY)
-        async with within(_READ_LIMIT_S, f"the current folder {options.program.cwd} to be opened", error=EnvironmentProblem):
+        async with within(FILES_LIMIT_S, f"the current folder {options.program.cwd} to be opened", error=EnvironmentProblem):
             await in_thread(self._open_files)
         if options.trace:
             self._trace = TraceFile(options.trace, self._started, self._say)
@@ -192,7 +191,7 @@ class Job:
         stack.push_async_callback(self._end)
         for host_port, guest_port in options.forwards:
             await network.forward(host_port, address_of(0), guest_port)
-        async with within(_READ_LIMIT_S, f"the template {template} to be read", error=EnvironmentProblem):
+        async with within(FILES_LIMIT_S, f"the template {template} to be read", error=EnvironmentProblem):
             checkpoint = await in_thread(open_template, template, manifest, store)
         stack.callback(checkpoint.close)
         launcher = start_launcher(spec)
@@ -234,13 +233,13 @@ class Job:
 
     async def _find_template(self) -> tuple[MachineSpec, Path, dict[str, object]]:
         """What the job's VMs are, and where their template is. In threads: Ctrl-C is to work meanwhile."""
-        async with within(_READ_LIMIT_S, "the guest image to be looked up", error=EnvironmentProblem):
+        async with within(FILES_LIMIT_S, "the guest image to be looked up", error=EnvironmentProblem):
             image = await in_thread(images.find, self._options.image)
             options = self._options = await in_thread(imports.supplied, self._options, image, self._note)
         shown = [*(folder for _, folder in self._exports), *options.data]
-        async with within(_READ_LIMIT_S, "the files that the arguments name to be looked up", error=EnvironmentProblem):
+        async with within(FILES_LIMIT_S, "the files that the arguments name to be looked up", error=EnvironmentProblem):
             await in_thread(arguments.tell, options.program, shown, self._note)
-        data = [await in_thread(data_image, folder, self._note) for folder in options.data]
+        data = [await data_image_in_time(folder, self._note) for folder in options.data]
 
         def find() -> tuple[MachineSpec, Boot, str]:
             if options.venv:
@@ -255,11 +254,12 @@ class Job:
             )  # fmt: skip
             return spec, Boot(image.kernel, initramfs, images.KERNEL_COMMAND_LINE), image.key
 
-        async with within(_READ_LIMIT_S, "the guest image to be read, and its initramfs to be made", error=EnvironmentProblem):
+        async with within(FILES_LIMIT_S, "the guest image to be read, and its initramfs to be made", error=EnvironmentProblem):
             spec, boot, key = await in_thread(find)
         log.info("guest image %r: %s", options.image, spec.root_image.parent)
         template, manifest = await ensure_template(spec, boot, key, self._note)
-        await in_thread(_use, template / manifests.NAME, "the template")
+        async with within(FILES_LIMIT_S, f"the template {template} to be opened", error=EnvironmentProblem):
+            await in_thread(_use, template / manifests.NAME, "the template")
         log.info("template: %s", template)
         return spec, template, manifest
 

@@ -36,7 +36,7 @@ from sfparallel.vmm.paging import PagingRefused
 from sfparallel.vmm.plans import CommitMode
 from sfparallel.vmm.shells import start_shell
 from sfparallel.vmm.vm import Vm, VmState
-from sfparallel.vmm.waiting import in_thread, step_limit_s, within
+from sfparallel.vmm.waiting import FILES_LIMIT_S, in_thread, step_limit_s, within
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,10 @@ def template_key(spec: MachineSpec, boot: Boot, image_key: str) -> tuple[str, di
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16], manifest
 
 
+def _files_within(what: str) -> contextlib.AbstractAsyncContextManager[None]:
+    return within(FILES_LIMIT_S, what, error=EnvironmentProblem, hint="does that disk answer? SF_CACHE=FOLDER sets another one")
+
+
 @contextlib.asynccontextmanager
 async def _locked(path: Path, say: Callable[[str], None]) -> AsyncIterator[None]:
     waits = functools.partial(say, "waiting for another job that is making this template")
@@ -120,12 +124,16 @@ async def ensure_template(
         EnvironmentProblem: its processor computes wrong.
         ImageBuildError: the template could not be written.
     """
-    key, manifest = await in_thread(template_key, spec, boot, image_key)
+    async with _files_within(f"the initramfs {boot.initrd} and QEMU, of which the template is made, to be read"):
+        key, manifest = await in_thread(template_key, spec, boot, image_key)
     folder = cache_folder() / "templates" / key
-    if _is_template(folder):
+    async with _files_within(f"the template {folder} to be looked up"):
+        found = await in_thread(_is_template, folder)
+    if found:
         return folder, manifest
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        async with _files_within(f"{folder.parent} to be made"):
+            await in_thread(functools.partial(folder.parent.mkdir, parents=True, exist_ok=True))
         lock = folder.with_suffix(".lock")
         async with _locked(lock, say):
             try:
@@ -146,21 +154,28 @@ async def ensure_template(
 async def _make(
     spec: MachineSpec, boot: Boot, manifest: Mapping[str, object], folder: Path, say: Callable[[str], None]
 ) -> None:
+    async with _files_within(f"a folder in {folder.parent} to be made"):
+        work = await in_thread(_make_room, folder)
+    try:
+        vm = await _booted(spec, boot, say)
+        async with within(_SAVE_LIMIT_S, "QEMU to save the guest that it has booted"):
+            memory_map = await _save(vm, spec.memory_bytes, work)
+        async with _files_within(f"the manifest of the template in {folder.parent} to be written"):
+            await in_thread(manifests.write, work, manifest, _LAYERS, _FILES, memory_map)
+            await in_thread(work.rename, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _make_room(folder: Path) -> Path:
+    """A folder to make the template in. What is in its place, or was left behind by one that was not finished, goes."""
     for litter in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(litter, ignore_errors=True)
     if folder.exists():  # without a manifest that can be read: something has removed it, or the host's disk lost it in a crash
         broken = folder.with_name(f".{folder.name}-broken")
         folder.rename(broken)
         shutil.rmtree(broken, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        vm = await _booted(spec, boot, say)
-        async with within(_SAVE_LIMIT_S, "QEMU to save the guest that it has booted"):
-            memory_map = await _save(vm, spec.memory_bytes, work)
-        await in_thread(manifests.write, work, manifest, _LAYERS, _FILES, memory_map)
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
 
 
 async def _booted(spec: MachineSpec, boot: Boot, say: Callable[[str], None]) -> Vm:

@@ -316,7 +316,8 @@ class Vm:
             VMError: the paging layer refused; the VM is unusable.
         """
         self.require(VmState.SHELL)
-        await self.paging.map(self.ram_address, plan)
+        async with within(step_limit_s(), f"{self.name} to be mapped by an image"):
+            await self.paging.map(self.ram_address, plan)
         self.memory = plan.memory_map
 
     async def load(self, plan: MapPlan, device_state: int) -> LoadTimes:

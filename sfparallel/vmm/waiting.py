@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from sfparallel.config import START_LIMIT
@@ -14,6 +14,10 @@ from sfparallel.errors import SfError, UsageError, VMError
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+
+FILES_LIMIT_S = 300.0
+"""Files of a start that take longer are on a file system that does not answer."""
+
 
 def step_limit_s() -> float:
     """A step of a start that takes longer is taken for hung. (On a busy machine the longest take a second or two.)
@@ -85,3 +89,37 @@ async def within(
             raise
         message = "\n".join(filter(None, (f"waited {limit_s:g} s for {what}, and gave up", detail())))
         raise error(message, hint=hint) from timeout
+
+
+async def while_it_moves(
+    work: Coroutine[Any, Any, _Result],
+    moved: Callable[[], object],
+    limit_s: float,
+    what: str,
+    *,
+    error: type[SfError] = VMError,
+    hint: str | None = None,
+) -> _Result:
+    """Wait for work that may rightly take any time, until nothing of it has moved for too long.
+
+    Args:
+        moved: how far it is; asked ten times in the limit.
+        what: as for `within`.
+
+    Raises:
+        SfError: of class `error`: nothing has moved in the limit.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    seen, since = moved(), loop.time()
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=limit_s / 10)
+            now = moved()
+            if now != seen:
+                seen, since = now, loop.time()
+            elif loop.time() - since >= limit_s and not task.done():
+                raise error(f"gave up waiting for {what}: nothing has moved for {limit_s:g} s", hint=hint)
+        return task.result()
+    finally:
+        task.cancel()
