@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sfparallel.errors import EnvironmentProblem
-from sfparallel.vmm import image, initramfs, native_parts
+from sfparallel.vmm import image, initramfs, native_parts, template
 from sfparallel.vmm.machine import TCG_CPU_MODEL, Accelerator, Boot, MachineSpec
 from sfparallel.vmm.template import ensure_template, qemu_version
 
@@ -130,6 +130,16 @@ class WholeMachine(MachineSpec):
     @property
     def cpu_model(self) -> str:
         return "max"
+
+
+@pytest.mark.needs("qemu")
+@pytest.mark.parametrize(("accelerator", "said"), [(Accelerator.TCG, "SF_QEMU"), (Accelerator.KVM, "SF_ACCEL=tcg")])
+def test_what_to_do_depends_on_who_computes(accelerator: Accelerator, said: str) -> None:
+    """Under KVM another QEMU would compute the same."""
+    spec = MachineSpec(accelerator, cpus=1, memory_bytes=512 << 20, root_image=Path("root"))
+    error = template._wrong_processor(spec, "vpgatherdd: index in register 4\npdep: wrong")
+    assert said in (error.hint or "") and "vpgatherdd" in error.message and "1 more" in error.message
+    assert ("SF_QEMU" in (error.hint or "")) == (accelerator is Accelerator.TCG)
 
 
 @pytest.mark.needs("qemu", "image", "root")

@@ -7,9 +7,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, VMError
-from sfparallel.vmm import engine, locks, template
+from sfparallel.vmm import engine, locks, native_parts, template
 from sfparallel.vmm.checkpoint import LayerStore
 from sfparallel.vmm.command_errors import errors_told
 from sfparallel.vmm.layers import MemoryMap
@@ -188,6 +190,30 @@ def test_who_waits_for_a_template_says_so_and_not_for_ever(tmp_path: Path, monke
     assert said == ["waiting for another job that is making this template"]
 
 
+BUILDER = """
+import sys
+from pathlib import Path
+from sfparallel.vmm import native_parts
+from sfparallel.vmm.initramfs import build
+print(native_parts.trouble_with_program(build(Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.needs("root")
+def test_starts_that_build_the_agent_at_once(tmp_path: Path) -> None:
+    """One makes it, and the others wait for all of it."""
+    folder = tmp_path / "agent"
+    shutil.copytree(native_parts.AGENT.parent, folder, ignore=shutil.ignore_patterns(native_parts.AGENT.name))
+    runs = tmp_path / "runs"
+    (tmp_path / "cc").write_text(f"#!/bin/sh\ncase \"$*\" in *' -o '*) echo run >> {runs};; esac\nexec gcc \"$@\"\n")
+    (tmp_path / "cc").chmod(0o755)
+    environment = {**os.environ, "CC": str(tmp_path / "cc"), "CFLAGS": "-O0"}
+    starts = [subprocess.Popen([sys.executable, "-c", BUILDER, folder / native_parts.AGENT.name], stdout=subprocess.PIPE,
+                               text=True, env=environment) for _ in range(3)]  # fmt: skip
+    assert [(start.communicate(timeout=300)[0], start.returncode) for start in starts] == [("\n", 0)] * 3
+    assert runs.read_text() == "run\n"
+
+
 # -- the cache folder ------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +300,45 @@ def test_a_limit_of_open_files_is_named(sfrun: Sfrun, option: str, files: int) -
     command = f"ulimit -n {files}; exec {BIN / 'sfrun'} {option} -c 'print(1)'"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=HANG_S)
     assert ended.returncode == 70 and "ulimit -n" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+
+
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from sfparallel.errors import EnvironmentProblem
+from sfparallel.vmm.command_errors import errors_told
+from sfparallel.vmm.data import data_image
+from sfparallel.vmm.launcher import Launcher
+from sfparallel.vmm.subprocesses import run
+def step_down():
+    os.setuid(65534)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+def full():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+    while True:
+        os.open("/dev/null", os.O_RDONLY)
+def image():
+    try:
+        full()
+    except OSError:
+        data_image(Path("/usr/share"), print)
+with errors_told("sfrun"):
+    {fails}
+"""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize(("fails", "said"), [
+    ("step_down(); os.fork()", "ulimit -u"), ("step_down(); run(['true'], what='try')", "ulimit -u"),
+    ("step_down(); Launcher(['true'], '')", "ulimit -u"),
+    ("full()", "ulimit -n"), ("image()", "ulimit -n"), ("raise OSError(23, 'open')", "fs.file-max"),
+])  # fmt: skip
+def test_a_limit_that_is_reached_is_named(tmp_path: Path, fails: str, said: str) -> None:
+    """By a user without privileges: root may have more processes than that, and more open files than the host."""
+    environment = {**os.environ, "SF_CACHE": str(tmp_path / "cache")}
+    ended = subprocess.run([sys.executable, "-c", FULL.format(fails=fails)], capture_output=True, text=True, env=environment,
+                           timeout=60)  # fmt: skip
+    assert ended.returncode == 70 and said in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
 
 
 def test_a_thread_that_cannot_be_started_is_a_limit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ _HINTS = {
     errno.EAGAIN: "the limit of processes and threads is reached: `ulimit -u`, or pids.max of this control group",
 }  # fmt: skip
 """Errors of the system that are the machine's, and what to do about them."""
+_LIMITS = {errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 _NO_THREAD = "can't start new thread"
 
 
@@ -34,8 +35,14 @@ def say(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def hint_for(error: OSError) -> str:
-    """What to do about an error of the system."""
+def hint_for(error: OSError, otherwise: str = "") -> str:
+    """What to do about an error of the system.
+
+    Args:
+        otherwise: what to do where it is no limit of the system that was reached.
+    """
+    if otherwise and error.errno not in _LIMITS:
+        return otherwise
     return _HINTS.get(error.errno or 0, "see `sf doctor`")
 
 

@@ -43,7 +43,7 @@ from sfparallel import native
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.text import printable
 from sfparallel.vmm import job_control, processes, signals
-from sfparallel.vmm.command_errors import errors_told
+from sfparallel.vmm.command_errors import errors_told, hint_for
 from sfparallel.vmm.exits import exit_code
 
 _FOLDER_BYTES = 64 << 20
@@ -121,7 +121,8 @@ def confine(job: Callable[[Places, int], int], *, public_folder: bool) -> int:
 
 def _not_permitted(error: OSError) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"cannot make namespaces for the job: {error}", hint="run as root (or in a user namespace); see `sf doctor`"
+        f"cannot make namespaces for the job: {error}",
+        hint=hint_for(error, "run as root (or in a user namespace); see `sf doctor`"),
     )
 
 

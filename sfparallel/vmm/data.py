@@ -17,6 +17,7 @@ from pathlib import Path
 from sfparallel.config import cache_folder
 from sfparallel.errors import EnvironmentProblem, UsageError
 from sfparallel.vmm import processes
+from sfparallel.vmm.command_errors import hint_for
 from sfparallel.vmm.locks import locked, taken, use
 from sfparallel.vmm.subprocesses import require, run
 from sfparallel.vmm.waiting import in_thread, while_it_moves
@@ -102,8 +103,8 @@ def data_image(folder: Path, progress: Callable[[str], None], steps: Steps | Non
                 image = _find_or_build(source, cache, prefix, progress, steps)
             _remove_others(cache, prefix, image)
     except OSError as error:
-        raise EnvironmentProblem(f"cannot keep an image of {source} in {cache}: {error.strerror}",
-                                 hint="free some space, or make it writable, or set SF_CACHE to another place") from error
+        hint = hint_for(error, "free some space, or make it writable, or set SF_CACHE to another place")
+        raise EnvironmentProblem(f"cannot keep an image of {source} in {cache}: {error.strerror}", hint=hint) from error
     return image
 
 
@@ -172,7 +173,8 @@ def _content(source: Path, steps: Steps) -> _Content:
                     size_bytes += status.st_size
         except OSError as error:
             where = os.fsdecode(error.filename or folder)
-            raise EnvironmentProblem(f"{where!r} cannot be read for the image of {source}: {error.strerror}") from error
+            raise EnvironmentProblem(f"{where!r} cannot be read for the image of {source}: {error.strerror}",
+                                     hint=hint_for(error, "permit reading it, or name a folder without it")) from error
     return _Content(digest.hexdigest(), files, size_bytes)
 
 

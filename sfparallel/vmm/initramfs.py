@@ -19,6 +19,7 @@ import sfparallel
 from sfparallel.config import CACHE_HINT, cache_folder
 from sfparallel.errors import EnvironmentProblem
 from sfparallel.vmm import locks, subprocesses
+from sfparallel.vmm.command_errors import hint_for
 from sfparallel.vmm.native_parts import AGENT, CPU_CHECK, TOOLS, has_sources, require
 
 _PACKAGE = Path(sfparallel.__file__).parent
@@ -172,5 +173,5 @@ def write_initramfs(modules: Path, guest_magic: str) -> Path:
             made.write_bytes(write_cpio(entries))
             os.replace(made, target)
     except OSError as error:
-        raise EnvironmentProblem(f"cannot write {target}: {error.strerror}", hint=CACHE_HINT) from error
+        raise EnvironmentProblem(f"cannot write {target}: {error.strerror}", hint=hint_for(error, CACHE_HINT)) from error
     return target

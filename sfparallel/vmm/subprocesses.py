@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sfparallel.errors import EnvironmentProblem, SfError
+from sfparallel.vmm.command_errors import hint_for
 
 log = logging.getLogger("sfparallel")
 
@@ -61,7 +62,7 @@ def run(
         done = subprocess.run([*_bound(), *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
                               env=full_environment, cwd=cwd, check=False)  # fmt: skip
     except OSError as problem:
-        raise error(f"cannot {what}: {words[0]}: {problem.strerror}") from problem
+        raise error(f"cannot {what}: {words[0]}: {problem.strerror}", hint=hint_for(problem)) from problem
     if done.returncode != 0:
         raise _failure(what, words, done, error)
     return done.stdout

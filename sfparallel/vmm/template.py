@@ -143,10 +143,15 @@ async def ensure_template(
             finally:
                 lock.unlink(missing_ok=True)
     except (OSError, PagingRefused) as error:
-        reason = error.message if isinstance(error, PagingRefused) else error
+        hint = f"free some space, or {CACHE_HINT}"
+        reason: object = error
+        if isinstance(error, PagingRefused):
+            reason = error.message
+        else:
+            hint = hint_for(error, hint)
         raise ImageBuildError(
             f"there is no template for this image and machine yet, and none can be written to {folder.parent}: {reason}",
-            hint=f"free some space, or {CACHE_HINT}",
+            hint=hint,
         ) from error
     return folder, manifest
 
@@ -269,7 +274,7 @@ def open_template(folder: Path, manifest: Mapping[str, object], store: LayerStor
             raise EnvironmentProblem(f"template {folder.name} is damaged", hint="run `sf clean`")
         devices = os.open(folder / "devices", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise EnvironmentProblem(f"template {folder.name}: {error}", hint="run `sf clean`") from error
+        raise EnvironmentProblem(f"template {folder.name}: {error}", hint=hint_for(error, "run `sf clean`")) from error
     checkpoint = Checkpoint(memory_map, devices, store)
     store.release(holder)
     return checkpoint
