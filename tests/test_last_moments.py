@@ -27,10 +27,9 @@ from sfparallel.vmm.shells import start_launcher, start_shell
 from sfparallel.vmm.tickets import Member, Tickets, TicketState
 from sfparallel.vmm.vm import Sockets, Vm
 from sfparallel.wire import Frame, FrameType, pack
-from tests.conftest import Sfrun, children_of, command_of, machines_of
+from tests.conftest import HANG_S, Sfrun, children_of, command_of, machines_of
 
 vms = pytest.mark.needs("qemu", "image", "root")
-HANG_S = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +82,7 @@ def test_what_a_guest_asked_for_last_is_dealt_with_before_its_end_is_told() -> N
 def test_a_guest_that_freezes_at_once_is_seen() -> None:
     async def scenario() -> Frozen:
         async with sleeping_vm() as (vm, guest):
-            frozen = vm.wait_frozen(5.0)
+            frozen = vm.wait_frozen(HANG_S)
             guest.sendall(Frame(FrameType.FROZEN, pack({"oom_kills": 0, "agent": 1})).encode())
             await asyncio.sleep(0.1)  # it arrives
             return await frozen
@@ -173,8 +172,9 @@ try:
 except Exception as error:
     print("lost:", str(error).replace("\\n", " "), flush=True)
 input()
-ballast = b"y" * (100 << 20)
-sf.parallel(n=1)(lambda: 1)()
+while True:  # one of these forks is met in its midst
+    ballast = bytearray(100 << 20)
+    sf.parallel(n=1)(lambda: 1)()
 """
 
 
@@ -196,7 +196,7 @@ def _opens(pid: int, name: str) -> bool:
 @vms
 def test_qemus_that_stand_still_in_a_fork(sfrun: Sfrun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone's, while it is to load its state, and then the parent's, while it is saved."""
-    monkeypatch.setenv("SF_START_LIMIT", "10")
+    monkeypatch.setenv("SF_START_LIMIT", "20")
     process = sfrun.start(PROGRAM, "-n", "1", stdin=-1)
     assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
 
@@ -210,7 +210,7 @@ def test_qemus_that_stand_still_in_a_fork(sfrun: Sfrun, monkeypatch: pytest.Monk
     process.stdin.write("\n")
     process.stdin.flush()
     line = process.stdout.readline()
-    assert line.startswith("lost:") and "waited 10 s for clone 1 to load the state" in line
+    assert line.startswith("lost:") and "waited 20 s for clone 1 to load the state" in line
     process.stdin.write("\n")
     process.stdin.flush()
     _wait_for(lambda: _opens(parent, "sf-devices"))

@@ -86,3 +86,35 @@ def test_what_is_built_on_sorting_is_right_too(sfrun: Sfrun) -> None:
         """,
         "--image", "ml",
     ).ok()  # fmt: skip
+
+
+THREADS = """
+import os
+if SET:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import numpy
+import threadpoolctl
+
+def threads():
+    return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["internal_api"] == "openblas"]
+"""
+
+
+@pytest.mark.parametrize("option", [(), ("--env", "OPENBLAS_NUM_THREADS=1")], ids=["by the program", "by an option"])
+def test_numpy_finds_the_number_of_threads_that_it_is_to_use(sfrun: Sfrun, option: tuple[str, ...]) -> None:
+    """OpenBLAS reads it when it is loaded: that must be neither in the template nor before the program has set it."""
+    ended = sfrun(
+        f"""
+SET = {not option}
+{THREADS}
+import subprocess
+import sys
+import sfparallel as sf
+
+print(threads(), sf.parallel(threads, n=2)())
+del os.environ["OPENBLAS_NUM_THREADS"]
+subprocess.run([sys.executable, "-c", "SET = False" + {THREADS!r} + "print(threads())"])
+        """,
+        "--image", "ml", "--cpus", "2", *option,
+    ).ok()  # fmt: skip
+    assert ended.out == "[1] [[1], [1]]\n[2]\n"
