@@ -97,6 +97,7 @@ struct terminal {
     uint8_t streams;         /* bit n: descriptor n of the program is to be the terminal, as on the host (frame TERMINAL) */
     struct winsize size;
     int master, slave;       /* -1: the program has none; the slave is held to look at its unread input */
+    int unread;              /* what would be unread of its input if nobody had read since we wrote last; see terminal_write */
     uint16_t channel;        /* of its output */
     bool deaf;               /* nobody reads its output any more */
 };
@@ -108,8 +109,8 @@ int terminal_send_modes(const struct terminal *terminal, struct port *port);
 int terminal_event(const struct terminal *terminal, struct port *port); /* one piece */
 int terminal_drain(const struct terminal *terminal, struct port *port); /* all that is in it now */
 int terminal_discard(const struct terminal *terminal, uint8_t *scratch, size_t size);
-bool terminal_has_room(const struct terminal *terminal);                /* for more input */
-bool terminal_end_input(const struct terminal *terminal);               /* false: not yet, ask again */
+ssize_t terminal_write(struct terminal *terminal, const uint8_t *data, size_t size); /* as write(2): input, what fits of it */
+bool terminal_end_input(struct terminal *terminal);                     /* false: not yet, ask again */
 
 /* ---- program.c: keeper and user program ---- */
 

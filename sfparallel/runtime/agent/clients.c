@@ -93,13 +93,22 @@ static int drop_client(struct clients *clients, size_t i, struct port *port)
     return port_send(port, FRAME_GONE, id, NULL, 0);
 }
 
+/* What cannot be delivered, now or ever (no memory, larger than the socket's buffer), ends the connection: the client would wait
+   for it for ever. Returns false if there is no room yet. */
+static bool deliver(const struct client *client, const uint8_t *data, size_t size)
+{
+    if (send(client->fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+        return true;
+    if (errno == EAGAIN)
+        return false;
+    shutdown(client->fd, SHUT_RDWR); /* its event follows */
+    return true;
+}
+
 static void flush_replies(struct client *client)
 {
-    for (struct chunk *chunk; (chunk = client->replies.first);) {
-        if (send(client->fd, chunk->data, chunk->size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EAGAIN)
-            return;
-        queue_pop(&client->replies); /* sent, or never to be sent: a closed socket is noticed by its own event */
-    }
+    for (struct chunk *chunk; (chunk = client->replies.first) && deliver(client, chunk->data, chunk->size);)
+        queue_pop(&client->replies);
 }
 
 /* Relay one packet. Returns 0, -EPIPE at the end of the client's stream, -EAGAIN if there is none, or -errno. */
@@ -140,10 +149,9 @@ int clients_event(struct clients *clients, size_t i, short events, struct port *
 
 static void send_or_queue(struct client *client, const uint8_t *data, size_t size)
 {
-    if (!client->replies.first &&
-        (send(client->fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 || errno != EAGAIN))
+    if (!client->replies.first && deliver(client, data, size))
         return;
-    /* Out of memory: the client would wait for ever. Hanging up tells it. */
+    /* Out of memory: the same as above. */
     if (queue_append(&client->replies, data, size) < 0)
         shutdown(client->fd, SHUT_RDWR);
 }

@@ -232,12 +232,17 @@ static int discard_input(int fd, uint8_t *scratch, size_t size)
     return result;
 }
 
+static bool reads_terminal(const struct program *program)
+{
+    return program->input >= 0 && program->terminal.streams & 1;
+}
+
 int program_discard(struct program *program, uint8_t *scratch, size_t size)
 {
     int result = discard(program->output, scratch, size);
     if (result == 0)
         result = discard(program->error, scratch, size);
-    if (result == 0 && program->terminal.master < 0)
+    if (result == 0 && !reads_terminal(program))
         result = discard_input(program->input, scratch, size);
     if (result == 0)
         result = terminal_discard(&program->terminal, scratch, size);
@@ -309,18 +314,13 @@ void program_signal(struct program *program, int number)
         program->signal = number;
 }
 
-static bool reads_terminal(const struct program *program)
-{
-    return program->input >= 0 && program->terminal.streams & 1;
-}
-
 void program_stdin_event(struct program *program)
 {
     bool terminal = reads_terminal(program);
     for (struct chunk *chunk; program->input >= 0 && (chunk = program->stdin_queue.first);) {
-        if (terminal && !terminal_has_room(&program->terminal))
-            return;
-        ssize_t n = write(program->input, chunk->data + chunk->done, chunk->size - chunk->done);
+        const uint8_t *data = chunk->data + chunk->done;
+        size_t size = chunk->size - chunk->done;
+        ssize_t n = terminal ? terminal_write(&program->terminal, data, size) : write(program->input, data, size);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)

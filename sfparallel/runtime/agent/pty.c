@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +19,7 @@
 
 #define PIECE_SIZE 4096u      /* what one read(2) gives at most: N_TTY_BUF_SIZE */
 #define MOST_WAITING (64u << 10) /* more than a terminal holds: 4 KiB, and 8 on their way (drivers/tty/pty.c) */
-#define MOST_UNREAD 2048      /* a full buffer of input loses bytes (drivers/tty/n_tty.c, "overflow") */
+#define MOST_UNREAD 4000      /* a full buffer of input (4 KiB) loses bytes (drivers/tty/n_tty.c, "overflow") */
 
 int terminal_set(struct terminal *terminal, const uint8_t *payload, size_t size, pid_t program)
 {
@@ -65,6 +66,7 @@ static int open_pair(struct terminal *terminal)
         return -errno;
     terminal->channel = terminal->streams & 2 ? 1 : 2;
     terminal->deaf = false;
+    terminal->unread = 0;
     return 0;
 }
 
@@ -145,28 +147,62 @@ int terminal_discard(const struct terminal *terminal, uint8_t *scratch, size_t s
     const int ends[2] = { terminal->master, terminal->slave };
     for (unsigned i = 0; i < 2 && terminal->master >= 0; i++) {
         ssize_t n;
-        while ((n = read(ends[i], scratch, size)) >= 0 || errno == EINTR)
-            ; /* 0: an end of file that nobody has read */
-        if (errno != EAGAIN && errno != EIO)
+        int waiting;
+        /* 0: an end of file that nobody has read; or always, if the program has hung the terminal up: then the ioctl fails. */
+        while ((n = read(ends[i], scratch, size)) > 0 || (n == 0 && ioctl(ends[i], FIONREAD, &waiting) == 0) ||
+               (n < 0 && errno == EINTR))
+            ;
+        if (n < 0 && errno != EAGAIN && errno != EIO)
             return -errno;
     }
     return 0;
 }
 
-bool terminal_has_room(const struct terminal *terminal)
-{
-    int unread = 0;
-    return ioctl(terminal->slave, FIONREAD, &unread) < 0 || unread < MOST_UNREAD;
-}
-
-/* A reader takes this character for an end of file only if it finds no other beside it (n_tty_read() with EXTPROC). */
-bool terminal_end_input(const struct terminal *terminal)
+static bool is_empty(const struct terminal *terminal)
 {
     struct pollfd polled = { .fd = terminal->slave, .events = POLLIN };
+    return poll(&polled, 1, 0) == 0;
+}
+
+/* How much input fits for certain. FIONREAD does not count what is on its way inside of the kernel. Nothing is, if all is there
+   that was written; or if there is nothing, because poll(2) of an empty terminal waits for it (n_tty_poll()). */
+static size_t room(struct terminal *terminal)
+{
+    int unread = 0;
+    if (ioctl(terminal->slave, FIONREAD, &unread) < 0) {
+        terminal->unread = 0; /* hung up: there is nobody who could miss any */
+        return MOST_UNREAD;
+    }
+    if (unread < terminal->unread && (!is_empty(terminal) || ioctl(terminal->slave, FIONREAD, &unread) < 0))
+        return 0;
+    terminal->unread = unread;
+    return unread < MOST_UNREAD ? (size_t)(MOST_UNREAD - unread) : 0;
+}
+
+ssize_t terminal_write(struct terminal *terminal, const uint8_t *data, size_t size)
+{
+    size_t most = room(terminal);
+    if (most == 0) {
+        errno = EAGAIN;
+        return -1;
+    }
+    ssize_t n = write(terminal->master, data, size < most ? size : most);
+    if (n > 0)
+        terminal->unread += (int)n;
+    return n;
+}
+
+/* A reader takes this character for an end of file only if it finds no other beside it (n_tty_read() with EXTPROC): neither what
+   was typed before nor what is typed after it. */
+bool terminal_end_input(struct terminal *terminal)
+{
     struct termios modes;
-    if (poll(&polled, 1, 0) > 0)
+    if (!is_empty(terminal))
         return false;
     if (tcgetattr(terminal->master, &modes) < 0 || !(modes.c_lflag & ICANON))
         return true; /* there is no such thing as an end in this mode */
-    return write(terminal->master, &modes.c_cc[VEOF], 1) == 1;
+    if (write(terminal->master, &modes.c_cc[VEOF], 1) != 1)
+        return false;
+    terminal->unread = INT_MAX; /* more only when it was read */
+    return true;
 }
