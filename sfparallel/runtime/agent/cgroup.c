@@ -24,7 +24,8 @@ int cgroup_open(struct cgroup *cgroup)
 }
 
 /* The mount option nsdelegate (boot.c) makes the namespace a boundary: whoever is in it, root too, can move nothing out of its
-   root, by whatever mount it reaches the files (kernel/cgroup/cgroup.c, cgroup_procs_write_permission), nor thaw it. */
+   root, by whatever mount it reaches the files (kernel/cgroup/cgroup.c, cgroup_procs_write_permission), nor thaw it. That is for accidents: root
+   that joins the namespace of another process first (setns(2)) can, as it can take over process 1; see SECURITY.md. */
 int cgroup_enter(void)
 {
     int result = write_file(USER_GROUP "/cgroup.procs", "0");
