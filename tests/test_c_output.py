@@ -68,6 +68,12 @@ EXPECTED = ["C, before the first fork", "and ended there", "C, initializer", "C,
             *(f"C, {where} {i}" for where in ("low level", "checkpoint") for i in (1, 2))]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With this variable, which CI systems set, Python has C buffer nothing."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
 def lines_of(out: str) -> list[str]:
     """Without labels."""
     return [line.split("] ", 1)[-1] for line in out.splitlines()]
@@ -112,8 +118,8 @@ def test_what_cpp_and_fortran_print_is_seen_once(sfrun: Sfrun) -> None:
             fortran._gfortran_st_write_done(call)
 
         def both(where):
+            print_by_fortran(f"Fortran {where}".encode())        # this one flushes what C has buffered before
             print_by_cpp(f"C++ {where}\\n".encode())
-            print_by_fortran(f"Fortran {where}".encode())
 
         both("before")
         sf.parallel_map(lambda i: both(f"item {i}"), range(4), n=2)
