@@ -357,10 +357,23 @@ def test_a_limit_of_the_machine_is_told_with_its_remedy(number: int, hint: str, 
     assert ended.value.code == 70 and os.strerror(number) in told and hint in told and "Traceback" not in told
 
 
+def test_a_limit_of_address_space_is_named_whatever_meets_it() -> None:
+    program = """
+import errno, os
+from sfparallel.vmm.command_errors import errors_told
+with errors_told("sfrun"):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "some/folder")
+"""
+    for command, hint in ("ulimit -v 4000000; ", "ulimit -v"), ("", "sf doctor"):
+        words = ["sh", "-c", f'{command}exec "$0" -c "$1"', sys.executable, program]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=HANG_S)
+        assert ended.returncode == 70 and "some/folder" in ended.stderr and hint in ended.stderr, ended.stderr
+
+
 @vms
-@pytest.mark.parametrize("kib", [150_000, 300_000])
+@pytest.mark.parametrize("kib", [165_000, 300_000])
 def test_a_limit_of_address_space_is_named(sfrun: Sfrun, kib: int) -> None:
-    """The first is too low for the supervisor itself, the second for QEMU."""
+    """The first is too low for the supervisor itself (from 140,000 down numpy's library ends it), the second for QEMU."""
     command = f"ulimit -v {kib}; exec {BIN / 'sfrun'} -c 'print(1)'"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=sfrun.folder, timeout=HANG_S)
     assert ended.returncode == 70 and "ulimit -v" in ended.stderr and "Traceback" not in ended.stderr, ended.stderr

@@ -43,7 +43,14 @@ def hint_for(error: OSError, otherwise: str = "") -> str:
     """
     if otherwise and error.errno not in _LIMITS:
         return otherwise
-    return _HINTS.get(error.errno or 0, "see `sf doctor`")
+    return _hint(error) or "see `sf doctor`"
+
+
+def _hint(error: OSError) -> str | None:
+    """None if it is no error of the machine's."""
+    # Whatever call needs memory first meets the limit of address space: to read a folder, say.
+    limited = address_space_hint() if error.errno == errno.ENOMEM else None
+    return limited or _HINTS.get(error.errno or 0)
 
 
 def late_hint(program: str | os.PathLike[str], limit: str = "") -> str:
@@ -72,9 +79,10 @@ def errors_told(command: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if debugging() or error.errno not in _HINTS:
+        hint = _hint(error)
+        if debugging() or not hint:
             raise
-        say(f"{command}: {error}\n  hint: {_HINTS[error.errno]}")
+        say(f"{command}: {error}\n  hint: {hint}")
         sys.exit(EXIT_FAILED)
     except (MemoryError, ImportError, RuntimeError, SystemError) as error:
         # Without memory, a library cannot be mapped (ImportError), a thread not be started (RuntimeError), and some C code of
