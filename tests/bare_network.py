@@ -13,8 +13,7 @@ import pytest
 
 from sfparallel import native
 from sfparallel.net import netlink
-
-TIMEOUT_S = 10
+from tests.conftest import HANG_S
 
 needs_network = [pytest.mark.needs("root"), pytest.mark.needs("net")]
 
@@ -61,7 +60,7 @@ class Tripwire:
 
     def wait(self) -> None:
         """Returns when the namespace is gone, and fails when it is still there after a while."""
-        self._events.settimeout(TIMEOUT_S)
+        self._events.settimeout(HANG_S)
         while struct.unpack_from("=IH", self._events.recv(1 << 16))[1] != self._RTM_DELLINK:
             pass
 

@@ -20,6 +20,7 @@ import pytest
 
 from sfparallel.vmm import fuse_wire
 from sfparallel.vmm.files import FileServer
+from tests.conftest import HANG_S
 
 TAG = 7
 needs_kernel = pytest.mark.needs("fuse", "root")
@@ -96,7 +97,7 @@ def mounted(source: Path, top: Path) -> Iterator[Guest]:
             stack.callback(server.join, 20)
         finally:
             os.close(device)
-        stack.callback(lambda: holder.communicate(b"end\n", timeout=20))
+        stack.callback(lambda: holder.communicate(b"end\n", timeout=HANG_S))
         holder.stdin.write(b"go\n")
         holder.stdin.flush()
         assert holder.stdout.readline() == b"overlay\n"

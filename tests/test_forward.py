@@ -15,8 +15,9 @@ from sfparallel import native
 from sfparallel.errors import NetworkError, UsageError
 from sfparallel.net import addresses, netlink
 from sfparallel.net.network import CloneNetwork, Port
-from tests.bare_network import TIMEOUT_S, needs_network
+from tests.bare_network import needs_network
 from tests.bare_network import nothing_left_fixture as nothing_left_fixture
+from tests.conftest import HANG_S
 
 
 class Guest:
@@ -97,7 +98,7 @@ class TestForward:
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection(*forward.address)
 
-        asyncio.run(asyncio.wait_for(run(), TIMEOUT_S * 3))
+        asyncio.run(asyncio.wait_for(run(), HANG_S))
 
     def test_close_drops_connections(self) -> None:
         async def run() -> None:
@@ -118,7 +119,7 @@ class TestForward:
                             assert await reader.read() == b""
                 writer.close()
 
-        asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
+        asyncio.run(asyncio.wait_for(run(), HANG_S))
 
     def test_refusals(self) -> None:
         async def run() -> None:
@@ -146,4 +147,4 @@ class TestForward:
                         await asyncio.sleep(0.1)
             return errors
 
-        assert not asyncio.run(asyncio.wait_for(run(), TIMEOUT_S * 3))
+        assert not asyncio.run(asyncio.wait_for(run(), HANG_S))

@@ -17,8 +17,7 @@ import pytest
 
 from sfparallel import native
 from sfparallel.errors import EnvironmentProblem, UsageError
-
-TIMEOUT_S = 20
+from tests.conftest import HANG_S
 
 
 def output_of(
@@ -117,7 +116,7 @@ def test_a_child_dies_with_a_killed_supervisor() -> None:
         assert supervisor.stdout is not None and supervisor.stdout.readline() == b"started\n"
         supervisor.kill()
     with open(reader, "rb") as stream:
-        assert select.select([stream], [], [], TIMEOUT_S)[0], "the child is still alive"
+        assert select.select([stream], [], [], HANG_S)[0], "the child is still alive"
         assert stream.read() == b""
 
 

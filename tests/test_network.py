@@ -30,8 +30,9 @@ from sfparallel import native
 from sfparallel.errors import Closed, NetworkError, StateError, UsageError
 from sfparallel.net import addresses, netlink
 from sfparallel.net.network import CloneNetwork, NetworkState, Port
-from tests.bare_network import TIMEOUT_S, Tripwire, namespace_vanishes, needs_network
+from tests.bare_network import Tripwire, namespace_vanishes, needs_network
 from tests.bare_network import nothing_left_fixture as nothing_left_fixture
+from tests.conftest import HANG_S
 
 BROADCAST = b"\xff" * 6
 IPV4, ARP, IPV6, VLAN = 0x0800, 0x0806, 0x86DD, 0x8100
@@ -76,7 +77,7 @@ def udp(
 
 def receive(port: Port) -> bytes:
     """The next frame that the VM would get."""
-    assert select.select([port.tap_fd], [], [], TIMEOUT_S)[0], f"no frame at {port}"
+    assert select.select([port.tap_fd], [], [], HANG_S)[0], f"no frame at {port}"
     return os.read(port.tap_fd, 1 << 16)
 
 
@@ -238,7 +239,7 @@ class TestHost:
 
         asyncio.run(network.forward(0, a.address, 80))
         # The bridge's own end sends once the kernel has noticed, in the background, that it has a port (carrier).
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + HANG_S
         os.write(a.tap_fd, arp(REQUEST, a.mac, a.address, addresses.GATEWAY_ADDRESS))
         while not select.select([a.tap_fd], [], [], 0.05)[0]:
             assert time.monotonic() < deadline, "the gateway does not answer"
@@ -259,7 +260,7 @@ class TestHost:
         asyncio.run(network.forward(0, a.address, 80))
         with native.inside(network.namespace_fd), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
             ear.bind((addresses.GATEWAY_ADDRESS, 2000))
-            ear.settimeout(TIMEOUT_S)
+            ear.settimeout(HANG_S)
             for port in (b, a):
                 datagram = struct.pack(">HHHH", 1000, 2000, 12, 0) + b"from"
                 for mac in WAYS_TO_THE_HOST:

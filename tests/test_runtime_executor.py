@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import sfparallel as sf
+from tests.conftest import HANG_S
 from tests.fork_double import Doubles
 from tests.fork_double import double_fixture as double_fixture
 
@@ -123,7 +124,7 @@ def test_tasks_do_not_wait_behind_a_long_one(double: Doubles, tmp_path: Any) -> 
         futures = [executor.submit(square, k) for k in range(60)]
         long = executor.submit(wait_for, str(flag))
         futures += [executor.submit(square, k) for k in range(300)]
-        assert not wait(futures, timeout=30).not_done
+        assert not wait(futures, timeout=HANG_S).not_done
         assert not long.done()
         flag.touch()
         assert long.result()

@@ -17,6 +17,7 @@ import pytest
 
 import sfparallel as sf
 from sfparallel.runtime.here import HERE
+from tests.conftest import HANG_S
 from tests.fork_double import Doubles, start_afresh
 from tests.fork_double import double_fixture as double_fixture
 
@@ -302,7 +303,7 @@ def test_submit(double: Doubles) -> None:
     future = work.submit(20)
     assert future.running()
     os.write(writer, b"gogo")
-    assert future.result(timeout=30) == 41
+    assert future.result(timeout=HANG_S) == 41
     assert not future.cancel()
     os.close(reader)
     os.close(writer)
@@ -310,7 +311,7 @@ def test_submit(double: Doubles) -> None:
 
 def test_futures_of_failing_regions(double: Doubles) -> None:
     future = rank_2_fails.submit()
-    assert isinstance(future.exception(timeout=30), LookupError)
+    assert isinstance(future.exception(timeout=HANG_S), LookupError)
     with pytest.raises(LookupError):
         future.result()
 
@@ -318,7 +319,7 @@ def test_futures_of_failing_regions(double: Doubles) -> None:
 def test_cancel_kills_the_clones(double: Doubles) -> None:
     future = sf.parallel(n=2)(forever).submit()
     assert double.alive == 2
-    done = as_completed([future], timeout=30)
+    done = as_completed([future], timeout=HANG_S)
     assert future.cancel()
     assert next(done) is future
     with pytest.raises(CancelledError):
