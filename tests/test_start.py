@@ -371,7 +371,7 @@ with errors_told("sfrun"):
 
 
 @vms
-@pytest.mark.parametrize("kib", [165_000, 300_000])
+@pytest.mark.parametrize("kib", [150_000, 300_000])
 def test_a_limit_of_address_space_is_named(sfrun: Sfrun, kib: int) -> None:
     """The first is too low for the supervisor itself (from 140,000 down numpy's library ends it), the second for QEMU."""
     command = f"ulimit -v {kib}; exec {BIN / 'sfrun'} -c 'print(1)'"
