@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -19,18 +21,19 @@ class OwnFuture(Future[T]):
         self._generation = HERE.generation
 
     def result(self, timeout: float | None = None) -> T:
-        self._require_own()
-        try:
+        with self._for_its_owner():
             return super().result(timeout)
-        except TimeoutError:
-            self._require_own()
-            raise
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        with self._for_its_owner():
+            return super().exception(timeout)
+
+    @contextlib.contextmanager
+    def _for_its_owner(self) -> Iterator[None]:
         self._require_own()
         try:
-            return super().exception(timeout)
-        except TimeoutError:
+            yield
+        except TimeoutError:  # this may have become a clone while it waited
             self._require_own()
             raise
 
